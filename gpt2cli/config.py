@@ -84,10 +84,9 @@ def fields_of(config_class):
         arguments = (base.__doc__ or "").partition("Args:\n")[2]
         for name, text in re.findall(r"^ {8}(\w+): ((?:.+\n?)(?: {12}.+\n?)*)", arguments, re.M):
             help_of[name] = " ".join(text.split())
-    return {
-        f.name: (hints[f.name], f.default, help_of.get(f.name, ""))
-        for f in dataclasses.fields(config_class)
-    }
+    own = config_class.__annotations__
+    fields = sorted(dataclasses.fields(config_class), key=lambda f: f.name not in own)
+    return {f.name: (hints[f.name], f.default, help_of.get(f.name, "")) for f in fields}
 
 
 def describe_type(hint):
