@@ -1,14 +1,18 @@
 """Where things lie, and how a file is replaced so that nobody ever sees half of it."""
 
 import contextlib
+import glob
 import os
+import re
 import secrets
 from pathlib import Path
 
-from gpt2cli.config import ALIASES, check_name
+from gpt2cli.config import ALIASES, ModelConfig, check_name
 from gpt2cli.errors import UserError
 
 DEFAULT_MODEL = "124M"
+
+SHARD = ".data-00000-of-00001"  # the data file of a checkpoint; we write one
 
 # Everything of a model folder but the weights; a run folder gets copies of those that exist.
 ENCODER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "vocab.txt")
@@ -104,3 +108,65 @@ def source_dir(config):
     if config.run_name is not None:
         return run_dir(config.checkpoint_dir, config.run_name)
     return model_dir(config.models_dir, config.model_name)
+
+
+def read_config(folder):
+    """The ModelConfig of a model folder's hparams.json."""
+    path = Path(folder) / "hparams.json"
+    if not path.is_file():
+        raise UserError(
+            f"no hparams.json in {Path(folder).absolute()}: not a model folder. "
+            "Fetch one with: gpt2cli download 124M"
+        )
+    return ModelConfig.from_json(read_text(path), where=str(path))
+
+
+def find_checkpoint(path):
+    """The prefix of the checkpoint that `path` means.
+
+    Args:
+        path: a model or run folder, a prefix such as `models/124M/model.ckpt`, or its .index file.
+
+    Raises:
+        UserError: there is none, or one of its files is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        prefix = _newest(path)
+    else:
+        prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
+    index = Path(f"{prefix}.index")
+    if not index.is_file():
+        raise UserError(
+            f"no checkpoint at {prefix.absolute()}: {index.name} is missing. "
+            "Name a model folder, a run folder or a checkpoint's path without its ending; "
+            "a released model comes with: gpt2cli download 124M"
+        )
+    if not list(prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*-of-*")):
+        raise UserError(f"{index} has no {prefix.name}{SHARD} beside it: copy or download it again")
+    return prefix
+
+
+def _newest(folder):
+    """The prefix that a folder's `checkpoint` file names, or model.ckpt, or the highest step."""
+    state = folder / "checkpoint"
+    if state.is_file():
+        named = re.search(r'^model_checkpoint_path: *"(.*)"', read_text(state), re.M)
+        if named:  # another machine's absolute path, or ours: only the name counts
+            prefix = folder / Path(named[1]).name
+            if Path(f"{prefix}.index").is_file():
+                return prefix
+    steps = [int(m[1]) for p in folder.glob("model-*.index") if (m := _STEP.fullmatch(p.name))]
+    if steps and not (folder / "model.ckpt.index").is_file():
+        return folder / f"model-{max(steps)}"
+    return folder / "model.ckpt"
+
+
+_STEP = re.compile(r"model-(\d+)\.index")
+
+
+def saved_steps(folder):
+    """The steps of a run's checkpoints, oldest first."""
+    return sorted(
+        int(m[1]) for p in Path(folder).glob("model-*.index") if (m := _STEP.fullmatch(p.name))
+    )

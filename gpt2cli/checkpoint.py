@@ -1,0 +1,204 @@
+"""Weights <-> files: TensorFlow checkpoints under OpenAI's names, and run folders.
+
+A model folder holds hparams.json, a vocabulary and one checkpoint; a run folder is a model folder
+with a checkpoint a save, `model-<step>`, and beside each of them what only training needs:
+
+    model-100.index, .data-00000-of-00001      weights alone, readable by nshepperd's code
+    optimizer-100.index, .data-00000-of-00001  the optimizer's variables
+    state-100.json                             step, seed, running loss
+    checkpoint, counter                        the newest save, as TensorFlow and nshepperd name it
+"""
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from gpt2cli import files, model
+from gpt2cli.engine import tf
+from gpt2cli.errors import UserError
+
+SHARD = files.SHARD
+
+
+@contextlib.contextmanager
+def _reading(prefix):
+    """Turn TensorFlow's complaints about a file into ours."""
+    try:
+        yield
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{prefix}.* cannot be read, it is damaged or cut short ({reason}). "
+            "Fetch it again with: gpt2cli download, or restore an older checkpoint of the run"
+        ) from error
+
+
+def _open(prefix, config):
+    """A reader of the checkpoint at `prefix`, its names and shapes checked against `config`."""
+    with _reading(prefix):
+        reader = tf.train.load_checkpoint(str(prefix))
+        found = reader.get_variable_to_shape_map()
+    expected = model.weight_shapes(config)
+    ours = re.compile(r"model/(wte|wpe|ln_f/[gb]|h\d+/(ln_[12]/[gb]|(attn|mlp)/c_\w+/[wb]))")
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and ours.fullmatch(name)]
+    if missing:
+        raise UserError(
+            f"{prefix} is not a checkpoint of this model: it lacks {_few(missing)}. "
+            f"Is it of another size or kind than {prefix.parent / 'hparams.json'} says?"
+        )
+    if extra:
+        raise UserError(
+            f"{prefix} has more than {prefix.parent / 'hparams.json'} says: {_few(extra)}. "
+            "Use the hparams.json that belongs to it"
+        )
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise UserError(
+                f"{prefix}: {name} has shape {list(found[name])}, hparams.json asks for "
+                f"{list(shape)}. Use the hparams.json that belongs to this checkpoint"
+            )
+    return reader
+
+
+def _few(names):
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
+
+
+def verify(folder):
+    """Open a folder's checkpoint and compare names and shapes with its hparams.json (UserError)."""
+    folder = Path(folder)
+    _open(files.find_checkpoint(folder), files.read_config(folder))
+
+
+def load(path, precision="float32", weights_precision=None):
+    """A GPT2 with the weights that `path` means; see `files.find_checkpoint` and `model.GPT2`.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, one of another size, or one with numbers that are
+            not finite; the text names the file.
+    """
+    prefix = files.find_checkpoint(path)
+    config = files.read_config(prefix.parent)
+    reader = _open(prefix, config)
+
+    def stored(name, shape):
+        with _reading(prefix):
+            value = reader.get_tensor(name)
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{prefix}: {name} has values that are not finite; the training that wrote it "
+                "diverged, or the file is damaged. Use an older checkpoint"
+            )
+        return value
+
+    return model.GPT2(config, stored, precision, weights_precision)
+
+
+def write(prefix, tensors):
+    """Write {name: tensor} as a checkpoint; nobody sees half of it, an older one stays if it fails.
+
+    The files are those of tf.compat.v1.train.Saver, one shard.
+    """
+    prefix = Path(prefix)
+    part = prefix.with_name(f".{prefix.name}.{os.getpid()}.part")
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        tf.raw_ops.SaveV2(
+            prefix=str(part),
+            tensor_names=list(tensors),
+            shape_and_slices=[""] * len(tensors),
+            tensors=list(tensors.values()),
+        )
+        for ending in (SHARD, ".index"):  # the index last: without it the shard is nothing
+            with open(f"{part}{ending}", "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(f"{part}{ending}", f"{prefix}{ending}")
+    except OSError as error:
+        raise files.cannot_write(prefix, error) from error
+    except tf.errors.OpError as error:
+        raise files.cannot_write(prefix, OSError(0, error.message.splitlines()[0])) from error
+    finally:
+        for left in part.parent.glob(f"{part.name}*"):
+            left.unlink(missing_ok=True)
+
+
+def copy_description(source, folder):
+    """Make `folder` a model folder of the same sizes and vocabulary as `source`."""
+    for name in ("hparams.json", *files.ENCODER_FILES):
+        if (Path(source) / name).is_file() and not (Path(folder) / name).is_file():
+            with files.replacing(Path(folder) / name) as file:
+                file.write((Path(source) / name).read_bytes())
+
+
+def save(network, folder):
+    """Write a model folder's hparams.json and checkpoint `model.ckpt`."""
+    with files.replacing(Path(folder) / "hparams.json") as file:
+        file.write(network.config.to_json().encode())
+    write(Path(folder) / "model.ckpt", network.weights)
+    _name_newest(folder, "model.ckpt", ["model.ckpt"])
+
+
+def save_run(folder, network, optimizer_variables, state, keep):
+    """Add the checkpoint of `state["step"]` to a run folder, then remove all but `keep` newest.
+
+    Args:
+        folder: the run's folder, described already (`copy_description`).
+        network: the GPT2.
+        optimizer_variables: {name: variable} of the optimizer.
+        state: JSON object that training needs to go on; has "step".
+        keep: checkpoints to keep, 0 for all.
+    """
+    folder, step = Path(folder), state["step"]
+    write(folder / f"optimizer-{step}", optimizer_variables)
+    with files.replacing(folder / f"state-{step}.json") as file:
+        file.write(json.dumps(state, indent=2).encode() + b"\n")
+    write(folder / f"model-{step}", network.weights)
+    steps = files.saved_steps(folder)
+    kept = steps[-keep:] if keep else steps
+    kept = kept if step in kept else [*kept, step]
+    _name_newest(folder, f"model-{step}", [f"model-{s}" for s in kept])
+    with files.replacing(folder / "counter") as file:
+        file.write(f"{step}\n".encode())
+    remove_steps(folder, set(steps) - set(kept))
+
+
+def remove_steps(folder, steps):
+    """Remove the checkpoints of these steps, with all that lies beside them."""
+    for step in steps:
+        for pattern in (f"model-{step}.*", f"optimizer-{step}.*", f"state-{step}.json"):
+            for path in Path(folder).glob(pattern):
+                path.unlink(missing_ok=True)
+
+
+def _name_newest(folder, newest, names):
+    """Write the `checkpoint` file as TensorFlow does, with names relative to the folder."""
+    lines = [f'model_checkpoint_path: "{newest}"']
+    lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
+    with files.replacing(Path(folder) / "checkpoint") as file:
+        file.write("\n".join(lines).encode() + b"\n")
+
+
+def load_training(prefix):
+    """What lies beside a run's checkpoint: (optimizer's tensors by name, state), or ({}, None).
+
+    A model folder, or a run of another program, has neither.
+    """
+    step = prefix.name.removeprefix("model-")
+    state_path = prefix.with_name(f"state-{step}.json")
+    if not state_path.is_file():
+        return {}, None
+    try:
+        state = json.loads(files.read_text(state_path))
+    except ValueError as error:
+        raise UserError(f"{state_path} is damaged ({error}); restore an older checkpoint") from None
+    path = prefix.with_name(f"optimizer-{step}")
+    with _reading(path):
+        reader = tf.train.load_checkpoint(str(path))
+        names = reader.get_variable_to_shape_map()
+        return {name: reader.get_tensor(name) for name in names}, state

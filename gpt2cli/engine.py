@@ -1,0 +1,67 @@
+"""TensorFlow, imported without its log noise and with its memory settings made before first use.
+
+Every module that needs TensorFlow takes it from here: `from gpt2cli.engine import tf`.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+
+from gpt2cli.errors import UserError
+
+OLDEST = (2, 18)  # setup.py says the same; below it NumPy 2 is not supported
+
+
+@contextlib.contextmanager
+def _without_noise():
+    """Keep what native code writes to standard error, and show it only if the block fails.
+
+    TensorFlow's libraries log while they are loaded, before any setting of theirs is read.
+    """
+    if os.environ.get("GPT2CLI_VERBOSE"):
+        yield
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only, once they are loaded
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as noise:
+        os.dup2(noise.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            noise.seek(0)
+            os.write(real, noise.read())
+            raise
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+
+
+os.environ["KERAS_BACKEND"] = "tensorflow"  # a user's setting for other programs would break us
+with _without_noise():
+    import tensorflow as tf
+
+    GPUS = tf.config.list_physical_devices("GPU")
+    for _gpu in GPUS:  # otherwise the first use takes all of a card's memory
+        with contextlib.suppress(RuntimeError):  # a notebook has used it already
+            tf.config.experimental.set_memory_growth(_gpu, True)
+
+if tuple(int(part) for part in tf.__version__.split(".")[:2]) < OLDEST:
+    raise UserError(
+        f"TensorFlow {tf.__version__} is too old, {'.'.join(map(str, OLDEST))} or later is needed. "
+        "Install it with: pip install -U tensorflow"
+    )
+
+
+def describe_devices():
+    """One line for the start of a command: the devices used, and a fall-back said aloud."""
+    if GPUS:
+        names = [tf.config.experimental.get_device_details(g).get("device_name") for g in GPUS]
+        return f"TensorFlow {tf.__version__} on " + ", ".join(
+            f"{gpu.name.removeprefix('/physical_device:')} ({name or 'unknown'})"
+            for gpu, name in zip(GPUS, names, strict=True)
+        )
+    built = "this TensorFlow is built without CUDA" if not tf.test.is_built_with_cuda() else ""
+    reason = built or "no GPU that TensorFlow can use was found"
+    return f"TensorFlow {tf.__version__} on CPU ({reason})"
