@@ -144,7 +144,7 @@ def save(network, folder):
     _name_newest(folder, "model.ckpt", ["model.ckpt"])
 
 
-def save_run(folder, network, optimizer_variables, state, keep):
+def save_run(folder, network, optimizer_variables, state, keep, replaced=()):
     """Add the checkpoint of `state["step"]` to a run folder, then remove all but `keep` newest.
 
     Args:
@@ -153,6 +153,7 @@ def save_run(folder, network, optimizer_variables, state, keep):
         optimizer_variables: {name: variable} of the optimizer.
         state: JSON object that training needs to go on; has "step".
         keep: checkpoints to keep, 0 for all.
+        replaced: steps of an older run in the same folder, removed now that this one is whole.
     """
     folder, step = Path(folder), state["step"]
     write(folder / f"optimizer-{step}", optimizer_variables)
@@ -160,7 +161,8 @@ def save_run(folder, network, optimizer_variables, state, keep):
         file.write(json.dumps(state, indent=2).encode() + b"\n")
     write(folder / f"model-{step}", network.weights)
     steps = files.saved_steps(folder)
-    kept = steps[-keep:] if keep else steps
+    kept = [s for s in steps if s not in replaced or s == step]
+    kept = kept[-keep:]  # all of them for 0
     kept = kept if step in kept else [*kept, step]
     _name_newest(folder, f"model-{step}", [f"model-{s}" for s in kept])
     with files.replacing(folder / "counter") as file:

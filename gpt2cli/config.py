@@ -127,6 +127,24 @@ def _accepted(hint, value):
     return value
 
 
+def parse_value(hint, text):
+    """What somebody typed, as the field's type. Text stays text: no quotes, no tuples, no None.
+
+    Raises:
+        ValueError: it is not of that type.
+    """
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if hint is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError
+        return words[text.lower()]
+    if hint in (int, float):
+        return hint(text)
+    return _accepted(hint, text)
+
+
 def _check(config, **limits):
     """Check types of all fields, then `name=(low, high)` limits, both ends allowed, None open."""
     for name, (hint, _, _) in fields_of(type(config)).items():

@@ -1,0 +1,146 @@
+"""gpt2cli interactive: type a prompt, watch it go on."""
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+
+from gpt2cli import config as configs
+from gpt2cli import files
+from gpt2cli.errors import UserError
+
+HISTORY = Path("~/.gpt2cli_history")
+HELP = '''\
+Type a prompt and press Enter. A prompt of several lines stands between two lines of """.
+  /set NAME VALUE   change a setting for what follows: /set temperature 0.7
+  /show             the settings
+  /help             this text
+  /quit             leave, as Ctrl-D does; Ctrl-C stops a sample that is being written'''
+
+
+def run(config):
+    """Read prompts until the input ends; each is continued before the next is read."""
+    prefix = files.find_checkpoint(files.source_dir(config))
+
+    from gpt2cli import engine, inference  # what can be refused was refused before this import
+
+    model = inference.load_model(prefix, config.precision)
+    if model.encoder is None:
+        raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
+    _say(f"{prefix}: {engine.describe_devices()}\n{HELP}")
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=inference.new_seed())
+        _say(f"seed {config.seed}")
+    index = 0
+    with _line_editing():
+        for text in _inputs():
+            if text.startswith("/"):
+                if text.split()[0] == "/quit":
+                    return
+                config = _obey(text, config)
+                continue
+            try:
+                for _ in range(config.nsamples):
+                    _continue(model, text, config, index)
+                    index += 1
+            except KeyboardInterrupt:
+                print(flush=True)
+                _say("stopped")
+                index += 1
+            except UserError as error:
+                _say(f"gpt2cli: {error}")
+
+
+def _continue(model, prompt, config, index):
+    """Print one continuation as it is generated."""
+    if config.nsamples > 1:
+        print(f"{'=' * 40} SAMPLE {index + 1} {'=' * 40}")
+    if config.include_prefix:
+        print(prompt, end="")
+    for piece in model.stream(prompt, config, index):
+        if isinstance(piece, str):
+            print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _inputs():
+    """What is typed, one prompt or command at a time; Ctrl-C forgets the line, the end ends it."""
+    block = None
+    while True:
+        try:
+            line = _read_line("... " if block is not None else ">>> ")
+        except EOFError:
+            if block:
+                yield "\n".join(block)
+            return
+        except KeyboardInterrupt:
+            block = None
+            _say("\n(Ctrl-D or /quit leaves)")
+            continue
+        if line.strip() == '"""':
+            if block:
+                yield "\n".join(block)
+            block = [] if block is None else None
+        elif block is not None:
+            block.append(line)
+        elif line.strip():
+            yield line
+
+
+def _read_line(mark):
+    """A line, with a mark before it and line editing on a terminal."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(mark)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
+def _obey(text, config):
+    """Carry out a line that begins with /; returns the settings to go on with."""
+    command, _, rest = text.partition(" ")
+    fields = configs.fields_of(configs.GenerateSettings)
+    if command == "/set":
+        name, _, value = rest.strip().partition(" ")
+        name = name.removeprefix("--").replace("-", "_")
+        if name not in fields:
+            _say(f"no setting {name!r}; there are {', '.join(fields)}")
+            return config
+        try:
+            parsed = configs.parse_value(fields[name][0], value.strip())
+            return dataclasses.replace(config, **{name: parsed})
+        except (UserError, ValueError) as error:
+            wanted = configs.describe_type(fields[name][0])
+            _say(str(error) if isinstance(error, UserError) else f"{name} takes {wanted}")
+    elif command == "/show":
+        _say("\n".join(f"{name} = {getattr(config, name)!r}" for name in fields))
+    else:
+        _say(HELP)
+    return config
+
+
+@contextlib.contextmanager
+def _line_editing():
+    """Line editing and a history that outlives the session, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    path = HISTORY.expanduser()
+    if not sys.stdin.isatty():
+        yield
+        return
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            readline.write_history_file(path)
+
+
+def _say(text):
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,270 @@
+"""gpt2cli train: fine-tune a model on your own text."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from gpt2cli import dataset, files
+from gpt2cli.errors import UserError
+
+
+def run(config):
+    """Train until --steps, Ctrl-C or SIGTERM; whichever ends it, the run is saved first.
+
+    Returns:
+        The run folder, a Path.
+    """
+    run_folder = files.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
+    prefix, resumed = starting_point(config, run_folder)
+    config_of_model = files.read_config(prefix.parent)
+    dataset.find(config.dataset)
+    if config.val_dataset is not None:
+        dataset.find(config.val_dataset)
+    if config.seq_length > config_of_model.n_ctx:
+        raise UserError(
+            f"--seq_length {config.seq_length} is more than the model's n_ctx, {config_of_model.n_ctx}"
+        )
+
+    from gpt2cli import inference  # what can be refused was refused before this import
+
+    vocabulary = inference.load_vocabulary(prefix.parent)
+    tokens, held_out = (
+        path and dataset.load(path, vocabulary, config, config_of_model.n_vocab)
+        for path in (config.dataset, config.val_dataset)
+    )
+    with stop_signals() as stop:
+        run = Run(config, run_folder, prefix, resumed, vocabulary)
+        run.train(tokens, held_out, stop)
+    if stop.received == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stop.received:
+        sys.exit(128 + stop.received)
+    return run_folder
+
+
+def starting_point(config, run_folder):
+    """Where the weights come from: (checkpoint prefix, whether the run goes on from it).
+
+    Raises:
+        UserError: there is no such checkpoint, or the run's own would be overwritten.
+    """
+    saved = files.saved_steps(run_folder)
+    if config.restore_from == "latest" and saved:
+        return files.find_checkpoint(run_folder), True
+    if config.restore_from in ("latest", "fresh"):
+        prefix = files.find_checkpoint(files.model_dir(config.models_dir, config.model_name))
+    else:
+        prefix = files.find_checkpoint(config.restore_from)
+        if prefix.parent.resolve() == run_folder.resolve():
+            return prefix, True
+    if saved and not config.overwrite:
+        raise UserError(
+            f"{run_folder} has checkpoints, up to step {saved[-1]}. Go on from them with "
+            "--restore_from latest, name another --run_name, or replace them with --overwrite"
+        )
+    return prefix, False
+
+
+class Run:
+    """One training run: model, optimizer, and what is written into its folders.
+
+    Args:
+        config: TrainConfig.
+        folder: the run's folder.
+        prefix: the checkpoint to start from.
+        resumed: go on with its step, seed and optimizer state.
+        vocabulary: the encoder, or None for a model without one.
+    """
+
+    def __init__(self, config, folder, prefix, resumed, vocabulary):
+        from gpt2cli import checkpoint, engine, inference, training
+
+        self.folder, self.checkpoint = folder, checkpoint
+        self.replaced = () if resumed else files.saved_steps(folder)
+        _say(f"{prefix}: {engine.describe_devices()}")
+        network = checkpoint.load(prefix, config.precision, weights_precision="float32")
+        self.model = inference.Model(network, vocabulary)
+        tensors, state = checkpoint.load_training(prefix) if resumed else ({}, None)
+        state = state or {"step": _counter(folder) if resumed else 0}
+        seed = config.seed if config.seed is not None else state.get("seed")
+        if seed is None:
+            seed = inference.new_seed()
+            _say(f"seed {seed}")
+        self.config = dataclasses.replace(config, seed=seed)
+        self.step = self.saved = state["step"]
+        self.running_loss = state.get("running_loss", [0.0, 0.0])
+        self.trainer = training.Trainer(network, self.config)
+        if tensors:
+            self.trainer.restore(tensors)
+        checkpoint.copy_description(prefix.parent, folder)
+        with files.replacing(folder / "train.json", "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self.config), file, indent=2, ensure_ascii=False)
+        self.events = training.Events(folder)
+
+    def train(self, tokens, held_out, stop):
+        """Take steps until --steps or `stop`; save, sample and validate on the way."""
+        config, n_ctx = self.config, self.model.config.n_ctx
+        length = config.seq_length or n_ctx
+        rows = config.batch_size * config.accumulate_gradients
+        _say(
+            f"{config.dataset}: {tokens.total} tokens; a step reads {rows} x {length}; "
+            f"run {self.folder}, step {self.step}"
+        )
+        if config.steps and self.step >= config.steps:
+            _say(f"the run has its {config.steps} steps already; raise --steps to go on")
+            return
+        began = time.monotonic()
+        if config.val_every and self.step == 0:
+            self.validate(held_out, length)
+        while not stop.received and (not config.steps or self.step < config.steps):
+            started = time.monotonic()
+            batch = tokens.windows(
+                self.step, rows, length, config.seed, config.noise, self.model.config.n_vocab
+            )
+            loss = self.trainer.step(self.step, batch)
+            now = time.monotonic()
+            self.report(loss, now - began, batch.inputs.size / (now - started))
+            if self.step % config.save_every == 0:
+                self.save()
+            if stop.received:
+                break
+            with stop.interrupting():
+                if config.sample_every and self.step % config.sample_every == 0:
+                    self.write_samples()
+                if config.val_every and self.step % config.val_every == 0:
+                    self.validate(held_out, length)
+        self.save()
+        self.events.close()
+        _say(
+            f"saved {self.folder} at step {self.step}; sample from it with: "
+            f"gpt2cli sample --run_name {config.run_name}"
+        )
+
+    def report(self, loss, seconds, speed):
+        """Count the step and print its line; a loss that is not finite ends the run."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {self.step + 1} is {loss}: training has diverged. "
+                f"{self.folder} keeps its last checkpoint, of step {self.saved}; go on from it with "
+                "a lower --learning_rate, --warmup_steps or --clip_norm 1"
+            )
+        self.step += 1
+        # the running average of nshepperd/gpt-2 train.py
+        self.running_loss = [self.running_loss[0] * 0.99 + loss, self.running_loss[1] * 0.99 + 1]
+        average = self.running_loss[0] / self.running_loss[1]
+        _say(
+            f"[{self.step} | {seconds:.2f}] loss={loss:.4f} avg={average:.4f} {speed:.0f} tokens/s"
+        )
+        self.events.write(self.step, loss=loss, tokens_per_second=speed)
+
+    def save(self):
+        """Write a checkpoint of this step, unless there is one."""
+        if self.saved == self.step and files.saved_steps(self.folder):
+            return
+        state = {"step": self.step, "seed": self.config.seed, "running_loss": self.running_loss}
+        network, optimizer = self.model.network, self.trainer.state()
+        self.checkpoint.save_run(
+            self.folder, network, optimizer, state, self.config.keep, self.replaced
+        )
+        self.saved, self.replaced = self.step, ()
+
+    def write_samples(self):
+        """Write samples/RUN_NAME/samples-STEP, and show them."""
+        from gpt2cli.config import GenerateSettings
+
+        config = self.config
+        explicit = config.top_k is not None
+        settings = GenerateSettings(
+            length=config.sample_length,
+            nsamples=config.sample_num,
+            batch_size=config.sample_num,
+            top_k=config.top_k if explicit else (0 if config.top_p else 40),
+            top_p=config.top_p,
+            seed=config.seed,
+        )
+        prompt = None if self.model.encoder else [0]
+        first = self.step * config.sample_num
+        texts = [s.show("text") for s in self.model.samples([prompt], settings, first)]
+        path = Path(config.sample_dir) / config.run_name / f"samples-{self.step}"
+        with files.replacing(path, "w", encoding="utf-8") as file:
+            file.write("\n".join(texts) + "\n")
+        print("\n".join(texts), flush=True)
+
+    def validate(self, held_out, length):
+        """Print the mean loss of --val_batch_count batches, the same ones each time."""
+        config = self.config
+        batches = (
+            held_out.windows(number, config.val_batch_size, length, VALIDATION_SEED)
+            for number in range(config.val_batch_count)
+        )
+        loss, _ = self.model.mean_loss(batches)
+        _say(f"[{self.step}] validation loss={loss:.4f} perplexity={math.exp(min(loss, 700)):.2f}")
+        self.events.write(self.step, validation_loss=loss)
+
+
+VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
+
+
+def _counter(folder):
+    """The step that nshepperd's `counter` file names, for a run that his program wrote."""
+    with contextlib.suppress(UserError, ValueError):
+        return int(files.read_text(folder / "counter"))
+    return 0
+
+
+class Stop:
+    """A request to stop; `received` is the signal's number, or 0."""
+
+    def __init__(self):
+        self.received = 0
+        self._raise = False
+
+    def handle(self, number, frame):
+        """The signal handler: wait for the step's end, or break off a sample at once."""
+        if self.received:  # asked twice: do not wait
+            raise KeyboardInterrupt
+        self.received = number
+        _say("stopping after this step; the run is saved first")
+        if self._raise:
+            raise _Stopped
+
+    @contextlib.contextmanager
+    def interrupting(self):
+        """What happens inside may be broken off, because nothing of it is needed to go on."""
+        self._raise = True
+        try:
+            yield
+        except _Stopped:
+            pass
+        finally:
+            self._raise = False
+
+
+class _Stopped(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Turn Ctrl-C and SIGTERM into a Stop while the block runs (in the main thread)."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop.handle) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _say(text):
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,300 @@
+"""A model with its vocabulary, ready for use: logits, loss, generated text.
+
+`sample`, `interactive`, `evaluate`, the samples of `train` and the Python functions all go through
+`Model`; text becomes ids and ids become text here, `sampling` knows only ids.
+"""
+
+import itertools
+import json
+import secrets
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from gpt2cli import checkpoint, dataset, encoder, files, sampling, training
+from gpt2cli.config import GenerateSettings
+from gpt2cli.engine import tf
+from gpt2cli.errors import UsageError, UserError
+
+BANNER = "=" * 40  # openai/gpt-2 src/generate_unconditional_samples.py
+STREAMED = 4  # tokens between two pieces of a streamed text
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text.
+
+    Args:
+        index: its number among all samples of the call.
+        prompt: what it goes on from: a text, a list of ids, or None.
+        text: what was generated (after the prompt, with include_prefix); None without a vocabulary.
+        tokens: the generated ids, without the end token; with a stop text, up to the token that
+            completed it.
+        finish_reason: length, stop (a stop text) or end (the end token).
+        seed: with the same seed and index the same text comes again.
+    """
+
+    index: int
+    prompt: str | list[int] | None
+    text: str | None
+    tokens: list[int]
+    finish_reason: str
+    seed: int
+
+    def show(self, format):
+        """The sample as it is printed: "text", OpenAI's banner and the text, or "jsonl"."""
+        if format == "jsonl":
+            return json.dumps(asdict(self), ensure_ascii=False)
+        text = " ".join(map(str, self.tokens)) if self.text is None else self.text
+        return f"{BANNER} SAMPLE {self.index + 1} {BANNER}\n{text}"
+
+
+class Continuation:
+    """The text of one row while it is generated: decodes, and finds where it stops."""
+
+    def __init__(self, index, prompt, vocabulary, settings):
+        self.index, self.prompt, self.settings = index, prompt, settings
+        self.tokens = []
+        self.text = ""
+        self.stopped = False
+        self._given = 0
+        self._stream = vocabulary.stream() if vocabulary else None
+        self._longest = max(map(len, self._ends(always=True)), default=1)
+
+    def _ends(self, always=False):
+        """The texts that end it now; --stop waits for --min_length, --truncate does not."""
+        enough = always or len(self.tokens) >= self.settings.min_length
+        truncate = (self.settings.truncate,) if self.settings.truncate else ()
+        return (*(self.settings.stop if enough else ()), *truncate)
+
+    def feed(self, tokens):
+        """Add generated ids; sets `stopped` where a stop text is complete."""
+        for token in tokens:
+            if self.stopped:
+                return
+            self.tokens.append(token)
+            if self._stream:
+                self._add(self._stream.feed([token]))
+
+    def finish(self):
+        """No more ids will come: give out what a half character held back."""
+        if self._stream and not self.stopped:
+            self._add(self._stream.finish())
+        self._stream = None
+
+    def _add(self, piece):
+        # A stop text may have begun in the text before, but ends in this piece.
+        start = max(0, len(self.text) - self._longest + 1)
+        self.text += piece
+        found = [at for end in self._ends() if (at := self.text.find(end, start)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.stopped = True
+
+    def fresh(self, finished):
+        """Text that was not given out before; what may be the start of a stop text waits."""
+        ends = () if finished or self.stopped else self._ends(always=True)
+        held = max(
+            (n for end in ends for n in range(1, len(end)) if self.text.endswith(end[:n])),
+            default=0,
+        )
+        piece = self.text[self._given : len(self.text) - held]
+        self._given += len(piece)
+        return piece
+
+
+class Model:
+    """A GPT-2 and its vocabulary. Made by `load_model`; every method may be called many times.
+
+    Attributes:
+        network: the model.GPT2.
+        encoder: BPE, WordPiece, or None for a folder without a vocabulary.
+        config: ModelConfig.
+    """
+
+    def __init__(self, network, vocabulary):
+        self.network, self.encoder, self.config = network, vocabulary, network.config
+        self._programs = sampling.Programs(network)
+        self._evaluator = training.Evaluator(network)
+        self._logits = tf.function(
+            network, input_signature=[tf.TensorSpec([None, None], tf.int32)], autograph=False
+        )
+
+    def logits(self, tokens):
+        """Ids of one sequence, 1 to n_ctx -> float32 [T, n_vocab]: scores of what follows each."""
+        tokens = self._checked(tokens)
+        if len(tokens) > self.config.n_ctx:
+            raise UserError(f"{len(tokens)} tokens; the model reads {self.config.n_ctx} at once")
+        return self._logits(np.array([tokens], np.int32))[0].numpy()
+
+    def loss(self, tokens):
+        """Ids of one text, 2 or more -> mean nats a token; see `evaluate`."""
+        return self.evaluate(dataset.Tokens([np.array(self._checked(tokens), np.int32)]))[0]
+
+    def evaluate(self, tokens, batch_size=1):
+        """dataset.Tokens -> (mean loss in nats a token, tokens predicted).
+
+        The text is cut into windows of n_ctx predictions, each beginning with the last token of
+        the one before: every token but the first is predicted once.
+        """
+        return self.mean_loss(tokens.evaluation_windows(self.config.n_ctx, batch_size))
+
+    def mean_loss(self, batches):
+        """Batches of dataset.Batch -> (mean loss in nats a token, tokens predicted)."""
+        return self._evaluator.mean_loss(batches)
+
+    def generate(self, prompts=None, **settings):
+        """Continue each prompt.
+
+        Args:
+            prompts: a text, a list of ids, a list of such, or None for text from nothing.
+            settings: the fields of config.GenerateSettings: length, temperature, top_k, ...
+
+        Returns:
+            A list of Sample: all samples of the first prompt, of the second, ...
+        """
+        try:
+            settings = GenerateSettings(**settings)
+        except TypeError as error:
+            raise UsageError(str(error).removeprefix("GenerateSettings.__init__() ")) from None
+        if settings.nsamples == 0:
+            raise UsageError("nsamples must be at least 1 here; `samples` goes on for ever with 0")
+        one = prompts is None or isinstance(prompts, str)
+        if one or (len(prompts) and isinstance(prompts[0], int | np.integer)):
+            prompts = [prompts]
+        plain = [p if p is None or isinstance(p, str) else [int(t) for t in p] for p in prompts]
+        return list(self.samples(plain, settings))
+
+    def samples(self, prompts, settings, first_index=0):
+        """Yield the Samples of GenerateSettings for a list of prompts, batch by batch."""
+        seed = new_seed() if settings.seed is None else settings.seed
+        width = 0
+        for batch in self._batches(prompts, settings, first_index):
+            width = width or len(batch)
+            growing = self._continue(batch, settings, seed, sampling.CHUNK, width)
+            for rows, finished in growing:
+                if finished:
+                    yield from (self._sample(row, settings, seed) for row in rows)
+
+    def stream(self, prompt, settings, index=0):
+        """Yield the text of one sample in pieces, as it is generated, and last the Sample."""
+        seed = new_seed() if settings.seed is None else settings.seed
+        for (row,), finished in self._continue([(index, prompt)], settings, seed, STREAMED, 1):
+            yield row.fresh(finished)
+        yield self._sample(row, settings, seed)
+
+    def check_prompt(self, prompt):
+        """Refuse (UserError) a prompt that cannot be continued; returns its ids."""
+        if prompt is not None and not isinstance(prompt, str):
+            ids = self._checked(prompt)
+            if not ids:
+                raise UserError("a prompt of token ids must hold at least one")
+            return ids
+        if self.encoder is None:
+            raise UserError(
+                "this model folder has no vocabulary: give the prompt as token ids, with "
+                '--prompts FILE.jsonl and lines such as {"tokens": [464, 2068]}'
+            )
+        ids = self.encoder.prefix + self.encoder.encode(prompt or "")
+        return self._checked(ids or [self.encoder.start])
+
+    def length_of(self, settings, prompt):
+        """The tokens to generate: --length, or n_ctx, or half of that after a prompt."""
+        return settings.length or (self.config.n_ctx // 2 if prompt else self.config.n_ctx) or 1
+
+    def _checked(self, tokens):
+        tokens = [int(token) for token in tokens]
+        wrong = next((t for t in tokens if not 0 <= t < self.config.n_vocab), None)
+        if wrong is not None:
+            raise UserError(
+                f"token {wrong} is not in the model, whose n_vocab is {self.config.n_vocab}"
+            )
+        return tokens
+
+    def _batches(self, prompts, settings, first_index):
+        """Lists of (index, prompt), each of batch_size but perhaps the last."""
+        if settings.nsamples:
+            jobs = (prompt for prompt in prompts for _ in range(settings.nsamples))
+        else:
+            jobs = itertools.cycle(prompts)
+        numbered = enumerate(jobs, first_index)
+        while batch := list(itertools.islice(numbered, settings.batch_size)):
+            yield batch
+
+    def _continue(self, batch, settings, seed, limit, width):
+        """Generate a batch of (index, prompt); yields (Continuations, all finished) as they grow.
+
+        Rows are filled up to `width`: the loop is compiled for that many.
+        """
+        if self.encoder is None and (settings.stop or settings.truncate):
+            raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
+        ids = [self.check_prompt(prompt) for _, prompt in batch]
+        rows = [Continuation(i, prompt, self.encoder, settings) for i, prompt in batch]
+        length = max(self.length_of(settings, prompt) for _, prompt in batch)
+        spare = width - len(batch)
+        unknown = range(self.encoder.n_vocab, self.config.n_vocab) if self.encoder else ()
+        generation = sampling.Generation(
+            self.network,
+            self._programs,
+            ids + [[0]] * spare,
+            settings,
+            length=length,
+            seed=seed,
+            indices=[row.index for row in rows] + [None] * spare,
+            end=self.encoder.end if self.encoder else None,
+            banned=[*self.encoder.banned, *unknown] if self.encoder else [],
+        )
+        while not generation.finished.all():
+            for number, tokens in enumerate(generation.step(limit)[: len(rows)]):
+                row, most = rows[number], self.length_of(settings, rows[number].prompt)
+                row.feed(tokens[: most - len(row.tokens)])
+                if row.stopped or len(row.tokens) >= most:
+                    generation.finish(number)
+                if generation.finished[number]:
+                    row.finish()
+            yield rows, bool(generation.finished.all())
+
+    def _sample(self, row, settings, seed):
+        if row.stopped:
+            reason = "stop"
+        else:
+            full = len(row.tokens) >= self.length_of(settings, row.prompt)
+            reason = "length" if full else "end"
+        text = row.text if self.encoder else None
+        if settings.include_prefix and self.encoder:
+            prompt = row.prompt or ""
+            text = (prompt if isinstance(prompt, str) else self.encoder.decode(prompt)) + text
+        return Sample(row.index, row.prompt, text, row.tokens, reason, seed)
+
+
+def new_seed():
+    """A seed for somebody who gave none: short enough to type again."""
+    return secrets.randbelow(2**31)
+
+
+def load_model(path, precision="float32"):
+    """The Model of a model folder, a run folder, or a checkpoint's path without its ending.
+
+    Args:
+        path: the folder or prefix; a folder without a vocabulary loads, for ids only.
+        precision: "float32" or "bfloat16", of weights and activations.
+
+    Raises:
+        UserError: says which file is wrong and what to do.
+    """
+    prefix = files.find_checkpoint(path)
+    vocabulary = load_vocabulary(prefix.parent)
+    return Model(checkpoint.load(path, precision), vocabulary)
+
+
+def load_vocabulary(folder):
+    """The folder's encoder, or None; UserError where it has more ids than the model."""
+    if not encoder.exists(folder):
+        return None
+    vocabulary, n_vocab = encoder.load(folder), files.read_config(folder).n_vocab
+    if vocabulary.n_vocab > n_vocab:
+        raise UserError(
+            f"{folder}: the vocabulary has {vocabulary.n_vocab} tokens, the model (hparams.json) "
+            f"{n_vocab}. Use the vocabulary files that belong to it"
+        )
+    return vocabulary
