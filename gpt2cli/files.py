@@ -15,7 +15,10 @@ DEFAULT_MODEL = "124M"
 SHARD = ".data-00000-of-00001"  # the data file of a checkpoint; we write one
 
 # Everything of a model folder but the weights; a run folder gets copies of those that exist.
-ENCODER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "vocab.txt")
+ENCODER_FILES = (
+    *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt"),
+    *("vocab.txt", "tokenizer_config.json"),
+)
 
 
 @contextlib.contextmanager

@@ -75,11 +75,12 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """[B, V], p [B] -> [B, V]: the fewest likeliest that together reach p, all others at -inf.
 
-    The token that crosses p is kept (openai/gpt-2 drops it), so at least one is; p = 0 keeps all.
+    The token that crosses p is kept (openai/gpt-2 drops it), so at least one is; 0 and 1 keep all.
     Nucleus sampling, arXiv 1904.09751.
     """
     probs = tf.nn.softmax(logits)
-    p = tf.where(p > 0, p, 2.0)  # no sum of probabilities reaches 2: all are kept
+    # A sum of probabilities may round to 1 before all are in it, but never reaches 2.
+    p = tf.where((p > 0) & (p < 1), p, 2.0)
 
     def enough(kept):
         return tf.reduce_sum(tf.where(kept, probs, 0.0), -1) >= p

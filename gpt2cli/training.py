@@ -94,7 +94,7 @@ class Trainer:
         self._step = step
 
     def step(self, number, batch):
-        """Take step `number` (0, 1, ...) with a dataset.Batch of [A * B, T]; gives the mean loss."""
+        """Take step `number` (0, 1, ...) with a dataset.Batch of [A * B, T]; the mean loss."""
         self.optimizer.learning_rate = learning_rate(self.config, number)
         parts = self.config.accumulate_gradients
         split = (np.reshape(field, [parts, -1, field.shape[1]]) for field in batch)

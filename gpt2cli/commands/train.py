@@ -22,20 +22,20 @@ def run(config):
     """
     run_folder = files.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
     prefix, resumed = starting_point(config, run_folder)
-    config_of_model = files.read_config(prefix.parent)
+    sizes = files.read_config(prefix.parent)
     dataset.find(config.dataset)
     if config.val_dataset is not None:
         dataset.find(config.val_dataset)
-    if config.seq_length > config_of_model.n_ctx:
+    if config.seq_length > sizes.n_ctx:
         raise UserError(
-            f"--seq_length {config.seq_length} is more than the model's n_ctx, {config_of_model.n_ctx}"
+            f"--seq_length {config.seq_length} is more than the model's n_ctx, {sizes.n_ctx}"
         )
 
     from gpt2cli import inference  # what can be refused was refused before this import
 
     vocabulary = inference.load_vocabulary(prefix.parent)
     tokens, held_out = (
-        path and dataset.load(path, vocabulary, config, config_of_model.n_vocab)
+        path and dataset.load(path, vocabulary, config, sizes.n_vocab)
         for path in (config.dataset, config.val_dataset)
     )
     with stop_signals() as stop:
@@ -150,9 +150,9 @@ class Run:
         """Count the step and print its line; a loss that is not finite ends the run."""
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss of step {self.step + 1} is {loss}: training has diverged. "
-                f"{self.folder} keeps its last checkpoint, of step {self.saved}; go on from it with "
-                "a lower --learning_rate, --warmup_steps or --clip_norm 1"
+                f"the loss of step {self.step + 1} is {loss}: training has diverged. The newest "
+                f"checkpoint in {self.folder} is of step {self.saved}; go on from it with a lower "
+                "--learning_rate, with --warmup_steps or --clip_norm 1"
             )
         self.step += 1
         # the running average of nshepperd/gpt-2 train.py

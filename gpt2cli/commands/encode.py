@@ -1,0 +1,101 @@
+"""gpt2cli encode: text files -> token ids in one .npz or .npy."""
+
+import collections
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt2cli import dataset, encoder, files
+from gpt2cli.errors import UserError
+
+
+def run(config):
+    """Encode `config.in_text` with a model's vocabulary into `config.out_npz`; report on stderr.
+
+    Raises:
+        UserError: no vocabulary, unreadable input, nothing in it, or an output that is the input.
+    """
+    started = time.monotonic()
+    vocabulary = encoder.load(files.source_dir(config))
+    out = Path(config.out_npz)
+    paths = _inputs(config.in_text, out)
+    report = Report(vocabulary)
+    size = sum(path.stat().st_size for path in paths)
+    # disable=None: a bar on a terminal, nothing in a log file.
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        parts = dataset.encode(
+            paths, vocabulary, config, progress=bar.update, seen=report.count_unknown
+        )
+        parts = report.watch(parts, config.in_text)
+        if out.suffix == ".npy":
+            dataset.save_npy(out, parts, dataset.dtype_of(vocabulary.n_vocab))
+        else:
+            dataset.save_npz(out, parts)
+    print(report.summary(out, size, time.monotonic() - started), file=sys.stderr)
+
+
+def _inputs(in_text, out):
+    """The files to encode: never the one that is about to be replaced."""
+    paths = dataset.find(in_text)
+    others = [path for path in paths if not (out.exists() and path.samefile(out))]
+    if not others:
+        raise UserError(f"{out} would be written over its own input. Name another file as OUT")
+    if len(others) < len(paths):
+        print(f"{out} lies among the input and is not read: it is written anew", file=sys.stderr)
+    return others
+
+
+class Report:
+    """What the summary says, gathered while the ids go by."""
+
+    def __init__(self, vocabulary):
+        self._vocabulary = vocabulary
+        self._tokens = self._ends = self._chunks = self._unknown = 0
+        self._missing = collections.Counter()  # character -> times
+        self._lock = threading.Lock()
+
+    def watch(self, parts, in_text):
+        """Pass on what dataset.encode yields and count it; UserError if there was nothing."""
+        between = True  # no id of the present chunk was seen yet
+        for ids, ends in parts:
+            self._tokens += len(ids)
+            if self._vocabulary.end is not None:
+                self._ends += int(np.count_nonzero(ids == self._vocabulary.end))
+            if len(ids):
+                self._chunks += between
+                between = False
+            between = between or ends
+            yield ids, ends
+        if not self._tokens:
+            raise UserError(f"{in_text} holds no text. Is it the right file?")
+
+    def count_unknown(self, text, ids):
+        """Note which characters of a text made it [UNK]; called from several threads."""
+        if not isinstance(self._vocabulary, encoder.WordPiece):
+            return
+        unknown = int(np.count_nonzero(ids == self._vocabulary.unknown))
+        if unknown:
+            missing = self._vocabulary.missing(text)
+            with self._lock:
+                self._unknown += unknown
+                self._missing.update(missing)
+
+    def summary(self, out, size, seconds):
+        """The lines that are printed at the end."""
+        chunks = "chunk" if self._chunks == 1 else "chunks"
+        lines = [
+            f"{out}: {self._tokens:,} tokens in {self._chunks:,} {chunks}, {self._ends:,} of them "
+            f"end tokens; {size / self._tokens:.2f} bytes of input a token; "
+            f"{out.stat().st_size:,} bytes written in {seconds:.1f} s"
+        ]
+        if self._unknown:
+            common = " ".join(char for char, _ in self._missing.most_common(10))
+            lines.append(
+                f"{self._unknown / self._tokens:.2%} of the tokens are [UNK]: the vocabulary "
+                f"lacks {common or 'words this long'}"
+            )
+        return "\n".join(lines)

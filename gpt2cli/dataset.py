@@ -1,0 +1,448 @@
+"""Text files -> token ids -> batches, as NumPy arrays; nothing of a corpus need fit in memory.
+
+Letters in shape comments: B rows of a batch, T tokens of a row.
+"""
+
+import codecs
+import collections
+import csv
+import glob
+import io
+import json
+import os
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2cli import files
+from gpt2cli.errors import UserError
+
+BLOCK = 2**18  # bytes read at a time, and about the characters given to one thread at a time
+SEPARATOR_LENGTH = len("<|endoftext|>")  # counts for --combine as in nshepperd/gpt-2
+ENCODED = (".npz", ".npy")
+
+
+def find(path):
+    """The files that a path means: itself, all of a folder (hidden ones apart), or of a glob.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    found = []
+    if path.is_dir():
+        for folder, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+    else:
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    found = sorted(name for name in found if name.is_file())
+    if not found:
+        what = "the folder holds no file" if path.is_dir() else "no file matches"
+        raise UserError(f"{what}: {path.absolute()}. Name a text file, a folder of them or a glob")
+    return found
+
+
+def _text(path, settings, progress):
+    """Blocks of a file's text; line ends become \\n (as in nshepperd/gpt-2), a BOM is dropped."""
+    decoder = codecs.getincrementaldecoder(settings.encoding)(settings.errors)
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    offset = 0
+    binary = (
+        f"{path} is not a text file: it holds NUL bytes. Take it out of the input, or name its "
+        "encoding with --encoding if it is UTF-16 text or the like"
+    )
+    try:
+        with open(path, "rb") as file:
+            while True:
+                block = file.read(BLOCK)
+                held = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeError as error:
+                    if b"\0" in block:
+                        raise UserError(binary) from None
+                    at = offset - held + getattr(error, "start", 0)
+                    raise UserError(
+                        f"{path}: byte {at} is not {settings.encoding} text "
+                        f"({getattr(error, 'reason', error)}). Name the right encoding with "
+                        "--encoding NAME, or write U+FFFD for such bytes with --errors replace"
+                    ) from None
+                if "\0" in text:
+                    raise UserError(binary)
+                text = newlines.decode(text, final=not block)
+                yield text.removeprefix("\ufeff") if offset == 0 else text
+                offset += len(block)
+                progress(len(block))
+                if not block:
+                    return
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _lines(blocks):
+    """Blocks of text as lines with their \\n (str.splitlines also splits at U+2028 and such)."""
+    rest = []
+    for block in blocks:
+        *lines, last = block.split("\n")
+        for line in lines:
+            yield "".join((*rest, line, "\n"))
+            rest.clear()
+        rest.append(last)
+    if any(rest):
+        yield "".join(rest)
+
+
+def _csv_records(path, settings, blocks):
+    """The fields of a CSV file of one column."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(_lines(blocks), strict=True)
+    try:
+        for number, row in enumerate(row for row in rows if row):
+            if len(row) > 1:
+                raise UserError(
+                    f"{path} line {rows.line_num} has {len(row)} columns, not one. Put the text "
+                    'in "quotes" (and double those inside), or make a .jsonl of it'
+                )
+            if number or not settings.csv_header:
+                yield row[0]
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num} is not CSV: {error}") from None
+
+
+def _jsonl_records(path, settings, blocks):
+    """The texts of a file with one JSON string, or object with "text", a line."""
+    for number, line in enumerate(_lines(blocks), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is not JSON: {error}") from None
+        value = value.get("text") if isinstance(value, dict) else value
+        if not isinstance(value, str):
+            raise UserError(
+                f'{path} line {number} must be a JSON string or an object with a "text" string'
+            )
+        yield value
+
+
+class _Part(NamedTuple):
+    """A part of a document, cut where the encoder allows it."""
+
+    text: str
+    opens: bool  # the document begins with it
+    closes: bool  # ... ends with it
+
+
+def _parts(path, encoder, settings, progress):
+    """The documents of one text file in parts; documents without a character are left out."""
+    blocks = _text(path, settings, progress)
+    records = {".csv": _csv_records, ".jsonl": _jsonl_records}.get(path.suffix.lower())
+    if records:
+        yield from (_Part(t, True, True) for t in records(path, settings, blocks) if t)
+        return
+    waiting, opens = [], True
+    for block in blocks:
+        match = encoder.CUT.search(block)
+        cut = match.start() if match else 0
+        if cut:
+            yield _Part("".join((*waiting, block[:cut])), opens, False)
+            waiting, opens = [], False
+        waiting.append(block[cut:])
+    text = "".join(waiting)
+    if text or not opens:
+        yield _Part(text, opens, True)
+
+
+def _groups(paths, encoder, settings, n_vocab, progress):
+    """Work for the threads: lists of _Part with None where a chunk ends, or chunks read ready."""
+    group, size, length = [], 0, 0
+    for path in paths:
+        if path.suffix.lower() in ENCODED:
+            if group or length:
+                yield [*group, None]
+                group, size, length = [], 0, 0
+            yield from _read_encoded(path, n_vocab)
+            progress(path.stat().st_size)
+            continue
+        if encoder is None:
+            raise UserError(
+                f"{path} is text, and this model folder has no vocabulary to read it with. Copy "
+                "the vocabulary files into it, or give an encoded .npz or .npy"
+            )
+        for part in _parts(path, encoder, settings, progress):
+            group.append(part)
+            size += len(part.text)
+            length += len(part.text) + SEPARATOR_LENGTH * part.closes
+            if size >= BLOCK:
+                yield group
+                group, size = [], 0
+        # nshepperd/gpt-2 load_dataset.py asks for the length without the last separator.
+        if length - SEPARATOR_LENGTH >= settings.combine:
+            group.append(None)
+            length = 0
+    if length:
+        group.append(None)
+    if group:
+        yield group
+
+
+def _in_order(function, items):
+    """map() on all cores, a few items ahead of the consumer at most."""
+    workers = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
+    waiting = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def dtype_of(n_vocab):
+    """The smaller of two integer types that holds all ids."""
+    return np.dtype(np.uint16 if n_vocab <= 2**16 else np.int32)
+
+
+def encode(paths, encoder, settings, n_vocab=None, progress=lambda size: None, seen=None):
+    """Files -> token ids, after each document the real end token (WordPiece: [CLS] ... [SEP]).
+
+    Files shorter than `settings.combine` characters share a chunk with those after them; the
+    chunks of an encoded file are taken as they are.
+
+    Args:
+        paths: from `find`.
+        encoder: from encoder.load, or None if no path is text.
+        settings: a config.TextSettings.
+        n_vocab: ids must be below it; the encoder's if not given.
+        progress: is told the bytes that were read.
+        seen: is given each text and its ids without separators, from several threads.
+
+    Yields:
+        (1-D array, whether it ends a chunk): long chunks come in parts. The array's type is
+        dtype_of(n_vocab), or, of a mapped .npy, what it is in the file.
+
+    Raises:
+        UserError: a file cannot be read, is not text in that encoding, or holds wrong ids.
+    """
+    n_vocab = n_vocab or encoder.n_vocab
+    dtype = dtype_of(n_vocab)
+
+    def encode_group(group):
+        if isinstance(group, np.memmap):
+            return [(group, True)]
+        if isinstance(group, np.ndarray):
+            return [(group.astype(dtype), True)]
+        texts = [part.text for part in group if part]
+        arrays = encoder.arrays(texts, special=settings.special == "token") if texts else []
+        if seen:
+            for text, ids in zip(texts, arrays, strict=True):
+                seen(text, ids)
+        parts = list(_assemble(group, iter(arrays), encoder))
+        for ids, _ in parts:
+            _check_range(ids, n_vocab, "the text in this folder's vocabulary")
+        return [(ids.astype(dtype), ends) for ids, ends in parts]
+
+    for parts in _in_order(encode_group, _groups(paths, encoder, settings, n_vocab, progress)):
+        yield from parts
+
+
+def _assemble(group, arrays, encoder):
+    """Put separators around the ids of a group's documents: yields what `encode` yields."""
+    before = np.array(encoder.prefix, np.int32)
+    after = np.array([] if encoder.end is None else [encoder.end], np.int32)
+    found = [before[:0]]
+    for part in group:
+        if part is None:
+            yield np.concatenate(found), True
+            found = [before[:0]]
+        else:
+            found += [before] * part.opens + [next(arrays)] + [after] * part.closes
+    yield np.concatenate(found), False
+
+
+def save_npz(path, parts):
+    """Write what `encode` yields as nshepperd/gpt-2's encode.py does: a chunk each is arr_0, ...
+
+    One chunk at a time is in memory. UserError if the file cannot be written.
+    """
+    with files.replacing(path) as file:
+        # Level 1: three times as fast as zlib's default, and a tenth larger.
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for number, chunk in enumerate(_chunks(parts)):
+                header = {"descr": np.lib.format.dtype_to_descr(chunk[0].dtype)}
+                header |= {"fortran_order": False, "shape": (sum(map(len, chunk)),)}
+                with archive.open(f"arr_{number}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for ids in chunk:
+                        member.write(ids.data)
+
+
+def save_npy(path, parts, dtype):
+    """Write what `encode` yields as one 1-D array that np.load can map; nothing stays in memory.
+
+    UserError if the file cannot be written.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+    total = 0
+    with files.replacing(path) as file:
+        # NumPy pads the header so that a longer shape fits into the same place.
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
+        start = file.tell()
+        for ids, _ in parts:
+            file.write(ids.astype(dtype, copy=False).data)
+            total += len(ids)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (total,)})
+        assert file.tell() == start, (file.tell(), start)
+
+
+def _chunks(parts):
+    """What `encode` yields -> lists of the arrays of one chunk, empty chunks left out."""
+    chunk = []
+    for ids, ends in parts:
+        if len(ids):
+            chunk.append(ids)
+        if ends and chunk:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _check_range(ids, n_vocab, where):
+    """UserError if an id is not in [0, n_vocab)."""
+    for start in range(0, len(ids), 2**24):  # bounded memory for a mapped file
+        block = ids[start : start + 2**24]
+        for value in (int(block.min()), int(block.max())):
+            if not 0 <= value < n_vocab:
+                raise UserError(
+                    f"{where} has token {value}, and this model knows 0 to {n_vocab - 1}. "
+                    "Encode the text with the vocabulary of the model that you use"
+                )
+
+
+def _read_encoded(path, n_vocab):
+    """The chunks of an .npz (of any program) or .npy, checked; an .npy is mapped, not read.
+
+    UserError for a file that is damaged or holds something else than ids.
+    """
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            yield _checked(loaded, n_vocab, f"{path}: the array")
+            return
+        with loaded as archive:
+            for name in archive.files:
+                yield _checked(archive[name], n_vocab, f"{path}: {name}")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is damaged or not a NumPy file ({error}). Make it again with: gpt2cli encode"
+        ) from None
+
+
+def _checked(ids, n_vocab, where):
+    """The array, if it is a 1-D one of ids below n_vocab."""
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        what = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "no array"
+        raise UserError(
+            f"{where} is {what}, not one row of whole numbers. Make it with: gpt2cli encode"
+        )
+    _check_range(ids, n_vocab, where)
+    return ids
+
+
+def load(path, encoder, settings, n_vocab):
+    """The tokens of a text, .csv, .jsonl, .npz or .npy file, folder or glob, as `Tokens`.
+
+    Args:
+        encoder: from encoder.load, or None if the model folder has no vocabulary.
+        settings: a config.TextSettings.
+        n_vocab: of the model; every id must be below it.
+
+    Raises:
+        UserError: nothing there, not readable, not for this model, or fewer than 2 tokens.
+    """
+    parts = encode(find(path), encoder, settings, n_vocab)
+    chunks = [c[0] if len(c) == 1 else np.concatenate(c) for c in _chunks(parts)]
+    return Tokens(chunks, path)
+
+
+class Batch(NamedTuple):
+    """What a model is fed: `targets` are what follows `inputs`; `mask` is 1 where that counts."""
+
+    inputs: np.ndarray  # [B, T] int32
+    targets: np.ndarray  # [B, T] int32
+    mask: np.ndarray  # [B, T] float32
+
+
+def _batch(rows, length):
+    """Arrays of at most length + 1 tokens -> Batch; what they lack is 0 and masked."""
+    tokens = np.zeros((len(rows), length + 1), np.int32)
+    mask = np.zeros((len(rows), length), np.float32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        mask[i, : max(len(row) - 1, 0)] = 1
+    return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), mask)
+
+
+class Tokens:
+    """A corpus: `chunks`, a list of 1-D integer arrays, and `total`, the number of their tokens."""
+
+    def __init__(self, chunks, path="the dataset"):
+        self.chunks = chunks
+        self.total = sum(len(chunk) for chunk in chunks)
+        if max(map(len, chunks), default=0) < 2:
+            raise UserError(
+                f"{path} holds {self.total} token{'s' * (self.total != 1)}; it takes 2 to predict "
+                "one. Is it the right file?"
+            )
+
+    def whole(self):
+        """All chunks one after the other, [total]."""
+        return self.chunks[0] if len(self.chunks) == 1 else np.concatenate(self.chunks)
+
+    def windows(self, step, batch_size, length, seed, noise=0.0, n_vocab=None):
+        """A random Batch of [batch_size, length]: the same for the same step and seed.
+
+        Each place at which length + 1 tokens of one chunk begin is equally likely, those at the
+        end of the chunk included; a chunk with fewer tokens counts as one place.
+
+        Args:
+            noise: share of the inputs that become any of the n_vocab ids; targets stay.
+        """
+        random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
+        sizes = np.array([len(chunk) for chunk in self.chunks])
+        places = np.cumsum(np.where(sizes < 2, 0, np.maximum(sizes - length, 1)))
+        rows = []
+        for place in random.integers(places[-1], size=batch_size):
+            number = np.searchsorted(places, place, side="right")
+            start = place - (places[number - 1] if number else 0)
+            rows.append(self.chunks[number][start : start + length + 1])
+        batch = _batch(rows, length)
+        if noise:
+            wrong = random.random(batch.inputs.shape) < noise
+            other = random.integers(n_vocab, size=batch.inputs.shape, dtype=np.int32)
+            batch = batch._replace(inputs=np.where(wrong, other, batch.inputs))
+        return batch
+
+    def evaluation_windows(self, n_ctx, batch_size=1):
+        """Batches [batch_size, n_ctx] in which every token but the first is predicted once.
+
+        Each window begins with the last token of the one before.
+        """
+        tokens = self.whole()
+        for first in range(0, len(tokens) - 1, n_ctx * batch_size):
+            starts = range(first, first + n_ctx * batch_size, n_ctx)
+            yield _batch([tokens[start : start + n_ctx + 1] for start in starts], n_ctx)

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Remake models/tiny: vocabulary and weights from the text of Python's own help, pydoc_data.topics.
+
+    python models/make_tiny.py            # about a quarter of an hour on two cores
+
+The text (some 470 kB of English about Python) comes with every Python installation, so nothing
+has to be fetched. The vocabulary is trained with the `tokenizers` package, the weights with
+gpt2cli itself from random ones; nothing of OpenAI's release is in it.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+import gpt2cli
+from gpt2cli import checkpoint, model
+from gpt2cli.config import ModelConfig
+
+TINY = Path(__file__).parent / "tiny"
+SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=160, n_head=5, n_layer=4)
+STEPS = 700
+
+
+def make_vocabulary(text, folder):
+    """Write encoder.json and vocab.bpe as OpenAI's: bytes, merges, the end token last."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES.n_vocab - 1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    bpe = json.loads(tokenizer.to_str())["model"]
+    vocab = {**bpe["vocab"], "<|endoftext|>": len(bpe["vocab"])}
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"]]
+    assert len(vocab) == SIZES.n_vocab, len(vocab)
+    (folder / "encoder.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *merges, ""]
+    (folder / "vocab.bpe").write_text("\n".join(lines), encoding="utf-8")
+
+
+def main():
+    """Make the folder anew."""
+    texts = [topics[name].strip() + "\n" for name in sorted(topics)]
+    TINY.mkdir(exist_ok=True)
+    make_vocabulary("\n".join(texts), TINY)
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        shutil.copytree(TINY, scratch / "models" / "tiny", dirs_exist_ok=True)
+        checkpoint.save(model.GPT2(SIZES, model.random_weights(SIZES)), scratch / "models" / "tiny")
+        corpus = scratch / "topics.jsonl"
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        corpus.write_text("".join(lines), encoding="utf-8")
+        run = gpt2cli.train(
+            dataset=corpus,
+            model_name="tiny",
+            models_dir=scratch / "models",
+            checkpoint_dir=scratch / "checkpoint",
+            sample_dir=scratch / "samples",
+            steps=STEPS,
+            batch_size=16,
+            learning_rate=0.002,
+            lr_schedule="cosine",
+            warmup_steps=50,
+            optimizer="adamw",
+            weight_decay=0.1,
+            clip_norm=1.0,
+            sample_every=STEPS,
+            sample_length=100,
+            seed=1,
+        )
+        checkpoint.save(checkpoint.load(run), TINY)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Small models and vocabularies that every test can use; nothing is fetched."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+TINY = ROOT / "models" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of the original programs' results, where this machine has it."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("../shared/golden is not on this machine")
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary():
+    """The folder with OpenAI's encoder.json and vocab.bpe, where this machine has it."""
+    if not (SHARED / "data" / "gpt2").is_dir():
+        pytest.skip("../shared/data is not on this machine")
+    return SHARED / "data" / "gpt2"
+
+
+def lively(config, seed=3):
+    """Weights far from their gentle initial values, so that a wrong formula shows."""
+    from gpt2cli import model
+
+    noise = np.random.default_rng(seed)
+    spread = {"g": (1, 0.3), "b": (0, 0.3), "w": (0, 0.3), "wte": (0, 0.15), "wpe": (0, 0.05)}
+
+    def initial(name, shape):
+        mean, deviation = spread[name.rsplit("/", 1)[1]]
+        return noise.normal(mean, deviation, shape).astype(np.float32)
+
+    return model.GPT2(config, initial)
+
+
+@pytest.fixture(scope="session")
+def network():
+    """Two layers, 32 wide, 97 tokens, a window of 24; random, lively weights."""
+    from gpt2cli.config import ModelConfig
+
+    return lively(ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2))
+
+
+@pytest.fixture(scope="session")
+def plain_model(network):
+    """`network` as a Model, without a vocabulary."""
+    from gpt2cli import inference
+
+    return inference.Model(network, None)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """models/tiny as a Model, with its vocabulary."""
+    import gpt2cli
+
+    return gpt2cli.load_model(TINY)
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty current folder with models/tiny in it."""
+    shutil.copytree(TINY, tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command line in this process; gives exit status, standard output, standard error."""
+    from gpt2cli.cli import main
+
+    def run(*words):
+        status = 0
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, out, err)
+
+    return run
+
+
+@pytest.fixture
+def shell():
+    """Run `python -m gpt2cli` as its own process, as a user would."""
+
+    def run(*words, **options):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+        return subprocess.run(
+            [sys.executable, "-m", "gpt2cli", *map(str, words)],
+            capture_output=True,
+            env=environment,
+            text="input" not in options or isinstance(options["input"], str),
+            timeout=300,
+            **options,
+        )
+
+    return run

@@ -1,0 +1,407 @@
+"""Text files -> ids -> batches: against nshepperd/gpt-2's .npz files, and by hand."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
+
+from gpt2cli import dataset, encoder
+from gpt2cli.config import TextSettings
+from gpt2cli.errors import UserError
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")
+DEFAULTS = TextSettings()
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A BPE of 300 tokens whose end token is 0."""
+    folder = tmp_path_factory.mktemp("bpe")
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator(
+        ["the kettle clicked off"], vocab_size=300, min_frequency=1, special_tokens=[encoder.END]
+    )
+    theirs.save_model(str(folder))
+    return encoder.load(folder)
+
+
+@pytest.fixture(scope="module")
+def wordpiece(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wordpiece")
+    (folder / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n今\n天\n气\n", encoding="utf-8")
+    return encoder.load(folder)
+
+
+def chunks_of(paths, vocabulary, settings=DEFAULTS):
+    """The chunks that the files become, as lists."""
+    parts = dataset.encode([Path(path) for path in paths], vocabulary, settings)
+    return [np.concatenate(chunk).tolist() for chunk in dataset._chunks(parts)]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@needs_shared
+def test_npz_files_of_nshepperd_load_as_the_ids_that_he_wrote():
+    folder = SHARED / "golden/nshepperd_npz"
+    for name, expected in json.loads((folder / "expected.json").read_text()).items():
+        tokens = dataset.load(folder / name, None, DEFAULTS, 50257)
+        assert [c.tolist() for c in tokens.chunks] == [a["ids"] for a in expected["arrays"]]
+        assert all(chunk.dtype == np.uint16 for chunk in tokens.chunks)
+
+
+@needs_shared
+def test_texts_encode_as_nshepperd_does_apart_from_his_spelled_separator():
+    folder = SHARED / "golden/nshepperd_npz"
+    gpt2 = encoder.load(SHARED / "data/gpt2")
+    spelled = gpt2.encode(encoder.END)
+    for expected in json.loads((folder / "expected.json").read_text()).values():
+        sources = [folder / name for name in expected["source"]]
+        ours = chunks_of(sources, gpt2, TextSettings(combine=expected["combine"]))
+        his = [array["ids"] for array in expected["arrays"]]
+        for our_chunk, his_chunk in zip(ours, his, strict=True):
+            again = []
+            for index in our_chunk:
+                again += spelled if index == gpt2.end else [index]
+            # He leaves the separator out after the file that completes a chunk; we never do.
+            assert again in (his_chunk, his_chunk + spelled)
+
+
+@needs_shared
+def test_spelled_texts_encode_to_the_very_ids_of_nshepperd():
+    folder = SHARED / "golden/nshepperd_npz"
+    gpt2 = encoder.load(SHARED / "data/gpt2")
+    for expected in json.loads((folder / "expected.json").read_text()).values():
+        chunks, text = [], ""
+        for name in expected["source"]:  # his load_dataset.py
+            text += (folder / name).read_text(encoding="utf-8")
+            if len(text) >= expected["combine"]:
+                chunks.append(text)
+                text = ""
+            else:
+                text += encoder.END
+        chunks += [text] if text else []
+        his = [array["ids"] for array in expected["arrays"]]
+        assert [gpt2.encode(chunk) for chunk in chunks] == his
+
+
+def test_a_text_is_followed_by_the_end_token_and_short_files_share_a_chunk(tmp_path, bpe):
+    paths = [
+        write(tmp_path / name, text)
+        for name, text in zip("abc", ("x", "yy", "z" * 40), strict=True)
+    ]
+    x, yy, z = (bpe.encode(path.read_text()) for path in paths)
+    assert chunks_of(paths, bpe) == [[*x, 0, *yy, 0, *z, 0]]
+    assert chunks_of(paths, bpe, TextSettings(combine=1)) == [[*x, 0], [*yy, 0], [*z, 0]]
+    # x, the 13 characters of a separator and yy are 16, as nshepperd counts.
+    assert chunks_of(paths, bpe, TextSettings(combine=16)) == [[*x, 0, *yy, 0], [*z, 0]]
+    assert chunks_of(paths, bpe, TextSettings(combine=17)) == [[*x, 0, *yy, 0, *z, 0]]
+
+
+def test_the_literal_end_token_means_the_token_unless_it_is_to_be_text(tmp_path, bpe):
+    path = write(tmp_path / "a.txt", f"x{encoder.END}y")
+    assert chunks_of([path], bpe) == [[*bpe.encode("x"), 0, *bpe.encode("y"), 0]]
+    as_text = chunks_of([path], bpe, TextSettings(special="text"))
+    assert as_text == [[*bpe.encode(f"x{encoder.END}y"), 0]]
+
+
+def test_wordpiece_documents_stand_between_cls_and_sep(tmp_path, wordpiece):
+    paths = [write(tmp_path / "a.txt", "今天\n"), write(tmp_path / "b.jsonl", '"天"\n"气"')]
+    assert chunks_of(paths, wordpiece) == [[1, 3, 4, 2, 1, 4, 2, 1, 5, 2]]
+
+
+@pytest.mark.parametrize("block", [7, 64, 1 << 18])
+def test_a_streamed_file_gives_the_ids_of_the_whole_text(tmp_path, bpe, monkeypatch, block):
+    monkeypatch.setattr(dataset, "BLOCK", block)
+    text = "the kettle  \n\n clicked\r\noff, 东京\u2028的夜\ufeff。\r" * 30 + f"{encoder.END} x" * 9
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbf" + text.encode())
+    newlines = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert chunks_of([path], bpe) == [[*bpe.encode(newlines, special=True), 0]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.text(st.sampled_from("ab \nthe'é。1")), min_size=1, max_size=9))
+def test_jsonl_records_are_documents_whatever_is_in_them(tmp_path_factory, bpe, texts):
+    lines = [json.dumps(t if i % 2 else {"text": t, "n": i}) for i, t in enumerate(texts)]
+    path = write(tmp_path_factory.mktemp("jsonl") / "a.jsonl", "\n\n".join(lines))
+    expected = sum(([*bpe.encode(text), 0] for text in texts if text), [])
+    assert sum(chunks_of([path], bpe), []) == expected
+
+
+def test_csv_records_are_documents_and_the_heading_is_left_out(tmp_path, bpe):
+    path = write(tmp_path / "a.csv", 'text\r\n"x, ""y"""\r\n\r\n"two\r\nlines\u2028"\r\nlast')
+    head, *records = (bpe.encode(t) + [0] for t in ("text", 'x, "y"', "two\nlines\u2028", "last"))
+    assert chunks_of([path], bpe) == [sum(records, [])]
+    with_head = chunks_of([path], bpe, TextSettings(csv_header=False))
+    assert with_head == [sum(records, head)]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "h\nfine\na,b\n", r"a.csv line 3 has 2 columns"),
+        ("a.csv", 'h\n"never closed\n', r"a.csv line 2 is not CSV"),
+        ("a.jsonl", '"fine"\n{"text": 1}\n', r'a.jsonl line 2 must be .*"text" string'),
+        ("a.jsonl", '"fine"\nnot json\n', r"a.jsonl line 2 is not JSON"),
+        ("a.jsonl", "[1]", r"a.jsonl line 1 must be"),
+        ("a.txt", b"abc\xffdef", r"a.txt: byte 3 is not utf-8 text .*--encoding .*--errors"),
+        ("a.txt", b"abc\xe4\xb8", r"a.txt: byte 3 is not utf-8 text"),
+        ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", r"a.txt is not a text file"),
+        ("a.txt", b"text\0text", r"a.txt is not a text file"),
+    ],
+)
+def test_a_spoilt_file_is_named_with_the_place(tmp_path, bpe, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=message):
+        chunks_of([path], bpe)
+
+
+@pytest.mark.parametrize("at", [5, 2**18 - 1, 2**18, 3 * 2**18 + 1])
+def test_the_byte_offset_is_right_in_every_block(tmp_path, bpe, at):
+    path = write(
+        tmp_path / "a.txt", b"ab \n" * (at // 4) + b"c" * (at % 4) + "é".encode()[:1] + b"x"
+    )
+    with pytest.raises(UserError, match=f"byte {at} is not utf-8"):
+        chunks_of([path], bpe)
+
+
+def test_other_encodings_and_replacement_are_read(tmp_path, bpe):
+    latin = write(tmp_path / "latin.txt", "café".encode("latin-1"))
+    assert chunks_of([latin], bpe, TextSettings(encoding="latin-1")) == [[*bpe.encode("café"), 0]]
+    replaced = chunks_of([latin], bpe, TextSettings(errors="replace"))
+    assert replaced == [[*bpe.encode("caf\ufffd"), 0]]
+    wide = write(tmp_path / "wide.txt", "東京".encode("utf-16"))
+    assert chunks_of([wide], bpe, TextSettings(encoding="utf-16")) == [[*bpe.encode("東京"), 0]]
+    with pytest.raises(UserError, match="wide.txt"):
+        chunks_of([wide], bpe)
+
+
+def test_a_path_is_a_file_a_folder_or_a_glob(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden", ".git/config", "odd[1].txt"):
+        write(tmp_path / name, "x")
+    names = [str(p.relative_to(tmp_path)) for p in dataset.find(tmp_path)]
+    assert names == ["a.txt", "b.txt", "odd[1].txt", "sub/c.txt"]
+    assert dataset.find(f"{tmp_path}/?.txt") == [tmp_path / "a.txt", tmp_path / "b.txt"]
+    assert tmp_path / "sub/c.txt" in dataset.find(f"{tmp_path}/**/*.txt")
+    assert dataset.find(tmp_path / "odd[1].txt") == [tmp_path / "odd[1].txt"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"no file matches: {tmp_path}/nothing"):
+        dataset.find("nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="the folder holds no file"):
+        dataset.find("empty")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_what_is_saved_loads_as_it_was(tmp_path, bpe, suffix):
+    paths = [write(tmp_path / "in" / name, f"the kettle {name}") for name in "abc"]
+    settings = TextSettings(combine=1)
+    out = tmp_path / f"out{suffix}"
+    parts = dataset.encode(paths, bpe, settings)
+    if suffix == ".npz":
+        dataset.save_npz(out, parts)
+        with np.load(out) as archive:  # nshepperd/gpt-2 load_dataset.py
+            assert archive.files == ["arr_0", "arr_1", "arr_2"]
+            assert [archive[n].tolist() for n in archive.files] == chunks_of(paths, bpe, settings)
+    else:
+        dataset.save_npy(out, parts, np.uint16)
+        assert np.load(out, mmap_mode="r").dtype == np.uint16
+    loaded = dataset.load(out, None, DEFAULTS, bpe.n_vocab)
+    direct = dataset.load(tmp_path / "in", bpe, settings, bpe.n_vocab)
+    assert loaded.whole().tolist() == direct.whole().tolist()
+    assert loaded.total == direct.total == len(direct.whole())
+    assert isinstance(loaded.chunks[0], np.memmap) == (suffix == ".npy")
+
+
+def test_a_vocabulary_above_16_bits_is_kept_in_32(tmp_path):
+    ids = np.array([70000, 65535, 3], np.int32)
+    np.savez(tmp_path / "a.npz", ids)
+    loaded = dataset.load(tmp_path / "a.npz", None, DEFAULTS, 70001)
+    assert loaded.whole().tolist() == ids.tolist()
+    assert dataset.dtype_of(65536) == np.uint16 and dataset.dtype_of(65537) == np.int32
+
+
+@pytest.mark.parametrize("combine", [1, 50000])
+def test_encoded_files_and_texts_mix_in_order(tmp_path, bpe, combine):
+    write(tmp_path / "a.txt", "x")
+    np.save(tmp_path / "b.npy", np.array([5, 6], np.uint16))
+    np.savez(tmp_path / "c.npz", np.array([7, 8], np.int64), np.array([9]))
+    write(tmp_path / "d.txt", "y")
+    loaded = dataset.load(tmp_path, bpe, TextSettings(combine=combine), bpe.n_vocab)
+    x, y = bpe.encode("x"), bpe.encode("y")
+    assert [c.tolist() for c in loaded.chunks] == [[*x, 0], [5, 6], [7, 8], [9], [*y, 0]]
+
+
+def save_pickle(path):
+    np.savez(path, np.array([{}, {}], dtype=object))
+
+
+@pytest.mark.parametrize(
+    "name, make, message",
+    [
+        ("a.npz", lambda p: np.savez(p, [[1, 2], [3, 4]]), r"arr_0 is int64 of shape \(2, 2\)"),
+        ("a.npz", lambda p: np.savez(p, [1.5, 2.0]), "arr_0 is float64"),
+        ("a.npz", lambda p: np.savez(p, [1, 2], [1, 300]), "arr_1 has token 300, .* 0 to 299"),
+        ("a.npz", lambda p: np.savez(p, [1, -2]), "arr_0 has token -2"),
+        ("a.npz", save_pickle, "damaged or not a NumPy file"),
+        ("a.npz", lambda p: p.write_bytes(b"PK\x03\x04 cut off"), "damaged or not"),
+        ("a.npz", lambda p: p.write_bytes(pickle.dumps([1, 2])), "damaged or not"),
+        ("a.npz", lambda p: p.write_bytes(b""), "damaged or not"),
+        ("a.npz", lambda p: p.write_text("<html>"), "damaged or not"),
+        ("a.npz", lambda p: np.savez(p), "holds 0 tokens"),
+        ("a.npz", lambda p: np.savez(p, [7]), "holds 1 token;"),
+        ("a.npy", lambda p: np.save(p, [1, 2, 999]), "the array has token 999"),
+        ("a.npy", lambda p: np.save(p, [[1, 2]]), r"is int64 of shape \(1, 2\)"),
+        ("a.npy", lambda p: np.save(p, np.zeros(0, np.uint16)), "holds 0 tokens"),
+        ("a.txt", lambda p: p.write_text(""), "a.txt holds 0 tokens"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(tmp_path, bpe, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        dataset.load(tmp_path / name, bpe, DEFAULTS, 300)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy"])
+def test_a_file_that_ends_early_is_refused(tmp_path, name):
+    path = tmp_path / name
+    ids = np.random.default_rng(1).integers(0, 300, 5000)
+    np.savez_compressed(path, ids) if name == "a.npz" else np.save(path, ids)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged or not"):
+        dataset.load(path, None, DEFAULTS, 300)
+
+
+def test_a_flipped_bit_in_an_npz_is_found(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, np.random.default_rng(1).integers(0, 300, 5000))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged or not"):
+        dataset.load(path, None, DEFAULTS, 300)
+
+
+def test_text_without_a_vocabulary_is_refused_in_words(tmp_path):
+    path = write(tmp_path / "a.txt", "text")
+    with pytest.raises(UserError, match="a.txt is text, and this model folder has no vocabulary"):
+        dataset.load(path, None, DEFAULTS, 300)
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, bpe):
+    path = write(tmp_path / "a.txt", "the kettle")
+    with pytest.raises(UserError, match="this model knows 0 to 9"):
+        dataset.load(path, bpe, DEFAULTS, 10)
+
+
+def test_every_place_of_every_chunk_is_drawn_equally_often():
+    tokens = dataset.Tokens(
+        [np.arange(10, 16), np.arange(20, 22), np.arange(30, 31), np.arange(40, 44)]
+    )
+    drawn = {}
+    for step in range(40):
+        for row in tokens.windows(step, 100, 3, seed=1).inputs:
+            drawn[tuple(row)] = drawn.get(tuple(row), 0) + 1
+    # 3 places in 10..15, the 2 tokens of 20..21 as one, nothing to predict in 30, 1 in 40..43.
+    assert set(drawn) == {(10, 11, 12), (11, 12, 13), (12, 13, 14), (20, 21, 0), (40, 41, 42)}
+    expected = 4000 / 5
+    chi_square = sum((count - expected) ** 2 / expected for count in drawn.values())
+    assert chi_square < 18.5  # 4 degrees of freedom: one in a thousand; the seed is fixed
+
+
+def test_a_window_is_inputs_and_the_tokens_that_follow_them():
+    batch = dataset.Tokens([np.arange(100, 200)]).windows(0, 8, 5, seed=3)
+    assert batch.inputs.dtype == batch.targets.dtype == np.int32
+    assert batch.mask.dtype == np.float32 and batch.mask.min() == 1
+    assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (8, 5)
+    np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
+
+
+def test_a_chunk_shorter_than_the_window_is_padded_and_masked():
+    batch = dataset.Tokens([np.array([7, 8, 9])]).windows(0, 1, 5, seed=3)
+    assert batch.inputs.tolist() == [[7, 8, 9, 0, 0]]
+    assert batch.targets.tolist() == [[8, 9, 0, 0, 0]]
+    assert batch.mask.tolist() == [[1, 1, 0, 0, 0]]
+
+
+def test_the_last_tokens_are_drawn_and_a_chunk_of_just_one_window_works():
+    tokens = dataset.Tokens([np.arange(6)])
+    assert tokens.windows(0, 1, 5, seed=0).targets.tolist() == [[1, 2, 3, 4, 5]]
+    assert tokens.windows(0, 64, 4, seed=0).targets.max() == 5
+
+
+def test_windows_depend_on_seed_and_step_alone():
+    tokens = dataset.Tokens([np.arange(1000)])
+    first = tokens.windows(5, 4, 8, seed=2**63 - 1)
+    tokens.windows(6, 4, 8, seed=1)
+    again = tokens.windows(5, 4, 8, seed=2**63 - 1)
+    np.testing.assert_array_equal(first.inputs, again.inputs)
+    assert not np.array_equal(first.inputs, tokens.windows(6, 4, 8, seed=2**63 - 1).inputs)
+    assert not np.array_equal(first.inputs, tokens.windows(5, 4, 8, seed=1).inputs)
+
+
+def test_noise_replaces_that_share_of_the_inputs_and_no_target():
+    tokens = dataset.Tokens([np.arange(1000)])
+    clean = tokens.windows(1, 16, 500, seed=1)
+    noisy = tokens.windows(1, 16, 500, seed=1, noise=0.25, n_vocab=10_000)
+    np.testing.assert_array_equal(clean.targets, noisy.targets)
+    assert abs((clean.inputs != noisy.inputs).mean() - 0.25) < 0.02
+    assert noisy.inputs.dtype == np.int32 and 0 <= noisy.inputs.min() < noisy.inputs.max() < 10_000
+    every = tokens.windows(1, 16, 500, seed=1, noise=1.0, n_vocab=3)
+    assert set(np.unique(every.inputs)) == {0, 1, 2}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    n_ctx=st.integers(1, 12),
+    batch_size=st.integers(1, 4),
+)
+def test_evaluation_predicts_every_token_but_the_first_once(sizes, n_ctx, batch_size):
+    if max(sizes) < 2:
+        return
+    text = np.arange(1, sum(sizes) + 1)
+    tokens = dataset.Tokens(np.split(text, np.cumsum(sizes)[:-1]))
+    inputs, targets = [], []
+    for batch in tokens.evaluation_windows(n_ctx, batch_size):
+        assert batch.inputs.shape == (batch_size, n_ctx)
+        inputs += batch.inputs[batch.mask == 1].tolist()
+        targets += batch.targets[batch.mask == 1].tolist()
+    assert inputs == text[:-1].tolist() and targets == text[1:].tolist()
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Peak of a process that encodes 40 MB to .npy: the text alone, held whole, would show."""
+    path = write(tmp_path / "a.txt", b"the kettle clicked off at half past six\n" * 1_000_000)
+    code = (
+        "import resource, sys, pathlib; from gpt2cli import dataset, encoder; from gpt2cli.config "
+        "import TextSettings; import numpy as np\n"
+        "path, out = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "class Fast:\n"
+        "    n_vocab, end, prefix, CUT = 256, 0, [], encoder.BPE.CUT\n"
+        "    def arrays(self, texts, special):\n"
+        "        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "dataset.save_npy(out, dataset.encode([path], Fast(), TextSettings()), np.uint16)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "o.npy")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert np.load(tmp_path / "o.npy", mmap_mode="r").shape == (40_000_001,)
+    assert int(result.stdout) < 40_000  # kB

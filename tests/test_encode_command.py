@@ -1,0 +1,139 @@
+"""gpt2cli encode as a command: files, standard error, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+
+from gpt2cli import dataset, encoder
+from gpt2cli.commands import encode
+from gpt2cli.config import EncodeConfig, TextSettings
+from gpt2cli.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory):
+    """models/english (BPE) and models/chinese (WordPiece)."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "english").mkdir()
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator(
+        ["the kettle clicked off"], vocab_size=300, min_frequency=1, special_tokens=[encoder.END]
+    )
+    theirs.save_model(str(folder / "english"))
+    (folder / "chinese").mkdir()
+    (folder / "chinese/vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n今\n天\n", encoding="utf-8")
+    (folder / "bare").mkdir()
+    return folder
+
+
+def run(models_dir, in_text, out, **settings):
+    settings.setdefault("model_name", "english")
+    encode.run(
+        EncodeConfig(in_text=str(in_text), out_npz=str(out), models_dir=str(models_dir), **settings)
+    )
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_encode_writes_the_ids_and_says_what_it_did_on_stderr(tmp_path, models_dir, capsys, suffix):
+    text = tmp_path / "a.txt"
+    text.write_text(f"the kettle{encoder.END}clicked off\n")
+    out = tmp_path / "deep" / "er" / f"out{suffix}"
+    run(models_dir, text, out)
+    english = encoder.load(models_dir / "english")
+    expected = [*english.encode("the kettle"), 0, *english.encode("clicked off\n"), 0]
+    tokens = dataset.load(out, None, TextSettings(), english.n_vocab)
+    assert tokens.whole().tolist() == expected
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert f"{len(expected)} tokens in 1 chunk, 2 of them end tokens" in stderr
+    per_token = len(text.read_bytes()) / len(expected)
+    assert f"{per_token:.2f} bytes of input a token" in stderr
+    assert f"{out.stat().st_size:,} bytes written" in stderr
+    assert "\r" not in stderr  # no bar where no terminal is
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("block", [3, 2**18])
+def test_chunks_are_counted(tmp_path, models_dir, capsys, monkeypatch, block):
+    monkeypatch.setattr(dataset, "BLOCK", block)
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text("the kettle clicked")
+    run(models_dir, tmp_path / "*.txt", tmp_path / "out.npz", combine=30)
+    assert "in 2 chunks, 4 of them end tokens" in capsys.readouterr().err
+    with np.load(tmp_path / "out.npz") as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+
+
+def test_a_run_folder_has_the_vocabulary_too(tmp_path, models_dir):
+    (tmp_path / "a.txt").write_text("the kettle")
+    run(
+        models_dir,
+        tmp_path / "a.txt",
+        tmp_path / "out.npz",
+        model_name=None,
+        run_name="english",
+        checkpoint_dir=str(models_dir),
+    )
+    assert (tmp_path / "out.npz").exists()
+
+
+def test_chinese_characters_that_the_vocabulary_lacks_are_named(tmp_path, models_dir, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "今天龙龙凤"}), encoding="utf-8")
+    run(models_dir, path, tmp_path / "out.npz", model_name="chinese")
+    stderr = capsys.readouterr().err
+    assert "42.86% of the tokens are [UNK]: the vocabulary lacks 龙 凤" in stderr
+    with np.load(tmp_path / "out.npz") as archive:
+        assert archive["arr_0"].tolist() == [1, 3, 4, 0, 0, 0, 2]
+    path.write_text(json.dumps({"text": "今天"}), encoding="utf-8")
+    run(models_dir, path, tmp_path / "out.npz", model_name="chinese")
+    assert "UNK" not in capsys.readouterr().err
+
+
+def test_an_output_among_the_input_is_not_read(tmp_path, models_dir, capsys):
+    (tmp_path / "a.txt").write_text("the kettle")
+    run(models_dir, tmp_path, tmp_path / "out.npz")
+    first = (tmp_path / "out.npz").stat().st_size
+    run(models_dir, tmp_path, tmp_path / "out.npz")
+    assert (tmp_path / "out.npz").stat().st_size == first
+    assert "out.npz lies among the input and is not read" in capsys.readouterr().err
+
+
+def test_an_output_that_is_the_input_is_refused(tmp_path, models_dir):
+    out = tmp_path / "out.npz"
+    np.savez(out, [1, 2])
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="over its own input"):
+        run(models_dir, out, tmp_path / "." / "out.npz")
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "holds no text"), (b"\0\1", "not a text file"), (b"a\xff", "byte 1 is not utf-8")],
+)
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_bad_input_leaves_the_old_output_as_it_was(tmp_path, models_dir, content, message, suffix):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_bytes(content)
+    out = tmp_path / f"out{suffix}"
+    out.write_text("old")
+    with pytest.raises(UserError, match=message):
+        run(models_dir, tmp_path / "in", out)
+    assert out.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", out.name]
+
+
+def test_missing_input_and_missing_vocabulary_are_named(tmp_path, models_dir):
+    with pytest.raises(UserError, match=f"no file matches: {tmp_path}/nothing.txt"):
+        run(models_dir, tmp_path / "nothing.txt", tmp_path / "out.npz")
+    with pytest.raises(UserError, match=f"no vocabulary in {models_dir}/bare"):
+        run(models_dir, tmp_path, tmp_path / "out.npz", model_name="bare")
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path, models_dir):
+    (tmp_path / "a.txt").write_text("the kettle")
+    with pytest.raises(UserError, match="cannot write .*a.txt/out.npz"):
+        run(models_dir, tmp_path / "a.txt", tmp_path / "a.txt" / "out.npz")

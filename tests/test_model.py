@@ -1,0 +1,126 @@
+"""The network against an independent float64 GPT-2 and the original program's numbers."""
+
+import numpy as np
+import oracle
+import pytest
+
+from gpt2cli import checkpoint, model
+from gpt2cli.config import ModelConfig
+from gpt2cli.engine import tf
+
+TOKENS = np.array([5, 90, 5, 17, 63, 2, 2, 88, 41, 0, 96, 30, 11], np.int32)
+TOLERANCE = 2e-5  # float32 against float64; every slip below is far above it
+
+
+def weights_of(network):
+    return {name: variable.numpy() for name, variable in network.weights.items()}
+
+
+def test_logits_are_those_of_the_equations(network):
+    expected = oracle.logits(weights_of(network), 4, TOKENS)
+    np.testing.assert_allclose(network(TOKENS[None])[0], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("slip", oracle.SLIPS)
+def test_the_tolerance_would_show_a_known_mistake(network, slip):
+    expected = oracle.logits(weights_of(network), 4, TOKENS, slip)
+    assert np.abs(network(TOKENS[None])[0] - expected).max() > 5 * TOLERANCE
+
+
+def test_loss_is_that_of_the_equations(plain_model, network):
+    assert plain_model.loss(TOKENS) == pytest.approx(
+        oracle.loss(weights_of(network), 4, TOKENS), abs=1e-5
+    )
+
+
+def test_the_cache_changes_nothing_but_the_speed(network):
+    whole = network(TOKENS[None])
+    _, cache = network.hidden(tf.constant(TOKENS[None, :9]))
+    cache = tf.nest.map_structure(
+        lambda kept: tf.pad(kept, [[0, 0], [0, 7], [0, 0], [0, 0]]), cache
+    )
+    for at in range(9, 13):
+        x, cache = network.hidden(TOKENS[None, at : at + 1], cache, tf.constant([[at]]))
+        np.testing.assert_allclose(network.head(x)[0, 0], whole[0, at], atol=TOLERANCE)
+
+
+def test_rows_of_a_batch_do_not_see_each_other(network):
+    other = np.roll(TOKENS, 3)
+    both = network(np.stack([TOKENS, other]))
+    np.testing.assert_allclose(both[0], network(TOKENS[None])[0], atol=TOLERANCE)
+    np.testing.assert_allclose(both[1], network(other[None])[0], atol=TOLERANCE)
+
+
+def test_recomputing_each_layer_gives_the_same_gradients(network):
+    variables = list(network.weights.values())
+
+    @tf.function
+    def gradients(recompute):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(network.losses(TOKENS[None, :-1], TOKENS[None, 1:], recompute))
+        return [tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
+
+    for kept, recomputed in zip(gradients(False), gradients(True), strict=True):
+        np.testing.assert_allclose(kept, recomputed, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_finite_differences(network):
+    weights = weights_of(network)
+    name = "model/h1/mlp/c_fc/w"
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(network.losses(TOKENS[None, :-1], TOKENS[None, 1:]))
+    gradient = tape.gradient(loss, network.weights[name])[0, 3, 7]
+    changed = {}
+    for sign in (1, -1):
+        moved = weights[name].astype(np.float64)
+        moved[0, 3, 7] += sign * 1e-4
+        changed[sign] = oracle.loss({**weights, name: moved}, 4, TOKENS)
+    assert float(gradient) == pytest.approx((changed[1] - changed[-1]) / 2e-4, rel=1e-3, abs=1e-6)
+
+
+def test_bfloat16_is_close_and_keeps_logits_in_float32(network):
+    small = model.GPT2(network.config, lambda name, _: network.weights[name], "bfloat16")
+    logits = small(TOKENS[None])
+    assert logits.dtype == tf.float32
+    expected = network(TOKENS[None])
+    assert 0 < np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_initial_weights_have_the_deviations_of_the_release():
+    config = ModelConfig(n_vocab=500, n_ctx=200, n_embd=64, n_head=2, n_layer=8)
+    initial = model.random_weights(config, seed=1)
+    deviation = {n: initial(n, s).std() for n, s in model.weight_shapes(config).items()}
+    assert deviation["model/wte"] == pytest.approx(0.02, rel=0.03)
+    assert deviation["model/wpe"] == pytest.approx(0.01, rel=0.03)
+    assert deviation["model/h3/mlp/c_fc/w"] == pytest.approx(0.02, rel=0.03)
+    assert deviation["model/h3/mlp/c_proj/w"] == pytest.approx(0.02 / 4, rel=0.03)
+    assert deviation["model/h3/attn/c_proj/w"] == pytest.approx(0.02 / 4, rel=0.03)
+    assert deviation["model/ln_f/g"] == deviation["model/h0/mlp/c_fc/b"] == 0
+
+
+def test_the_124m_model_has_124_million_weights():
+    config = ModelConfig(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12)
+    assert sum(np.prod(s) for s in model.weight_shapes(config).values()) == 124_439_808
+
+
+GOLDEN = ("a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_and_losses_are_those_of_the_original_program(golden, name):
+    folder = golden / "gpt2-openai" / name
+    network = checkpoint.load(folder)
+    expected = np.load(folder / "expected.npz")
+    for i in range(int(expected["n_seq"])):
+        tokens = expected[f"seq{i}_tokens"]
+        logits = network(tokens[None])[0].numpy()
+        log_sum = tf.reduce_logsumexp(logits, -1)
+        np.testing.assert_allclose(log_sum, expected[f"seq{i}_lse"], atol=1e-4)
+        if f"seq{i}_logits" in expected:
+            np.testing.assert_allclose(logits, expected[f"seq{i}_logits"], atol=1e-4)
+        else:
+            columns = logits[:, expected["cols"]]
+            np.testing.assert_allclose(columns, expected[f"seq{i}_logits_cols"], atol=1e-4)
+        if len(tokens) > 1:
+            loss = tf.reduce_mean(network.losses(tokens[None, :-1], tokens[None, 1:]))
+            assert float(loss) == pytest.approx(float(expected[f"seq{i}_loss"]), abs=1e-5)

@@ -1,0 +1,248 @@
+"""The rules of sampling against NumPy and against the distribution; the loop against itself."""
+
+import numpy as np
+import oracle
+import pytest
+
+from gpt2cli import sampling
+from gpt2cli.config import GenerateSettings
+from gpt2cli.engine import tf
+
+ROWS = np.random.default_rng(0).normal(0, 3, [4, 300]).astype(np.float32)
+
+
+def kept(logits):
+    return np.isfinite(np.array(logits))
+
+
+@pytest.mark.parametrize("k", [1, 2, 17, 299, 300, 5000])
+def test_top_k_keeps_the_k_likeliest_of_each_row(k):
+    expected = [oracle.next_probs(row, top_k=k) > 0 for row in ROWS]
+    np.testing.assert_array_equal(kept(sampling.keep_top_k(ROWS, tf.fill([4], k))), expected)
+
+
+def test_rules_may_differ_from_row_to_row():
+    ks, ps = [0, 1, 5, 300], [0.0, 0.3, 0.9, 0.999]
+    expected = [oracle.next_probs(row, top_k=k) > 0 for row, k in zip(ROWS, ks, strict=True)]
+    np.testing.assert_array_equal(kept(sampling.keep_top_k(ROWS, tf.constant(ks))), expected)
+    expected = [oracle.next_probs(row, top_p=p) > 0 for row, p in zip(ROWS, ps, strict=True)]
+    np.testing.assert_array_equal(kept(sampling.keep_top_p(ROWS, tf.constant(ps))), expected)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.99])
+def test_top_p_keeps_the_token_that_crosses_p(p):
+    expected = [oracle.next_probs(row, top_p=p) > 0 for row in ROWS]
+    np.testing.assert_array_equal(kept(sampling.keep_top_p(ROWS, tf.fill([4], p))), expected)
+
+
+def test_the_nucleus_of_the_known_example_has_four_tokens():
+    # probabilities .4 .3 .2 .06 .04 at p = .95: openai/gpt-2 keeps 3, nshepperd/gpt-2 keeps 4
+    logits = np.log(np.array([[0.2, 0.04, 0.4, 0.06, 0.3]], np.float32))
+    assert kept(sampling.keep_top_p(logits, tf.constant([0.95]))).tolist() == [
+        [True, False, True, True, True]
+    ]
+
+
+def test_top_p_of_one_keeps_everything_and_zero_turns_it_off():
+    for p in (0.0, 1.0):
+        assert kept(sampling.keep_top_p(ROWS, tf.fill([4], p))).all()
+
+
+def test_top_k_is_applied_before_top_p():
+    rules = dict(top_k=3, top_p=0.6)
+    logits = sampling.keep_top_p(
+        sampling.keep_top_k(ROWS, tf.fill([4], 3)), tf.fill([4], rules["top_p"])
+    )
+    expected = [oracle.next_probs(row, **rules) > 0 for row in ROWS]
+    np.testing.assert_array_equal(kept(logits), expected)
+
+
+def test_repetition_penalty_is_that_of_the_paper():
+    seen = np.zeros(ROWS.shape, bool)
+    seen[:, [1, 7, 250]] = True
+    got = sampling.penalize_repetition(ROWS, seen, tf.fill([4], 1.3))
+    expected = [oracle.next_probs(r, seen=[1, 7, 250], repetition_penalty=1.3) for r in ROWS]
+    np.testing.assert_allclose(tf.nn.softmax(got), expected, atol=1e-6)
+
+
+def rules(size, n_vocab, **changes):
+    values = dict(temperature=1.0, top_k=0, top_p=0.0, repetition_penalty=1.0, min_length=0)
+    kinds = dict(top_k=np.int32, min_length=np.int32)
+    fields = {
+        name: np.full([size], value, kinds.get(name, np.float32))
+        for name, value in {**values, **changes}.items()
+    }
+    return sampling.Rules(**fields, end=np.int32(-1), bias=np.zeros(n_vocab, np.float32))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.7}],
+)
+def test_draws_follow_the_distribution_in_every_row_of_a_batch(settings):
+    rows, draws = 4, 4000
+    from_to = {row: oracle.next_probs(ROWS[row, :60], **settings) for row in range(rows)}
+    logits = np.tile(ROWS[:, :60], [draws, 1])  # row after row, draw after draw, in one batch
+    uniform = np.random.default_rng(5).random(rows * draws, np.float32)
+    seen, none = np.zeros(logits.shape, bool), np.zeros(rows * draws, np.int32)
+    chosen = sampling.choose(logits, uniform, seen, none, rules(rows * draws, 60, **settings))
+    chosen = np.reshape(chosen, [draws, rows])
+    for row, probs in from_to.items():
+        counts = np.bincount(chosen[:, row], minlength=60)
+        assert counts[probs == 0].sum() == 0
+        often = probs * draws >= 5
+        expected = np.append(probs[often], max(probs[~often].sum(), 1e-9)) * draws
+        found = np.append(counts[often], counts[~often].sum())
+        chi_square = ((found - expected) ** 2 / np.maximum(expected, 1)).sum()
+        freedom = len(expected) - 1
+        assert chi_square < freedom + 5 * np.sqrt(2 * max(freedom, 1)), (settings, row)
+
+
+def test_a_draw_never_falls_on_a_token_without_probability():
+    logits = np.full([3, 1000], -np.inf, np.float32)
+    logits[:, [3, 700]] = 0.0
+    for number in (0.0, 0.25, 0.5, 0.75, 1 - 2**-24):
+        assert set(np.array(sampling.draw(logits, tf.fill([3], np.float32(number))))) <= {3, 700}
+    assert np.array(sampling.draw(logits, tf.constant([0.0, 0.4999, 0.5001]))).tolist() == [
+        3,
+        3,
+        700,
+    ]
+
+
+def test_temperature_zero_takes_the_likeliest_and_tiny_ones_do_not_overflow():
+    uniform, seen, none = tf.fill([4], 0.99), np.zeros(ROWS.shape, bool), tf.zeros([4], tf.int32)
+    for temperature in (0.0, 1e-9, 1e-4):
+        r = rules(4, 300, temperature=temperature)
+        chosen = sampling.choose(ROWS, uniform, seen, none, r)
+        np.testing.assert_array_equal(chosen, ROWS.argmax(-1))
+
+
+PROMPTS = [[5, 6, 7], [90], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [33, 44]]
+
+
+def test_greedy_generation_follows_the_equations(plain_model, network):
+    weights = {name: v.numpy() for name, v in network.weights.items()}
+    tokens = [5, 6, 7]
+    for _ in range(12):
+        tokens.append(int(oracle.logits(weights, 4, np.array(tokens))[-1].argmax()))
+    (sample,) = plain_model.generate([5, 6, 7], length=12, temperature=0)
+    assert sample.tokens == tokens[3:] and sample.finish_reason == "length"
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 9}, {"top_p": 0.8, "repetition_penalty": 1.4}])
+def test_a_sample_does_not_depend_on_its_batch(plain_model, settings):
+    settings = dict(length=40, seed=11, **settings)  # 40 is past the window of 24
+    alone = plain_model.generate(PROMPTS, batch_size=1, **settings)
+    for size in (2, 3, 4):
+        batched = plain_model.generate(PROMPTS, batch_size=size, **settings)
+        assert [s.tokens for s in batched] == [s.tokens for s in alone]
+    assert [len(s.tokens) for s in alone] == [40] * 4
+
+
+def test_samples_of_a_prompt_differ_and_a_seed_brings_them_back(plain_model):
+    first = plain_model.generate([5], nsamples=5, batch_size=2, length=20, seed=1)
+    again = plain_model.generate([5], nsamples=5, batch_size=5, length=20, seed=1)
+    other = plain_model.generate([5], nsamples=5, batch_size=5, length=20, seed=2)
+    assert [s.tokens for s in first] == [s.tokens for s in again]
+    assert len({tuple(s.tokens) for s in first + other}) == 10
+    assert [s.index for s in first] == [0, 1, 2, 3, 4] and first[0].seed == 1
+
+
+def test_a_seed_that_was_not_given_is_drawn_and_reported(plain_model):
+    (one,) = plain_model.generate([5], length=10)
+    (same,) = plain_model.generate([5], length=10, seed=one.seed)
+    assert one.tokens == same.tokens
+
+
+def test_past_the_window_the_newer_half_is_read_again(plain_model, network):
+    """The rule, restated: at 24 tokens the last 12 stay, and positions begin at 0 again."""
+    tokens, begin = [5, 6, 7], 0
+    for _ in range(50):
+        if len(tokens) - begin > 24:
+            begin = len(tokens) - 12
+        tokens.append(int(np.argmax(network(np.array([tokens[begin:]]))[0, -1])))
+    (sample,) = plain_model.generate([5, 6, 7], length=50, temperature=0)
+    assert sample.tokens == tokens[3:]
+
+
+def test_of_a_prompt_longer_than_the_window_the_end_is_read(plain_model):
+    long = list(np.arange(60) % 97)
+    (sample,) = plain_model.generate(long, length=1, temperature=0)
+    assert sample.tokens == [int(plain_model.logits(long[-24:])[-1].argmax())]
+
+
+def test_nothing_is_traced_again_however_many_prompts_follow(network):
+    from gpt2cli import inference
+
+    model = inference.Model(network, None)
+    random = np.random.default_rng(0)
+    for _ in range(12):
+        prompt = random.integers(97, size=random.integers(1, 40)).tolist()
+        size = int(random.integers(1, 4))
+        model.generate([prompt] * size, length=int(random.integers(1, 30)), batch_size=size)
+    programs = model._programs
+    for program in (programs.logits_after, programs.first, programs.run):
+        assert program.experimental_get_tracing_count() == 1
+
+
+def test_the_loop_ends_when_every_row_has_ended(network, monkeypatch):
+    """With an end token that comes early, far fewer than `length` steps are computed."""
+    programs = sampling.Programs(network)
+    settings = GenerateSettings(temperature=0.0)
+    model_rows = sampling.Generation(network, programs, [[5]], settings, 30, 1, [0], None, [])
+    while not model_rows.finished.all():
+        model_rows.step()
+    tokens = model_rows.rows[0][1:]
+    at = next(i for i in range(3, 30) if tokens[i] not in tokens[:i])
+    end = tokens[at]
+    steps = []
+    run = programs.run
+
+    def counted(*arguments):
+        result = run(*arguments)
+        steps.append(int(result[1]))
+        return result
+
+    monkeypatch.setattr(programs, "run", counted)
+    ended = sampling.Generation(network, programs, [[5], [5]], settings, 30, 1, [0, 1], end, [])
+    while not ended.finished.all():
+        ended.step()
+    assert [row[1:] for row in ended.rows] == [tokens[:at], tokens[:at]]
+    assert sum(steps) == at  # the first token comes from the prompt's pass
+
+
+def test_before_the_minimal_length_the_end_token_is_not_chosen(network):
+    programs = sampling.Programs(network)
+    for minimum in (0, 5, 9):
+        settings = GenerateSettings(seed=1, min_length=minimum, temperature=3.0)
+        lengths = []
+        for index in range(20):
+            row = sampling.Generation(network, programs, [[5]], settings, 10, 1, [index], 3, [])
+            while not row.finished.all():
+                row.step()
+            assert 3 not in row.rows[0]
+            lengths.append(len(row.rows[0]) - 1)
+        assert min(lengths) >= minimum
+
+
+def test_a_banned_token_is_never_chosen(network):
+    programs = sampling.Programs(network)
+    settings = GenerateSettings(temperature=5.0)
+    banned = list(range(0, 97, 2))
+    row = sampling.Generation(network, programs, [[5]], settings, 200, 1, [0], None, banned)
+    while not row.finished.all():
+        row.step()
+    assert len(row.rows[0]) == 201 and all(token % 2 for token in row.rows[0][1:])
+
+
+@pytest.mark.parametrize("name", ["a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601"])
+def test_greedy_ids_are_those_of_the_original_program(golden, name):
+    import gpt2cli
+
+    folder = golden / "gpt2-openai" / name
+    model, expected = gpt2cli.load_model(folder), np.load(folder / "expected.npz")
+    prompts = [expected[f"greedy{j}_prompt"].tolist() for j in range(int(expected["n_greedy"]))]
+    samples = model.generate(prompts, length=64, temperature=0, batch_size=4)
+    for j, sample in enumerate(samples):
+        assert sample.tokens == expected[f"greedy{j}_ids"].tolist()
