@@ -53,6 +53,23 @@ def load(folder):
     )
 
 
+def of_model(folder):
+    """The vocabulary of a model folder, or None where there is none: such a model takes ids only.
+
+    Raises:
+        UserError: it is spoilt, or has more tokens than the model.
+    """
+    if not exists(folder):
+        return None
+    vocabulary, n_vocab = load(folder), files.read_config(folder).n_vocab
+    if vocabulary.n_vocab > n_vocab:
+        raise UserError(
+            f"{folder}: the vocabulary has {vocabulary.n_vocab} tokens, the model (hparams.json) "
+            f"{n_vocab}. Use the vocabulary files that belong to it"
+        )
+    return vocabulary
+
+
 def _without_surrogates(text):
     """Pairs of surrogates become their character, lone ones U+FFFD: all other text is as it was."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -282,19 +282,5 @@ def load_model(path, precision="float32"):
     Raises:
         UserError: says which file is wrong and what to do.
     """
-    prefix = files.find_checkpoint(path)
-    vocabulary = load_vocabulary(prefix.parent)
+    vocabulary = encoder.of_model(files.find_checkpoint(path).parent)
     return Model(checkpoint.load(path, precision), vocabulary)
-
-
-def load_vocabulary(folder):
-    """The folder's encoder, or None; UserError where it has more ids than the model."""
-    if not encoder.exists(folder):
-        return None
-    vocabulary, n_vocab = encoder.load(folder), files.read_config(folder).n_vocab
-    if vocabulary.n_vocab > n_vocab:
-        raise UserError(
-            f"{folder}: the vocabulary has {vocabulary.n_vocab} tokens, the model (hparams.json) "
-            f"{n_vocab}. Use the vocabulary files that belong to it"
-        )
-    return vocabulary

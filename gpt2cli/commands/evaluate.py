@@ -4,7 +4,7 @@ import json
 import math
 import sys
 
-from gpt2cli import dataset, files
+from gpt2cli import dataset, encoder, files
 
 
 def run(config):
@@ -12,11 +12,12 @@ def run(config):
     folder = files.source_dir(config)
     prefix = files.find_checkpoint(folder)
     dataset.find(config.dataset)
+    n_vocab, vocabulary = files.read_config(folder).n_vocab, encoder.of_model(folder)
+    tokens = dataset.load(config.dataset, vocabulary, config, n_vocab)
 
     from gpt2cli import engine, inference  # what can be refused was refused before this import
 
     model = inference.load_model(prefix, config.precision)
-    tokens = dataset.load(config.dataset, model.encoder, config, model.config.n_vocab)
     print(f"{prefix}: {engine.describe_devices()}", file=sys.stderr)
     loss, count = model.evaluate(tokens, config.batch_size)
     perplexity = math.exp(min(loss, 700))  # the largest that a float holds is exp(709)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from gpt2cli import config as configs
-from gpt2cli import files
+from gpt2cli import encoder, files
 from gpt2cli.errors import UserError
 
 HISTORY = Path("~/.gpt2cli_history")
@@ -21,12 +21,12 @@ Type a prompt and press Enter. A prompt of several lines stands between two line
 def run(config):
     """Read prompts until the input ends; each is continued before the next is read."""
     prefix = files.find_checkpoint(files.source_dir(config))
+    if encoder.of_model(prefix.parent) is None:
+        raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
 
     from gpt2cli import engine, inference  # what can be refused was refused before this import
 
     model = inference.load_model(prefix, config.precision)
-    if model.encoder is None:
-        raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
     _say(f"{prefix}: {engine.describe_devices()}\n{HELP}")
     if config.seed is None:
         config = dataclasses.replace(config, seed=inference.new_seed())

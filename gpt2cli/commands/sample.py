@@ -12,8 +12,8 @@ from gpt2cli.errors import UserError
 
 def run(config):
     """Write the samples to standard output, and with --run_name into samples/RUN_NAME/ as well."""
-    folder = files.source_dir(config)
-    prefix = files.find_checkpoint(folder)
+    prefix = files.find_checkpoint(files.source_dir(config))
+    files.read_config(prefix.parent)
     prompts = read_prompts(config)
 
     from gpt2cli import engine, inference  # what can be refused was refused before this import

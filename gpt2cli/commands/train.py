@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from gpt2cli import dataset, files
+from gpt2cli import dataset, encoder, files
 from gpt2cli.errors import UserError
 
 
@@ -31,9 +31,7 @@ def run(config):
             f"--seq_length {config.seq_length} is more than the model's n_ctx, {sizes.n_ctx}"
         )
 
-    from gpt2cli import inference  # what can be refused was refused before this import
-
-    vocabulary = inference.load_vocabulary(prefix.parent)
+    vocabulary = encoder.of_model(prefix.parent)
     tokens, held_out = (
         path and dataset.load(path, vocabulary, config, sizes.n_vocab)
         for path in (config.dataset, config.val_dataset)
@@ -190,7 +188,8 @@ class Run:
         )
         prompt = None if self.model.encoder else [0]
         first = self.step * config.sample_num
-        texts = [s.show("text") for s in self.model.samples([prompt], settings, first)]
+        samples = enumerate(self.model.samples([prompt], settings, first))
+        texts = [dataclasses.replace(sample, index=i).show("text") for i, sample in samples]
         path = Path(config.sample_dir) / config.run_name / f"samples-{self.step}"
         with files.replacing(path, "w", encoding="utf-8") as file:
             file.write("\n".join(texts) + "\n")

@@ -1,0 +1,31 @@
+"""Packaging of gpt2cli."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="gpt2cli",
+    version="0.1.0",
+    description="GPT-2 on the command line: download, encode, train, sample, interactive",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["gpt2cli", "gpt2cli.*"]),
+    python_requires=">=3.10,<3.14",  # the Pythons that TensorFlow has wheels for
+    install_requires=[
+        "tensorflow>=2.18,<2.22",  # the graph; the suite was run on both ends
+        "numpy>=1.26",  # arrays of ids, random numbers of samples
+        "regex>=2023.12",  # where a long text may be cut before it is encoded
+        "fire>=0.7,<0.8",  # command lines; pinned, its parsing hook is called experimental
+        "tqdm>=4.66",  # progress bars
+        "requests>=2.31",  # download
+        "tiktoken>=0.9",  # byte-pair encoding, four times faster than any other
+        "tokenizers>=0.20",  # BERT WordPiece; trains the vocabulary of models/tiny
+    ],
+    extras_require={
+        "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
+        "test": ["pytest>=8", "hypothesis>=6.100", "pexpect>=4.9", "ruff>=0.6"],
+    },
+    entry_points={"console_scripts": ["gpt2cli=gpt2cli.cli:main"]},
+)
