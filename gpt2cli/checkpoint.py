@@ -10,6 +10,7 @@ with a checkpoint a save, `model-<step>`, and beside each of them what only trai
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -29,8 +30,8 @@ def _reading(prefix):
     """Turn TensorFlow's complaints about a file into ours."""
     try:
         yield
-    except (tf.errors.OpError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except (tf.errors.OpError, ValueError, RuntimeError, LookupError) as error:
+        reason = str(error).partition("\n")[0][:200]
         raise UserError(
             f"{prefix}.* cannot be read, it is damaged or cut short ({reason}). "
             "Fetch it again with: gpt2cli download, or restore an older checkpoint of the run"
@@ -42,6 +43,11 @@ def _open(prefix, config):
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         found = reader.get_variable_to_shape_map()
+        kinds = reader.get_variable_to_dtype_map()
+        needed = sum(kinds[name].size * np.prod(found[name], dtype=int) for name in found)
+        shards = prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*-of-*")
+        if sum(path.stat().st_size for path in shards) < needed:
+            raise ValueError(f"its data is shorter than the {needed} bytes that its index lists")
     expected = model.weight_shapes(config)
     ours = re.compile(r"model/(wte|wpe|ln_f/[gb]|h\d+/(ln_[12]/[gb]|(attn|mlp)/c_\w+/[wb]))")
     missing = [name for name in expected if name not in found]

@@ -58,7 +58,7 @@ class ModelConfig:
         """Parse the text of a hparams.json; `where` names it in errors (UserError)."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{where} must hold one JSON object with {', '.join(SIZES)}")

@@ -24,15 +24,16 @@ def make_optimizer(config, variables):
 
     Adam with the constants of tf.compat.v1.train.AdamOptimizer, which nshepperd/gpt-2 uses.
     """
-    rate = config.learning_rate
+    # The name is part of its variables' names; Keras would make it adam_1 the second time.
+    common = {"learning_rate": config.learning_rate, "name": config.optimizer}
+    moments = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8}
     if config.optimizer == "sgd":
-        optimizer = tf.keras.optimizers.SGD(rate)
+        optimizer = tf.keras.optimizers.SGD(**common)
     elif config.optimizer == "adam":
-        optimizer = tf.keras.optimizers.Adam(rate, beta_1=0.9, beta_2=0.999, epsilon=1e-8)
+        optimizer = tf.keras.optimizers.Adam(**common, **moments)
     else:
-        optimizer = tf.keras.optimizers.AdamW(
-            rate, weight_decay=config.weight_decay, beta_1=0.9, beta_2=0.999, epsilon=1e-8
-        )
+        decay = config.weight_decay
+        optimizer = tf.keras.optimizers.AdamW(**common, **moments, weight_decay=decay)
         spared = [v for v in variables if not v.name.split(":")[0].endswith("/w")]
         optimizer.exclude_from_weight_decay(var_list=spared)
     optimizer.build(variables)

@@ -22,7 +22,7 @@ from gpt2cli.config import ModelConfig
 
 TINY = Path(__file__).parent / "tiny"
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=160, n_head=5, n_layer=4)
-STEPS = 700
+STEPS = 1600
 
 
 def make_vocabulary(text, folder):

@@ -31,10 +31,11 @@ def run(config):
         config = dataclasses.replace(config, seed=inference.new_seed())
         print(f"seed {config.seed}", file=sys.stderr)
     with contextlib.ExitStack() as stack:
-        outputs = [sys.stdout]
+        outputs = []
         if config.run_name is not None:
             path = free_path(config, prefix)
             outputs.append(stack.enter_context(files.replacing(path, "w", encoding="utf-8")))
+        outputs.append(sys.stdout)
         try:
             for sample in model.samples(prompts, config):
                 for output in outputs:

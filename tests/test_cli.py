@@ -1,0 +1,234 @@
+"""The command line itself: flags, help, refusals. Nothing here starts any work."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from gpt2cli import cli as command_line
+from gpt2cli import config
+
+
+def read(*words):
+    return command_line.read_command_line(list(words))
+
+
+def test_help_and_refusals_come_without_tensorflow(shell, tmp_path):
+    """As processes, with an import of TensorFlow that would fail loudly."""
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')")
+    environment = {"PYTHONPATH": f"{tmp_path}:{command_line.__file__.rsplit('/', 2)[0]}"}
+    for words, status in (
+        (["--help"], 0),
+        ([], 0),
+        (["download", "--help"], 0),
+        (["train", "-h"], 0),
+        (["download"], 0),
+        (["sample", "--promt", "x"], 2),
+        (["smaple"], 2),
+        (["train"], 2),
+        (["train", "nothing-here.txt"], 1),
+        (["sample", "--model_name", "none-such"], 1),
+        (["sample", "--run_name", "../x"], 2),
+        (["evaluate", "none.txt", "--model_name", "none-such"], 1),
+    ):
+        result = shell(*words, env=environment, cwd=tmp_path)
+        assert result.returncode == status, (words, result)
+        assert "Traceback" not in result.stderr
+        assert bool(result.stdout) == (status == 0), words
+        assert bool(result.stderr) == (status != 0), words
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_works_anywhere_and_names_every_flag(cli, command, flag):
+    result = cli(command, "--verbose", flag)
+    assert result.returncode == 0 and result.stderr == ""
+    config_class, _ = command_line.COMMANDS[command]
+    for field in dataclasses.fields(config_class):
+        assert f"--{field.name} " in result.stdout
+    assert all(text for _, _, text in config.fields_of(config_class).values())
+
+
+def test_general_help_names_every_command(cli):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        result = cli(*words)
+        assert result.returncode == 0
+        assert all(f"  {name} " in result.stdout for name in command_line.COMMANDS)
+
+
+def test_a_misspelt_flag_is_refused_with_the_nearest_name(cli):
+    result = cli("train", "data.txt", "--learning_rat=1")
+    assert result.returncode == 2 and result.stdout == ""
+    assert "--learning_rat" in result.stderr and "--learning_rate?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, world",
+        "2019",
+        "None",
+        "[a, b]",
+        "{response}",
+        "007",
+        "1e5",
+        "True",
+        "'quoted'",
+        "x=1",
+    ]
+    + ["- a list", "--", " ", "", "\\n", "'", '"', "日本語", "a b c", "(1,)", "-h"],
+)
+def test_text_stays_text(text):
+    assert read("sample", f"--prompt={text}").prompt == text
+    assert read("sample", f"--stop={text or 'x'}").stop == (text or "x",)
+    if text != "-h" and not text.startswith("--"):
+        assert read("sample", "--prompt", text).prompt == text
+
+
+def test_names_that_look_like_numbers_stay_names():
+    assert read("train", "d.txt", "--run_name=01").run_name == "01"
+    assert read("sample", "--model_name", "124").model_name == "124"
+
+
+def test_a_flag_may_be_given_several_times_only_where_that_has_a_meaning(cli):
+    assert read("sample", "--stop", "a", "--stop", "b, c").stop == ("a", "b, c")
+    result = cli("sample", "--length", "3", "--length", "4")
+    assert result.returncode == 2 and "2 times" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--include_prefix"], True),
+        (["--include_prefix=true"], True),
+        (["--include_prefix", "true"], True),
+        (["--include_prefix=false"], False),
+        (["--include_prefix", "no"], False),
+        (["--include_prefix=0"], False),
+        (["--noinclude_prefix"], False),
+        (["--include-prefix"], True),
+        (["--include_prefix", "--length", "5"], True),
+    ],
+)
+def test_switches_take_the_words_that_people_type(words, value):
+    assert read("sample", *words).include_prefix is value
+
+
+def test_positions_and_flags_mean_the_same():
+    assert read("encode", "a.txt", "b.npz") == read(
+        "encode", "--out_npz=b.npz", "--in_text", "a.txt"
+    )
+    assert read("encode", "--in_text", "a.txt", "b.npz").out_npz == "b.npz"
+    assert read("train", "--dataset", "d").dataset == read("train", "d").dataset == "d"
+
+
+def test_numbers_are_read_as_their_type():
+    made = read("sample", "--top_k", "40", "--top_p", "0.9", "--temperature", "1", "--seed", "7")
+    assert (made.top_k, made.top_p, made.temperature, made.seed) == (40, 0.9, 1.0, 7)
+    assert read("train", "d", "--learning_rate", "2e-5").learning_rate == 0.00002
+
+
+NONSENSE = [
+    ("sample", "--temperature", "-1"),
+    ("sample", "--temperature", "hot"),
+    ("sample", "--temperature", "nan"),
+    ("sample", "--temperature", "inf"),
+    ("sample", "--top_k", "-1"),
+    ("sample", "--top_k", "1.5"),
+    ("sample", "--top_p", "1.01"),
+    ("sample", "--top_p", "-0.1"),
+    ("sample", "--length", "0"),
+    ("sample", "--length", "many"),
+    ("sample", "--nsamples", "-1"),
+    ("sample", "--batch_size", "0"),
+    ("sample", "--seed", "-1"),
+    ("sample", "--seed", str(2**63)),
+    ("sample", "--stop", ""),
+    ("sample", "--truncate", ""),
+    ("sample", "--min_length", "9", "--length", "8"),
+    ("sample", "--repetition_penalty", "0"),
+    ("sample", "--format", "xml"),
+    ("sample", "--precision", "float8"),
+    ("sample", "--length"),
+    ("sample", "--include_prefix=maybe"),
+    ("sample", "--prompt", "a", "--prompts", "b"),
+    ("sample", "--run_name", "a", "--model_name", "b"),
+    ("sample", "--run_name", "a/b"),
+    ("sample", "--run_name", ".."),
+    ("sample", "--run_name", ""),
+    ("sample", "--model_name", "/etc"),
+    ("sample", "extra"),
+    ("train",),
+    ("train", "d", "--steps", "-5"),
+    ("train", "d", "--learning_rate", "0"),
+    ("train", "d", "--learning_rate", "fast"),
+    ("train", "d", "--optimizer", "adamm"),
+    ("train", "d", "--noise", "2"),
+    ("train", "d", "--accumulate_gradients", "0"),
+    ("train", "d", "--lr_schedule", "linear"),
+    ("train", "d", "--lr_schedule", "cosine", "--steps", "5", "--warmup_steps", "5"),
+    ("train", "d", "--val_every", "5"),
+    ("train", "d", "--run_name", "../x"),
+    ("train", "d", "--save_every", "0"),
+    ("train", "d", "--encoding", "klingon"),
+    ("train", "d", "--combine", "0"),
+    ("encode", "a.txt"),
+    ("encode", "a.txt", "b.txt"),
+    ("encode", "a.txt", "b.npz", "c"),
+    ("encode", "a.txt", "b.npz", "--errors", "ignore"),
+    ("evaluate",),
+    ("evaluate", "d", "--batch_size", "0"),
+    ("download", "124M", "--url", "ftp://x"),
+    ("download", "../124M"),
+    ("interactive", "--nsamples", "0"),
+    ("nonsense",),
+]
+
+
+@pytest.mark.parametrize("words", NONSENSE, ids=" ".join)
+def test_nonsense_is_a_usage_error_in_the_flags_own_words(cli, words):
+    result = cli(*words)
+    assert result.returncode == 2, result
+    assert result.stdout == ""
+    assert result.stderr.startswith("gpt2cli: ") and result.stderr.count("\n") == 1
+    flag = next((w.split("=")[0].strip("-") for w in words if w.startswith("--")), "")
+    if flag and flag not in ("prompt",):
+        assert flag.split("_")[0] in result.stderr
+
+
+def test_the_dataclass_refuses_in_python_what_the_command_line_refuses():
+    from gpt2cli.errors import UsageError
+
+    for changes in ({"top_p": 2.0}, {"length": "ten"}, {"temperature": True}, {"stop": (1,)}):
+        with pytest.raises(UsageError):
+            config.SampleConfig(**changes)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.SampleConfig().length = 5
+
+
+def test_nothing_of_fire_shows_in_the_output(cli):
+    """Fire prints what a function returns; ours returns nothing and prints nothing."""
+    assert cli("--version").stdout.startswith("gpt2cli ")
+    command_line.read_command_line(["sample", "--length", "5"])
+    assert cli("--version").stdout.count("\n") == 1
+
+
+def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
+    def broken(config):
+        raise ZeroDivisionError
+
+    from gpt2cli.commands import evaluate
+
+    monkeypatch.setattr(evaluate, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        command_line.main(["evaluate", "x"])
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    import subprocess
+
+    from conftest import ROOT
+
+    command = f"{sys.executable} -m gpt2cli --help | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,322 @@
+"""`gpt2cli sample`, `interactive` and `evaluate` as commands."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import oracle
+import pexpect
+import pytest
+from conftest import ROOT, TINY
+
+from gpt2cli.errors import UserError
+
+T = ("--model_name", "tiny", "--models_dir", TINY.parent)
+BANNER = "=" * 40
+
+
+def jsonl(result):
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_standard_output_is_the_banner_and_the_text_and_nothing_else(cli):
+    result = cli("sample", *T, "--length", 20, "--seed", 4, "--nsamples", 2)
+    first, second = (f"{BANNER} SAMPLE {n} {BANNER}\n" for n in (1, 2))
+    assert result.stdout.startswith(first) and result.stdout.count("= SAMPLE ") == 2
+    assert second in result.stdout and "TensorFlow" not in result.stdout
+    again = cli("sample", *T, "--length", 20, "--seed", 4, "--nsamples", 2, "--batch_size", 2)
+    assert again.stdout == result.stdout
+
+
+def test_the_real_command_writes_only_samples_to_standard_output(shell):
+    """As a process: TensorFlow's native code writes to the file descriptors directly."""
+    words = ("sample", *T, "--length", 10, "--format", "jsonl", "--prompt", "-")
+    result = shell(*words, input="The import\n")
+    (sample,) = [json.loads(line) for line in result.stdout.splitlines()]
+    assert sample["prompt"] == "The import" and len(sample["tokens"]) == 10
+    assert result.stderr.count("\n") == 2, result.stderr  # the device and the seed
+    assert str(sample["seed"]) in result.stderr
+
+
+def test_every_way_to_give_a_prompt_gives_the_same(cli, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("The import statement\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "The import statement"}\n\n"A class"\n[5, 6]\n')
+    rest = (*T, "--length", 12, "--temperature", 0, "--format", "jsonl")
+    expected = jsonl(cli("sample", "--prompt", "The import statement", *rest))[0]["text"]
+    assert jsonl(cli("sample", "--prompt_file", tmp_path / "p.txt", *rest))[0]["text"] == expected
+    assert jsonl(cli("sample", "--prompts", tmp_path / "p.txt", *rest))[0]["text"] == expected
+    three = jsonl(cli("sample", "--prompts", tmp_path / "p.jsonl", *rest, "--batch_size", 3))
+    assert [s["text"] for s in three][0] == expected
+    assert [s["prompt"] for s in three] == ["The import statement", "A class", [5, 6]]
+
+
+def test_the_jsonl_fields_are_those_promised(cli, tiny):
+    (sample,) = jsonl(cli("sample", *T, "--length", 7, "--format", "jsonl", "--seed", 3))
+    assert list(sample) == ["index", "prompt", "text", "tokens", "finish_reason", "seed"]
+    assert sample["prompt"] is None and sample["seed"] == 3 and sample["finish_reason"] == "length"
+    assert tiny.encoder.decode(sample["tokens"]) == sample["text"] and len(sample["tokens"]) == 7
+
+
+def test_number_of_samples_need_not_divide_into_batches(cli, tmp_path):
+    (tmp_path / "p.txt").write_text("One\nTwo\nThree\n")
+    samples = jsonl(
+        cli("sample", *T, "--prompts", tmp_path / "p.txt", "--nsamples", 3, "--batch_size", 4,
+            "--length", 5, "--format", "jsonl")
+    )  # fmt: skip
+    assert [s["index"] for s in samples] == list(range(9))
+    assert [s["prompt"] for s in samples] == ["One"] * 3 + ["Two"] * 3 + ["Three"] * 3
+
+
+def test_stop_ends_a_sample_also_across_token_borders(tiny):
+    (whole,) = tiny.generate("The", length=60, seed=2, temperature=0.8)
+    ids = whole.tokens
+    for at in (5, 9, 20):
+        # the end of one token and the beginning of the next
+        before, text = tiny.encoder.decode(ids[:at]), tiny.encoder.decode(ids)
+        stop = text[len(before) - 2 : len(before) + 2]
+        (cut,) = tiny.generate("The", length=60, seed=2, temperature=0.8, stop=("never", stop))
+        assert cut.text == whole.text[: whole.text.index(stop)]
+        assert cut.finish_reason == "stop"
+        assert tiny.encoder.decode(cut.tokens).startswith(cut.text)
+        assert stop in tiny.encoder.decode(cut.tokens)
+
+
+def test_before_min_length_a_stop_text_does_not_end_a_sample(tiny):
+    (whole,) = tiny.generate("The", length=50, seed=2, temperature=0.8)
+    stop = tiny.encoder.decode(whole.tokens[2:3])
+    (cut,) = tiny.generate("The", length=50, seed=2, temperature=0.8, stop=(stop,), min_length=30)
+    assert len(cut.tokens) >= 30 or cut.finish_reason == "length"
+    assert cut.text.startswith(tiny.encoder.decode(whole.tokens[:20]))
+
+
+def test_truncate_and_include_prefix_work_alone_and_together(tiny):
+    settings = dict(length=40, seed=2, temperature=0.8)
+    (whole,) = tiny.generate("The", **settings)
+    mark = whole.text[25:28]
+    short = whole.text[: whole.text.index(mark)]
+    assert tiny.generate("The", truncate=mark, **settings)[0].text == short
+    assert tiny.generate("The", include_prefix=True, **settings)[0].text == "The" + whole.text
+    both = tiny.generate("The", truncate=mark, include_prefix=True, **settings)
+    assert both[0].text == "The" + short
+
+
+def test_the_end_token_ends_a_sample_and_is_not_printed(tiny):
+    samples = tiny.generate(
+        [[tiny.encoder.end]] * 1, nsamples=12, batch_size=12, length=600, top_k=5, seed=1
+    )
+    ended = [s for s in samples if s.finish_reason == "end"]
+    for sample in ended:
+        assert tiny.encoder.end not in sample.tokens and "endoftext" not in sample.text
+        assert len(sample.tokens) < 600
+
+
+def test_a_streamed_text_is_the_text(tiny):
+    from gpt2cli.config import GenerateSettings
+
+    for settings in (dict(), dict(stop=("the", ". ")), dict(truncate="is")):
+        settings = GenerateSettings(length=50, seed=6, temperature=0.9, **settings)
+        *pieces, sample = tiny.stream("A class", settings)
+        (whole,) = tiny.samples(["A class"], settings)
+        assert "".join(pieces) == sample.text == whole.text
+        assert settings.stop or settings.truncate or len([p for p in pieces if p]) > 5
+
+
+def test_bytes_outside_utf8_never_break_a_stream(tiny):
+    from gpt2cli.config import GenerateSettings
+
+    settings = GenerateSettings(length=80, seed=1, temperature=50.0)  # all but uniform
+    *pieces, sample = tiny.stream("x", settings)
+    assert "".join(pieces) == sample.text == tiny.encoder.decode(sample.tokens)
+
+
+def test_with_a_run_name_samples_go_to_its_folder_too(cli, workdir):
+    (workdir / "t.txt").write_text("word " * 400)
+    cli(
+        "train",
+        "t.txt",
+        "--model_name",
+        "tiny",
+        "--steps",
+        1,
+        "--seq_length",
+        16,
+        "--sample_every",
+        0,
+    )
+    for number in ("", "-2"):
+        result = cli("sample", "--run_name", "run1", "--length", 5, "--seed", 9)
+        path = workdir / "samples" / "run1" / f"sample-1-seed9{number}.txt"
+        assert path.read_text() == result.stdout
+    result = cli("sample", "--run_name", "run1", "--length", 5, "--seed", 9, "--stop", "a",
+                 "--prompts", "missing.txt")  # fmt: skip
+    assert result.returncode == 1 and len(list((workdir / "samples/run1").iterdir())) == 2
+
+
+def test_an_endless_run_is_ended_by_ctrl_c_and_keeps_its_samples(workdir, cli):
+    (workdir / "t.txt").write_text("word " * 400)
+    cli(
+        "train",
+        "t.txt",
+        "--model_name",
+        "tiny",
+        "--steps",
+        1,
+        "--seq_length",
+        16,
+        "--sample_every",
+        0,
+    )
+    command = [sys.executable, "-m", "gpt2cli", "sample", "--run_name", "run1", "--nsamples", "0"]
+    command += ["--length", "8", "--format", "jsonl"]
+    with subprocess.Popen(
+        command, stdout=-1, stderr=-1, text=True, cwd=workdir, env={"PYTHONPATH": str(ROOT)}
+    ) as process:
+        lines = [process.stdout.readline() for _ in range(5)]
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    (path,) = (workdir / "samples" / "run1").iterdir()
+    assert path.read_text().startswith("".join(lines)), err  # and perhaps one more, just begun
+    assert all(json.loads(line) for line in path.read_text().splitlines() + rest.splitlines())
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_a_prompt_longer_than_the_window_is_cut_and_said(cli):
+    result = cli("sample", *T, "--prompt", "word and " * 400, "--length", 3)
+    assert result.returncode == 0 and "sees the last 256" in result.stderr
+
+
+def test_bad_prompts_are_named(cli, tmp_path):
+    for name, content, words in (
+        ("missing.txt", None, "missing.txt"),
+        ("empty.txt", b"", "no prompt"),
+        ("latin1.txt", "café".encode("latin-1"), "not UTF-8"),
+        ("bad.jsonl", b'"fine"\n{"prompt": 5}\n', "line 2"),
+        ("broken.jsonl", b"{", "line 1"),
+        ("ids.jsonl", b"[1, 99999]\n", "99999"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        result = cli("sample", *T, "--prompts", tmp_path / name, "--length", 2)
+        assert result.returncode == 1 and words in result.stderr, (name, result)
+        assert result.stdout == ""
+
+
+def test_a_model_or_run_that_is_not_there_is_refused_with_those_that_are(cli, workdir):
+    result = cli("sample", "--model_name", "124M")
+    assert result.returncode == 1
+    assert "tiny" in result.stderr and "gpt2cli download 124M" in result.stderr
+    result = cli("sample", "--run_name", "none")
+    assert result.returncode == 1 and "gpt2cli train" in result.stderr
+
+
+def test_evaluate_is_the_mean_over_windows_that_overlap_by_one_token(cli, tiny, tmp_path):
+    ids = np.random.default_rng(0).integers(2048, size=700)
+    np.savez(tmp_path / "ids.npz", ids)
+    result = cli("evaluate", tmp_path / "ids.npz", *T, "--format", "json", "--batch_size", 2)
+    found = json.loads(result.stdout)
+    weights = {n: v.numpy() for n, v in tiny.network.weights.items()}
+    total = 0.0
+    for start in range(0, 699, 256):
+        window = ids[start : start + 257]
+        total += oracle.loss(weights, 5, window) * (len(window) - 1)
+    assert found["tokens"] == 699
+    assert found["loss"] == pytest.approx(total / 699, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    line = cli("evaluate", tmp_path / "ids.npz", *T, "--batch_size", 2).stdout
+    assert line.split()[:2] == ["loss", f"{found['loss']:.6f}"] and line.endswith("tokens 699\n")
+
+
+def test_logits_are_given_for_a_window_and_refused_beyond(tiny):
+    assert tiny.logits([1, 2, 3]).shape == (3, 2048)
+    assert tiny.logits(tiny.encoder.encode("import")).dtype == np.float32
+    with pytest.raises(UserError, match="256"):
+        tiny.logits([1] * 257)
+    with pytest.raises(UserError, match="5000"):
+        tiny.logits([5000])
+    with pytest.raises(UserError, match="temperatur"):
+        tiny.generate("x", temperatur=1)
+
+
+@pytest.mark.parametrize("name", ["a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601"])
+def test_the_commands_reproduce_the_original_programs_numbers(cli, golden, tmp_path, name):
+    source = ("--models_dir", golden / "gpt2-openai", "--model_name", name)
+    expected = np.load(golden / "gpt2-openai" / name / "expected.npz")
+    np.savez(tmp_path / "ids.npz", expected["seq7_tokens"])
+    result = cli("evaluate", tmp_path / "ids.npz", *source, "--format", "json")
+    assert json.loads(result.stdout)["loss"] == pytest.approx(
+        float(expected["seq7_loss"]), abs=1e-5
+    )
+    count = int(expected["n_greedy"])
+    prompts = [json.dumps(expected[f"greedy{j}_prompt"].tolist()) for j in range(count)]
+    (tmp_path / "p.jsonl").write_text("\n".join(prompts))
+    samples = jsonl(
+        cli("sample", *source, "--prompts", tmp_path / "p.jsonl", "--temperature", 0,
+            "--length", 64, "--format", "jsonl")
+    )  # fmt: skip
+    for j, sample in enumerate(samples):
+        assert sample["tokens"] == expected[f"greedy{j}_ids"].tolist()
+
+
+def session(*words):
+    """An `interactive` on a terminal of its own, at its first prompt."""
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "gpt2cli", "interactive", *map(str, T), *map(str, words)],
+        cwd=str(ROOT),
+        env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "HOME": "/nonexistent"},
+        encoding="utf-8",
+        timeout=120,
+    )
+    child.expect(">>> ")
+    return child
+
+
+def test_an_interactive_session(cli):
+    """One session: a sample, settings, several lines, Ctrl-C stops the sample only, EOF leaves."""
+    child = session("--length", 12, "--temperature", 0)
+    expected = json.loads(
+        cli("sample", *T, "--prompt", "The import", "--length", 12, "--temperature", 0,
+            "--format", "jsonl").stdout
+    )["text"]  # fmt: skip
+    child.sendline("The import")
+    child.expect(">>> ")
+    shown = child.before.split("The import", 1)[1].replace("\r\n", "\n").strip("\n")
+    assert expected.strip("\n") in shown
+    child.sendline("/set temperature hot")
+    child.expect("takes float")
+    child.expect(">>> ")
+    child.sendline("/set length 5")
+    child.expect(">>> ")
+    child.sendline("/show")
+    child.expect("length = 5")
+    child.expect(">>> ")
+    child.sendline('"""')
+    child.expect(r"\.\.\. ")
+    child.sendline("first line")
+    child.expect(r"\.\.\. ")
+    child.sendline("second line")
+    child.expect(r"\.\.\. ")
+    child.sendline('"""')
+    child.expect(">>> ")
+    child.sendline("/set length 100000")
+    child.expect(">>> ")
+    child.sendline("A long one")
+    time.sleep(2)
+    child.sendintr()
+    child.expect("stopped")
+    child.expect(">>> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_interactive_serves_a_pipe_without_marks(shell):
+    result = shell("interactive", *T, "--length", 4, "--seed", 1, input="One\n\n/quit\nTwo\n")
+    assert result.returncode == 0 and ">>>" not in result.stdout
+    assert result.stdout.strip() and "Traceback" not in result.stderr

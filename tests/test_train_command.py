@@ -1,0 +1,225 @@
+"""`gpt2cli train` as a command: files, lines, resuming, stopping, refusals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from gpt2cli import checkpoint, files
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
+FAST = ("--model_name", "tiny", "--seq_length", 32, "--learning_rate", 0.001, "--sample_every", 0)
+LINE = re.compile(r"^\[(\d+) \| [\d.]+\] loss=([\d.]+) avg=([\d.]+) \d+ tokens/s$", re.M)
+
+
+@pytest.fixture
+def text(workdir):
+    (workdir / "text.txt").write_text(TEXT)
+    return workdir / "text.txt"
+
+
+def losses(result):
+    return {int(step): float(loss) for step, loss, _ in LINE.findall(result.stderr)}
+
+
+def weights(folder):
+    return {n: v.numpy() for n, v in checkpoint.load(folder).weights.items()}
+
+
+def test_a_run_leaves_everything_in_its_own_folders(cli, text):
+    result = cli(
+        *("train", "text.txt", *FAST[:-2], "--steps", 6, "--save_every", 2, "--keep", 2),
+        *("--sample_every", 3, "--sample_length", 12, "--sample_num", 2, "--run_name", "foxes"),
+        *("--val_dataset", "text.txt", "--val_every", 3, "--val_batch_count", 2, "--seed", 5),
+    )
+    assert result.returncode == 0, result.stderr
+    found = losses(result)
+    assert sorted(found) == [1, 2, 3, 4, 5, 6] and found[6] < found[1]
+    assert result.stderr.count("validation loss=") == 3  # at steps 0, 3 and 6
+    run = text.parent / "checkpoint" / "foxes"
+    names = {re.sub(r"tfevents.*", "tfevents", p.name) for p in run.iterdir()}
+    saved = {f"{kind}-{step}.{ending}" for kind in ("model", "optimizer") for step in (4, 6)
+             for ending in ("index", "data-00000-of-00001")}  # fmt: skip
+    assert names == saved | {
+        *("checkpoint", "counter", "hparams.json", "encoder.json", "vocab.bpe", "train.json"),
+        *("state-4.json", "state-6.json", "events.out.tfevents"),
+    }
+    assert (run / "counter").read_text() == "6\n"
+    record = json.loads((run / "train.json").read_text())
+    assert record["seed"] == 5 and record["seq_length"] == 32 and record["learning_rate"] == 0.001
+    samples = sorted(p.name for p in (text.parent / "samples" / "foxes").iterdir())
+    assert samples == ["samples-3", "samples-6"]
+    written = (text.parent / "samples/foxes/samples-6").read_text()
+    assert written.count(" SAMPLE ") == 2 and written in result.stdout
+    for name in ("124M", "tiny"):  # the model that it started from is untouched
+        assert not list((text.parent / "models").glob(f"{name}/model-*"))
+
+
+def test_two_halves_are_one_whole_run(cli, text):
+    for optimizer in ("adam", "sgd"):
+        flags = (*FAST, "--optimizer", optimizer, "--save_every", 4, "--lr_schedule", "constant")
+        names = [f"{optimizer}-{part}" for part in ("whole", "halves")]
+        whole = cli("train", "text.txt", *flags, "--steps", 6, "--seed", 3, "--run_name", names[0])
+        first = cli("train", "text.txt", *flags, "--steps", 4, "--seed", 3, "--run_name", names[1])
+        second = cli("train", "text.txt", *flags, "--steps", 6, "--run_name", names[1])
+        assert losses(whole) == {**losses(first), **losses(second)}
+        a, b = (weights(text.parent / "checkpoint" / name) for name in names)
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_latest_goes_on_and_a_finished_run_says_so(cli, text):
+    cli("train", "text.txt", *FAST, "--steps", 2)
+    again = cli("train", "text.txt", *FAST, "--steps", 2)
+    assert again.returncode == 0 and "2 steps already" in again.stderr and not losses(again)
+    more = cli("train", "text.txt", *FAST, "--steps", 3)
+    assert sorted(losses(more)) == [3]
+
+
+def test_fresh_and_foreign_starts_do_not_replace_a_run_unasked(cli, text):
+    cli("train", "text.txt", *FAST, "--steps", 3)
+    run = text.parent / "checkpoint" / "run1"
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    for source in ("fresh", "models/tiny"):
+        result = cli("train", "text.txt", *FAST, "--steps", 1, "--restore_from", source)
+        assert result.returncode == 1 and "--overwrite" in result.stderr
+    assert before == {p.name: p.read_bytes() for p in run.iterdir()}
+    result = cli("train", "text.txt", *FAST, "--steps", 1, "--restore_from", "fresh", "--overwrite")
+    assert result.returncode == 0 and files.saved_steps(run) == [1]
+
+
+def test_a_run_starts_from_another_runs_weights_or_an_older_step(cli, text):
+    cli("train", "text.txt", *FAST, "--steps", 3, "--save_every", 1, "--run_name", "a", "--seed", 1)
+    result = cli(
+        *("train", "text.txt", *FAST, "--steps", 1, "--run_name", "b"),
+        *("--restore_from", "checkpoint/a/model-3"),
+    )
+    assert result.returncode == 0 and sorted(losses(result)) == [1]
+    older = cli(
+        *("train", "text.txt", *FAST, "--steps", 3, "--run_name", "a"),
+        *("--restore_from", "checkpoint/a/model-2"),
+    )
+    assert sorted(losses(older)) == [3]
+
+
+def test_a_run_of_nshepperds_program_goes_on(cli, text, network):
+    """His folder has model-<step>.*, checkpoint and counter; no optimizer state, no description."""
+    run = text.parent / "checkpoint" / "old"
+    checkpoint.write(run / "model-7", checkpoint.load("models/tiny").weights)
+    (run / "checkpoint").write_text('model_checkpoint_path: "model-7"\n')
+    (run / "counter").write_text("7\n")
+    refused = cli("train", "text.txt", *FAST, "--steps", 8, "--run_name", "old")
+    assert refused.returncode == 1 and "hparams.json" in refused.stderr
+    checkpoint.copy_description("models/tiny", run)
+    result = cli("train", "text.txt", *FAST, "--steps", 8, "--run_name", "old")
+    assert result.returncode == 0 and sorted(losses(result)) == [8]
+
+
+def test_all_flags_combine(cli, text):
+    result = cli(
+        *("train", "text.txt", *FAST, "--steps", 4, "--batch_size", 2, "--accumulate_gradients", 3),
+        *("--memory_saving_gradients", "--only_train_transformer_layers", "--optimizer", "adamw"),
+        *("--noise", 0.1, "--warmup_steps", 1, "--lr_schedule", "cosine", "--clip_norm", 1),
+        *("--precision", "bfloat16", "--combine", 100),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "6 x 32" in result.stderr and len(losses(result)) == 4
+
+
+def test_a_text_shorter_than_a_window_is_padded_and_masked(cli, workdir):
+    (workdir / "short.txt").write_text("To be, or not to be.")
+    result = cli("train", "short.txt", *FAST, "--seq_length", 0, "--steps", 8)
+    result = cli("train", "short.txt", "--model_name", "tiny", "--steps", 8, "--sample_every", 0)
+    assert result.returncode == 0 and losses(result)[8] < losses(result)[1]
+
+
+def start(*words, cwd):
+    command = [sys.executable, "-m", "gpt2cli", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=-1, stderr=subprocess.PIPE
+    )
+    seen = ""
+    while "[3 |" not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    return process
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_run_and_leaves_with_its_status(cli, text, number, status):
+    process = start("train", "text.txt", *FAST, cwd=text.parent)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    (step,) = files.saved_steps(text.parent / "checkpoint" / "run1")
+    assert step >= 3 and f"at step {step}" in err
+    assert sorted(losses(cli("train", "text.txt", *FAST, "--steps", step + 1))) == [step + 1]
+
+
+def test_a_signal_breaks_off_a_long_sample(text):
+    """docker stop waits ten seconds; a sample of 20,000 tokens takes longer."""
+    long = ("--sample_every", 4, "--sample_length", 20000)
+    process = start("train", "text.txt", *FAST[:-2], *long, cwd=text.parent)
+    time.sleep(6)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert files.saved_steps(text.parent / "checkpoint" / "run1") == [4]
+    assert not (text.parent / "samples").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(cli, text):
+    cli("train", "text.txt", *FAST, "--steps", 2)
+    before = files.find_checkpoint("checkpoint/run1")
+    result = cli("train", "text.txt", "--model_name", "tiny", "--seq_length", 32, "--sample_every",
+                 0, "--learning_rate", 1e30, "--steps", 20)  # fmt: skip
+    assert result.returncode == 1 and "diverged" in result.stderr
+    assert files.find_checkpoint("checkpoint/run1") == before
+    assert all(np.isfinite(v).all() for v in weights("checkpoint/run1").values())
+
+
+BAD_DATA = {
+    "missing.txt": None,
+    "empty.txt": b"",
+    "binary.txt": b"MZ\x00\x01\x02" * 100,
+    "latin1.txt": "café".encode("latin-1") * 50,
+    "one.npz": b"PK\x03\x04 not really",
+    "emptyfolder/": None,
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_named_before_anything_is_written(cli, workdir, name):
+    if name.endswith("/"):
+        (workdir / name).mkdir()
+    elif BAD_DATA[name] is not None:
+        (workdir / name).write_bytes(BAD_DATA[name])
+    result = cli("train", name, *FAST, "--steps", 1)
+    assert result.returncode == 1 and name.strip("/") in result.stderr
+    assert result.stderr.count("\n") == 1 and not (workdir / "checkpoint").exists()
+
+
+def test_ids_of_another_vocabulary_are_refused(cli, workdir):
+    np.savez("other.npz", np.arange(3000))
+    result = cli("train", "other.npz", *FAST, "--steps", 1)
+    assert result.returncode == 1 and "0 to 2047" in result.stderr
+
+
+def test_the_same_can_be_done_from_python(text):
+    import gpt2cli
+
+    run = gpt2cli.train(
+        dataset="text.txt", model_name="tiny", seq_length=32, steps=2, sample_every=0, run_name="py"
+    )
+    assert run.name == "py" and gpt2cli.load_model(run).config.n_vocab == 2048
+    with pytest.raises(gpt2cli.errors.UsageError, match="learning_rat"):
+        gpt2cli.train(dataset="text.txt", learning_rat=1)
