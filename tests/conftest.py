@@ -77,9 +77,22 @@ def workdir(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def cli(capsys):
-    """Run a command line in this process; gives exit status, standard output, standard error."""
+def cli(capsys, monkeypatch, tiny):
+    """Run a command line in this process; gives exit status, standard output, standard error.
+
+    models/tiny is loaded and compiled once for all tests, which takes most of a command's time; the
+    tests that start a process of their own load it as users do.
+    """
+    from gpt2cli import inference
     from gpt2cli.cli import main
+
+    load_model = inference.load_model
+
+    def load_once(path, precision="float32"):
+        is_tiny = str(path) == str(TINY / "model.ckpt") and precision == "float32"
+        return tiny if is_tiny else load_model(path, precision)
+
+    monkeypatch.setattr(inference, "load_model", load_once)
 
     def run(*words):
         status = 0

@@ -1,0 +1,61 @@
+"""What README says of commands, flags and files is what the program has."""
+
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT
+
+from gpt2cli import cli, config
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def flag_table():
+    """The table of all flags as README must have it: one row a flag and meaning."""
+    rows = {}
+    for command, (config_class, _) in cli.COMMANDS.items():
+        for name, (hint, default, text) in config.fields_of(config_class).items():
+            kind = config.describe_type(hint).replace("|", " or ")
+            shown = cli.describe_default(default).removeprefix(" (default: ").strip(" ()")
+            rows.setdefault((name, kind, shown, text.replace("|", "\\|")), []).append(command)
+    lines = ["| flag | takes | default | of | meaning |", "| --- | --- | --- | --- | --- |"]
+    for (name, kind, shown, text), commands in rows.items():
+        of = "all" if len(commands) == len(cli.COMMANDS) else ", ".join(commands)
+        lines.append(f"| `--{name}` | {kind} | {shown} | {of} | {text} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_flags_is_the_programs():
+    table = re.search(r"^\| flag \|.*?(?=\n\n)", README, re.M | re.S)
+    assert table and table[0] == flag_table(), f"README needs this table:\n{flag_table()}"
+
+
+def test_every_command_is_listed_with_its_summary():
+    listed = re.findall(r"^\| `gpt2cli (\w+)[^`]*` \| (.*) \|$", README, re.M)
+    assert [name for name, _ in listed] == list(cli.COMMANDS)
+
+
+def test_every_command_line_in_the_readme_is_accepted():
+    """Blocks of ```sh: each line that begins with gpt2cli is read, none is run."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.split("|")[-1].strip() if "| gpt2cli" in line else line for line in lines]
+    lines = [re.split(r" [#>]|&&", line)[0] for line in lines if line.startswith("gpt2cli ")]
+    assert len(lines) >= 8
+    import shlex
+
+    for line in lines:
+        made = cli.read_command_line(shlex.split(line)[1:])
+        assert made is None or dataclasses.is_dataclass(made), line
+
+
+def test_the_map_of_the_code_names_every_module():
+    modules = sorted(p.name for p in (ROOT / "gpt2cli").glob("[a-z]*.py"))
+    for name in modules:
+        assert f"`{name}`" in README, name
+
+
+@pytest.mark.parametrize("name", ["bin/quickstart", "bin/test", "models/make_tiny.py"])
+def test_files_that_the_readme_names_are_there(name):
+    assert name in README and (ROOT / name).is_file()
