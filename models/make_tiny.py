@@ -22,7 +22,7 @@ from gpt2cli.config import ModelConfig
 
 TINY = Path(__file__).parent / "tiny"
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=160, n_head=5, n_layer=4)
-STEPS = 1600
+STEPS = 900
 
 
 def make_vocabulary(text, folder):
@@ -68,7 +68,7 @@ def main():
             lr_schedule="cosine",
             warmup_steps=50,
             optimizer="adamw",
-            weight_decay=0.1,
+            weight_decay=0.3,
             clip_norm=1.0,
             sample_every=STEPS,
             sample_length=100,

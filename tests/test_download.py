@@ -652,7 +652,7 @@ def test_the_module_does_not_bring_tensorflow():
         None,
         "hparams.json",
         "model.ckpt.index",
-        pytest.param(DATA, marks=pytest.mark.xfail(reason="checkpoint.verify reads no data")),
+        DATA,
     ],
 )
 def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits, tmp_path, damage):
