@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import signal
 import sys
 import textwrap
 
@@ -36,6 +37,8 @@ def main(argv=None):
     other exception is our bug and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # Without a handler a container's first process ignores SIGTERM, which `docker stop` sends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a text that cannot be shown must not end a run
             stream.reconfigure(encoding="utf-8", errors="replace")

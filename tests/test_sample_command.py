@@ -179,6 +179,7 @@ def test_an_endless_run_is_ended_by_ctrl_c_and_keeps_its_samples(workdir, cli):
         lines = [process.stdout.readline() for _ in range(5)]
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
     (path,) = (workdir / "samples" / "run1").iterdir()
     assert path.read_text().startswith("".join(lines)), err  # and perhaps one more, just begun
     assert all(json.loads(line) for line in path.read_text().splitlines() + rest.splitlines())

@@ -30,6 +30,7 @@ def run(config):
     if config.seed is None:
         config = dataclasses.replace(config, seed=inference.new_seed())
         print(f"seed {config.seed}", file=sys.stderr)
+    ended = None
     with contextlib.ExitStack() as stack:
         outputs = []
         if config.run_name is not None:
@@ -40,11 +41,14 @@ def run(config):
             for sample in model.samples(prompts, config):
                 for output in outputs:
                     print(sample.show(config.format), file=output, flush=True)
-        except KeyboardInterrupt:
-            if config.nsamples:  # an endless run is ended so, and keeps its samples
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if config.nsamples:
                 raise
+            ended = stop  # an endless run is always ended so, and keeps its samples
     if config.run_name is not None:
         print(f"also in {path}", file=sys.stderr)
+    if ended:
+        raise ended
 
 
 def read_prompts(config):
