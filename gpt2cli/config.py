@@ -298,6 +298,7 @@ class TrainConfig(TextSettings):
         precision: of the activations; the weights are kept in float32 in any case.
         noise: share of input tokens replaced by random ones, against overfitting.
         seed: of the data order and the samples; drawn and printed if not given.
+        print_every: steps between lines; the loss in a line is the last step's.
         sample_every: steps between samples; 0 writes none.
         sample_length: tokens of a sample.
         sample_num: samples each time.
@@ -336,6 +337,7 @@ class TrainConfig(TextSettings):
     precision: Literal["float32", "bfloat16"] = "float32"
     noise: float = 0.0
     seed: int | None = None
+    print_every: int = 1
     sample_every: int = 100
     sample_length: int = 1023
     sample_num: int = 1
@@ -364,6 +366,7 @@ class TrainConfig(TextSettings):
             accumulate_gradients=(1, None),
             noise=(0, 1),
             seed=_SEED,
+            print_every=(1, None),
             sample_every=(0, None),
             sample_length=(1, None),
             sample_num=(1, None),

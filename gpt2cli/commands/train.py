@@ -117,26 +117,29 @@ class Run:
         if config.steps and self.step >= config.steps:
             _say(f"the run has its {config.steps} steps already; raise --steps to go on")
             return
-        began = time.monotonic()
         if config.val_every and self.step == 0:
             self.validate(held_out, length)
+        self.began = self.reported = time.monotonic()
+        self.reported_step = self.step
         while not stop.received and (not config.steps or self.step < config.steps):
-            started = time.monotonic()
             batch = tokens.windows(
                 self.step, rows, length, config.seed, config.noise, self.model.config.n_vocab
             )
             loss = self.trainer.step(self.step, batch)
-            now = time.monotonic()
-            self.report(loss, now - began, batch.inputs.size / (now - started))
+            self.count(loss)
+            if self.step % config.print_every == 0 or self.step == config.steps:
+                self.report(loss, batch.inputs.size)
             if self.step % config.save_every == 0:
                 self.save()
             if stop.received:
                 break
+            paused = time.monotonic()
             with stop.interrupting():
                 if config.sample_every and self.step % config.sample_every == 0:
                     self.write_samples()
                 if config.val_every and self.step % config.val_every == 0:
                     self.validate(held_out, length)
+            self.reported += time.monotonic() - paused  # the speed is that of training alone
         self.save()
         self.events.close()
         _say(
@@ -144,8 +147,8 @@ class Run:
             f"gpt2cli sample --run_name {config.run_name}"
         )
 
-    def report(self, loss, seconds, speed):
-        """Count the step and print its line; a loss that is not finite ends the run."""
+    def count(self, loss):
+        """Take note of a step and its loss; one that is not finite ends the run."""
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of step {self.step + 1} is {loss}: training has diverged. The newest "
@@ -155,9 +158,15 @@ class Run:
         self.step += 1
         # the running average of nshepperd/gpt-2 train.py
         self.running_loss = [self.running_loss[0] * 0.99 + loss, self.running_loss[1] * 0.99 + 1]
-        average = self.running_loss[0] / self.running_loss[1]
+
+    def report(self, loss, tokens):
+        """Print the line of a step that read `tokens` tokens; the speed is that since the last."""
+        now, average = time.monotonic(), self.running_loss[0] / self.running_loss[1]
+        speed = tokens * (self.step - self.reported_step) / (now - self.reported)
+        self.reported, self.reported_step = now, self.step
         _say(
-            f"[{self.step} | {seconds:.2f}] loss={loss:.4f} avg={average:.4f} {speed:.0f} tokens/s"
+            f"[{self.step} | {now - self.began:.2f}] loss={loss:.4f} avg={average:.4f} "
+            f"{speed:.0f} tokens/s"
         )
         self.events.write(self.step, loss=loss, tokens_per_second=speed)
 
