@@ -25,7 +25,13 @@ setup(
     ],
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
-        "test": ["pytest>=8", "hypothesis>=6.100", "pexpect>=4.9", "ruff>=0.6"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",  # two tests at a time
+            "hypothesis>=6.100",  # texts nobody would think of
+            "pexpect>=4.9",  # `interactive` on a terminal
+            "ruff>=0.6,<0.18",  # a newer one may format otherwise
+        ],
     },
     entry_points={"console_scripts": ["gpt2cli=gpt2cli.cli:main"]},
 )
