@@ -88,7 +88,7 @@ def training(folder, steps, *flags):
     _, err, memory = run(*words, cwd=folder)
     lines = [line for line in err.splitlines() if " loss=" in line]
     speeds = [float(line.split()[-2]) for line in lines][1:]  # the first step traces the graph
-    losses = [line.split()[2].removeprefix("loss=") for line in (lines[0], lines[-1])]
+    losses = [line.split()[3].removeprefix("loss=") for line in (lines[0], lines[-1])]
     return (
         f"train, 1 x 1024 {' '.join(flags)}: median {statistics.median(speeds):.1f} tokens/s  "
         f"loss {losses[0]} -> {losses[1]} in {steps} steps  peak {memory:.2f} GB"

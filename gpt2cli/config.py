@@ -230,43 +230,51 @@ class TextSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(TextSettings):
-    """Turn text into token ids once, so that `train` starts at once.
+class SourceSettings:
+    """Which model a command reads; all but `download` and `train` share these.
 
     Args:
-        in_text: a text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
-        out_npz: file to write: .npz (as nshepperd/gpt-2's encode.py), or .npy for a corpus larger
-            than memory.
-        model_name: the model whose vocabulary is used.
-        run_name: use the vocabulary of this run instead.
+        model_name: the model to use (default: 124M).
+        run_name: use the newest checkpoint of this run instead; `sample` also writes to
+            samples/RUN_NAME/.
         models_dir: folder that holds the model folders.
         checkpoint_dir: folder that holds the run folders.
         verbose: show TensorFlow's own messages.
     """
 
-    in_text: str
-    out_npz: str
     model_name: str | None = None
     run_name: str | None = None
     models_dir: str = "models"
     checkpoint_dir: str = "checkpoint"
     verbose: bool = False
 
+    def _check_source(self):
+        if self.model_name is not None and self.run_name is not None:
+            raise UsageError("give --model_name or --run_name, not both")
+        for flag in ("model_name", "run_name"):
+            if getattr(self, flag) is not None:
+                check_name(flag, getattr(self, flag))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(SourceSettings, TextSettings):
+    """Turn text into token ids once, so that `train` starts at once.
+
+    Args:
+        in_text: a text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
+        out_npz: file to write: .npz (as nshepperd/gpt-2's encode.py), or .npy for a corpus larger
+            than memory.
+    """
+
+    in_text: str
+    out_npz: str
+
     def __post_init__(self):
         _check(self)
         self._check_text()
-        _check_source(self)
+        self._check_source()
         if not self.out_npz.endswith((".npz", ".npy")):
             raise UsageError(f"OUT must end in .npz or .npy, got {self.out_npz!r}")
-
-
-def _check_source(config):
-    """A command reads one model: --model_name or --run_name."""
-    if config.model_name is not None and config.run_name is not None:
-        raise UsageError("give --model_name or --run_name, not both")
-    for flag in ("model_name", "run_name"):
-        if getattr(config, flag) is not None:
-            check_name(flag, getattr(config, flag))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,7 +457,7 @@ class GenerateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(GenerateSettings):
+class SampleConfig(SourceSettings, GenerateSettings):
     """Write text: from nothing, or going on from a prompt.
 
     Args:
@@ -458,91 +466,61 @@ class SampleConfig(GenerateSettings):
         prompts: a file of prompts, one a line; in a .jsonl file a text, a list of token ids, or an
             object with
             "prompt" or "tokens".
-        model_name: the model to use (default: 124M).
-        run_name: use the newest checkpoint of this run; also writes to samples/RUN_NAME/.
         format: OpenAI's banner and the text, or one JSON object a sample.
         precision: of the weights and activations.
         nsamples: samples of each prompt; 0 goes on until Ctrl-C.
-        models_dir: folder that holds the model folders.
-        checkpoint_dir: folder that holds the run folders.
         sample_dir: folder in which samples/RUN_NAME/ is made.
-        verbose: show TensorFlow's own messages.
     """
 
     prompt: str | None = None
     prompt_file: str | None = None
     prompts: str | None = None
-    model_name: str | None = None
-    run_name: str | None = None
     format: Literal["text", "jsonl"] = "text"
     precision: Literal["float32", "bfloat16"] = "float32"
-    models_dir: str = "models"
-    checkpoint_dir: str = "checkpoint"
     sample_dir: str = "samples"
-    verbose: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        _check_source(self)
+        self._check_source()
         given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
         if len(given) > 1:
             raise UsageError("give one of " + " and ".join(f"--{name}" for name in given))
 
 
 @dataclass(frozen=True, kw_only=True)
-class InteractiveConfig(GenerateSettings):
+class InteractiveConfig(SourceSettings, GenerateSettings):
     """Type a prompt, watch it go on; settings can be changed in the session.
 
     Args:
-        model_name: the model to use (default: 124M).
-        run_name: use the newest checkpoint of this run.
         precision: of the weights and activations.
-        models_dir: folder that holds the model folders.
-        checkpoint_dir: folder that holds the run folders.
-        verbose: show TensorFlow's own messages.
     """
 
-    model_name: str | None = None
-    run_name: str | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
-    models_dir: str = "models"
-    checkpoint_dir: str = "checkpoint"
-    verbose: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        _check_source(self)
+        self._check_source()
         if self.nsamples < 1:
             raise UsageError("--nsamples must be at least 1 here, got 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TextSettings):
+class EvaluateConfig(SourceSettings, TextSettings):
     """Measure how well a model predicts a text: mean loss in nats a token, perplexity, tokens.
 
     Args:
         dataset: text, .csv or .jsonl file, folder or glob of them, or an encoded .npz/.npy.
-        model_name: the model to use (default: 124M).
-        run_name: use the newest checkpoint of this run.
         batch_size: windows of n_ctx tokens in one pass.
         format: a line to read, or one JSON object.
         precision: of the weights and activations.
-        models_dir: folder that holds the model folders.
-        checkpoint_dir: folder that holds the run folders.
-        verbose: show TensorFlow's own messages.
     """
 
     dataset: str
-    model_name: str | None = None
-    run_name: str | None = None
     batch_size: int = 1
     format: Literal["text", "json"] = "text"
     precision: Literal["float32", "bfloat16"] = "float32"
-    models_dir: str = "models"
-    checkpoint_dir: str = "checkpoint"
-    verbose: bool = False
 
     def __post_init__(self):
         _check(self, batch_size=(1, None))
         self._check_text()
-        _check_source(self)
+        self._check_source()

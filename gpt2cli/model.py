@@ -91,8 +91,8 @@ class Linear:
 
     def __call__(self, x):  # [B, T, n_in] -> [B, T, n_out]
         _, n_in, n_out = self.w.shape
-        flat = tf.matmul(tf.reshape(x, [-1, n_in]), tf.cast(self.w, x.dtype)[0])
-        flat = flat + tf.cast(self.b, x.dtype)
+        w = tf.reshape(tf.cast(self.w, x.dtype), [n_in, n_out])
+        flat = tf.matmul(tf.reshape(x, [-1, n_in]), w) + tf.cast(self.b, x.dtype)
         return tf.reshape(flat, [tf.shape(x)[0], tf.shape(x)[1], n_out])
 
 

@@ -8,6 +8,7 @@ Past n_ctx tokens the window slides: when a row's window is full, its older half
 newer half processed again. A row's window depends on that row alone, not on its batch.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -145,88 +146,71 @@ def choose(logits, uniform, seen, generated, rules):
     return tf.cond(tf.reduce_any(rules.temperature > 0), sample, lambda: greedy)
 
 
+def logits_after(model, tokens, lengths):
+    """Rows [B, T], padded at the right -> logits [B, V] after the `lengths` [B] tokens; cache."""
+    x, cache = model.hidden(tokens)
+    return model.head(tf.gather(x, lengths - 1, batch_dims=1)), cache
+
+
+def run(model, cache, token, position, generated, finished, seen, noise, steps, rules):
+    """Generate up to `steps` tokens a row.
+
+    Args:
+        model: a GPT2.
+        cache: of each layer [B, S, H, D], filled before `position`.
+        token, position: [B], the token to feed next and its slot.
+        generated: [B], tokens generated so far, `token` included.
+        finished: [B], rows that have ended; they write nothing that counts.
+        seen: [B, V], tokens that occurred in the row.
+        noise: [B, N], random numbers in [0, 1); steps <= N.
+        rules: Rules.
+
+    Returns:
+        tokens [B, N], of which the first `steps done` count, steps done, cache, seen.
+    """
+    rows = tf.range(tf.shape(token)[0])
+
+    def step(i, cache, token, finished, seen, out):
+        x, cache = model.hidden(token[:, None], cache, (position + i)[:, None])
+        uniform = tf.gather(noise, i, axis=1)
+        chosen = choose(model.head(x[:, 0]), uniform, seen, generated + i, rules)
+        places = tf.stack([rows, chosen], axis=1)
+        seen = tf.tensor_scatter_nd_update(seen, places, tf.fill([tf.size(rows)], True))
+        out = tf.where(tf.range(tf.shape(noise)[1]) == i, chosen[:, None], out)
+        return i + 1, cache, chosen, finished | (chosen == rules.end), seen, out
+
+    def go_on(i, cache, token, finished, seen, out):
+        return (i < steps) & ~tf.reduce_all(finished)
+
+    start = [tf.constant(0), cache, token, finished, seen, tf.zeros(tf.shape(noise), tf.int32)]
+    i, cache, _, _, seen, out = tf.while_loop(go_on, step, start)
+    return out, i, cache, seen
+
+
 class Programs:
     """The compiled functions of one model. Each is traced once, whatever shapes follow."""
 
     def __init__(self, model):
-        head_width = model.config.n_embd // model.config.n_head
-        slots = tf.TensorSpec([None, None, model.config.n_head, head_width], model.dtype)
-        numbers, flags = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.bool)
-        matrix = tf.TensorSpec([None, None], tf.int32)
-        noise, seen = tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None, None], tf.bool)
+        def compiled(function, *signature, xla=False):
+            return tf.function(
+                function, input_signature=signature, autograph=False, jit_compile=xla
+            )
 
-        @tf.function(input_signature=[matrix, numbers], autograph=False)
-        def logits_after(tokens, lengths):
-            """Rows [B, T], padded at the right -> logits [B, V] after the last tokens, cache."""
-            x, cache = model.hidden(tokens)
-            return model.head(tf.gather(x, lengths - 1, batch_dims=1)), cache
+        def array(kind, rank):
+            return tf.TensorSpec([None] * rank, kind)
 
-        @tf.function(
-            input_signature=[
-                tf.TensorSpec([None, None], tf.float32),
-                tf.TensorSpec([None], tf.float32),
-                seen,
-                numbers,
-                RULES_SPEC,
-            ],
-            autograph=False,
+        ints, head = array(tf.int32, 1), model.config.n_embd // model.config.n_head
+        slots = tf.TensorSpec([None, None, model.config.n_head, head], model.dtype)
+        seen, noise = array(tf.bool, 2), array(tf.float32, 2)
+        self.logits_after = compiled(partial(logits_after, model), array(tf.int32, 2), ints)
+        self.first = compiled(
+            *(choose, array(tf.float32, 2), array(tf.float32, 1), seen, ints, RULES_SPEC)
         )
-        def first(logits, uniform, seen, generated, rules):
-            """The token after a prompt; see `choose`."""
-            return choose(logits, uniform, seen, generated, rules)
-
-        @tf.function(
-            input_signature=[
-                [(slots, slots)] * model.config.n_layer,
-                *(numbers, numbers, numbers, flags, seen, noise),
-                tf.TensorSpec([], tf.int32),
-                RULES_SPEC,
-            ],
-            autograph=False,
-            jit_compile=True,
+        self.run = compiled(
+            *(partial(run, model), [(slots, slots)] * model.config.n_layer, ints, ints, ints),
+            *(array(tf.bool, 1), seen, noise, array(tf.int32, 0), RULES_SPEC),
+            xla=True,
         )
-        def run(cache, token, position, generated, finished, seen, noise, steps, rules):
-            """Generate up to `steps` tokens a row.
-
-            Args:
-                cache: of each layer [B, S, H, D], filled before `position`.
-                token, position: [B], the token to feed next and its slot.
-                generated: [B], tokens generated so far, `token` included.
-                finished: [B], rows that have ended; they write nothing that counts.
-                seen: [B, V], tokens that occurred in the row.
-                noise: [B, N], random numbers in [0, 1); steps <= N.
-
-            Returns:
-                tokens [B, N], of which the first `steps done` count, steps done, cache, seen.
-            """
-            rows = tf.range(tf.shape(token)[0])
-
-            def step(i, cache, token, finished, seen, out):
-                x, cache = model.hidden(token[:, None], cache, (position + i)[:, None])
-                uniform = tf.gather(noise, i, axis=1)
-                chosen = choose(model.head(x[:, 0]), uniform, seen, generated + i, rules)
-                seen = tf.tensor_scatter_nd_update(
-                    seen, tf.stack([rows, chosen], 1), tf.fill([tf.size(rows)], True)
-                )
-                here = tf.range(tf.shape(noise)[1]) == i
-                out = tf.where(here, chosen[:, None], out)
-                return i + 1, cache, chosen, finished | (chosen == rules.end), seen, out
-
-            def go_on(i, cache, token, finished, seen, out):
-                return (i < steps) & ~tf.reduce_all(finished)
-
-            start = [
-                tf.constant(0),
-                cache,
-                token,
-                finished,
-                seen,
-                tf.zeros(tf.shape(noise), tf.int32),
-            ]
-            i, cache, _, _, seen, out = tf.while_loop(go_on, step, start)
-            return out, i, cache, seen
-
-        self.logits_after, self.first, self.run = logits_after, first, run
 
 
 class Generation:

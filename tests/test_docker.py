@@ -74,8 +74,8 @@ def test_the_base_and_tensorflow_are_pinned(name):
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_it_ends_as_a_user_who_is_not_root_with_the_command_as_process_one(name):
     assert steps(name)[-3:] == ["USER 1000:1000", 'ENTRYPOINT ["gpt2cli"]', 'CMD ["--help"]']
-    assert arguments(name, "VOLUME") == ["/work"]
-    assert arguments(name, "WORKDIR")[-1] == "/work"
+    assert arguments(name, "VOLUME") == ["/gpt2cli"]
+    assert arguments(name, "WORKDIR")[-1] == "/gpt2cli"
 
 
 def test_both_have_the_same_steps_but_for_tensorflow():

@@ -59,3 +59,14 @@ def test_the_map_of_the_code_names_every_module():
 @pytest.mark.parametrize("name", ["bin/quickstart", "bin/test", "models/make_tiny.py"])
 def test_files_that_the_readme_names_are_there(name):
     assert name in README and (ROOT / name).is_file()
+
+
+def test_the_python_example_runs(workdir, capsys):
+    import numpy as np
+
+    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    (workdir / "data").mkdir()
+    np.savez(workdir / "data" / "books.npz", np.arange(2000) % 2048)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "(" in capsys.readouterr().out
+    assert (workdir / "checkpoint" / "notebook" / "model-10.index").exists()
