@@ -128,7 +128,9 @@ def write(prefix, tensors):
     except OSError as error:
         raise files.cannot_write(prefix, error) from error
     except tf.errors.OpError as error:
-        raise files.cannot_write(prefix, OSError(0, error.message.splitlines()[0])) from error
+        # "{{node}} path; No space left on device [Op:SaveV2]": the words between are for people
+        reason = re.sub(r"^.*; |\{\{.*?\}\} ?| \[Op:\w+\]$", "", error.message.splitlines()[0])
+        raise files.cannot_write(prefix, OSError(0, reason)) from error
     finally:
         for left in part.parent.glob(f"{part.name}*"):
             left.unlink(missing_ok=True)
