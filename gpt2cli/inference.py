@@ -165,14 +165,19 @@ class Model:
         plain = [p if p is None or isinstance(p, str) else [int(t) for t in p] for p in prompts]
         return list(self.samples(plain, settings))
 
-    def samples(self, prompts, settings, first_index=0):
-        """Yield the Samples of GenerateSettings for a list of prompts, batch by batch."""
+    def samples(self, prompts, settings, first_index=0, stop=lambda: False):
+        """Yield the Samples of GenerateSettings for a list of prompts, batch by batch.
+
+        `stop` is asked between two parts of a batch; if it says so, nothing more comes.
+        """
         seed = new_seed() if settings.seed is None else settings.seed
         width = 0
         for batch in self._batches(prompts, settings, first_index):
             width = width or len(batch)
             growing = self._continue(batch, settings, seed, sampling.CHUNK, width)
             for rows, finished in growing:
+                if stop():
+                    return
                 if finished:
                     yield from (self._sample(row, settings, seed) for row in rows)
 

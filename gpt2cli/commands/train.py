@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -118,7 +119,7 @@ class Run:
             _say(f"the run has its {config.steps} steps already; raise --steps to go on")
             return
         if config.val_every and self.step == 0:
-            self.validate(held_out, length)
+            self.validate(held_out, length, stop)
         self.began = self.reported = time.monotonic()
         self.reported_step = self.step
         while not stop.received and (not config.steps or self.step < config.steps):
@@ -134,11 +135,10 @@ class Run:
             if stop.received:
                 break
             paused = time.monotonic()
-            with stop.interrupting():
-                if config.sample_every and self.step % config.sample_every == 0:
-                    self.write_samples()
-                if config.val_every and self.step % config.val_every == 0:
-                    self.validate(held_out, length)
+            if config.sample_every and self.step % config.sample_every == 0:
+                self.write_samples(stop)
+            if config.val_every and self.step % config.val_every == 0:
+                self.validate(held_out, length, stop)
             self.reported += time.monotonic() - paused  # the speed is that of training alone
         self.save()
         self.events.close()
@@ -181,8 +181,8 @@ class Run:
         )
         self.saved, self.replaced = self.step, ()
 
-    def write_samples(self):
-        """Write samples/RUN_NAME/samples-STEP, and show them."""
+    def write_samples(self, stop):
+        """Write samples/RUN_NAME/samples-STEP, and show them; broken off by `stop`."""
         from gpt2cli.config import GenerateSettings
 
         config = self.config
@@ -197,21 +197,25 @@ class Run:
         )
         prompt = None if self.model.encoder else [0]
         first = self.step * config.sample_num
-        samples = enumerate(self.model.samples([prompt], settings, first))
-        texts = [dataclasses.replace(sample, index=i).show("text") for i, sample in samples]
+        samples = self.model.samples([prompt], settings, first, stop=lambda: stop.received)
+        texts = [dataclasses.replace(s, index=i).show("text") for i, s in enumerate(samples)]
+        if stop.received:
+            return
         path = Path(config.sample_dir) / config.run_name / f"samples-{self.step}"
         with files.replacing(path, "w", encoding="utf-8") as file:
             file.write("\n".join(texts) + "\n")
         print("\n".join(texts), flush=True)
 
-    def validate(self, held_out, length):
+    def validate(self, held_out, length, stop):
         """Print the mean loss of --val_batch_count batches, the same ones each time."""
         config = self.config
         batches = (
             held_out.windows(number, config.val_batch_size, length, VALIDATION_SEED)
             for number in range(config.val_batch_count)
         )
-        loss, _ = self.model.mean_loss(batches)
+        loss, _ = self.model.mean_loss(itertools.takewhile(lambda _: not stop.received, batches))
+        if stop.received:
+            return
         _say(f"[{self.step}] validation loss={loss:.4f} perplexity={math.exp(min(loss, 700)):.2f}")
         self.events.write(self.step, validation_loss=loss)
 
@@ -231,31 +235,13 @@ class Stop:
 
     def __init__(self):
         self.received = 0
-        self._raise = False
 
     def handle(self, number, frame):
-        """The signal handler: wait for the step's end, or break off a sample at once."""
+        """The signal handler: a step is finished, samples and validation are broken off."""
         if self.received:  # asked twice: do not wait
             raise KeyboardInterrupt
         self.received = number
         _say("stopping after this step; the run is saved first")
-        if self._raise:
-            raise _Stopped
-
-    @contextlib.contextmanager
-    def interrupting(self):
-        """What happens inside may be broken off, because nothing of it is needed to go on."""
-        self._raise = True
-        try:
-            yield
-        except _Stopped:
-            pass
-        finally:
-            self._raise = False
-
-
-class _Stopped(Exception):
-    pass
 
 
 @contextlib.contextmanager
