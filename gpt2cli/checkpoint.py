@@ -22,8 +22,6 @@ from gpt2cli import files, model
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 
-SHARD = files.SHARD
-
 
 @contextlib.contextmanager
 def _reading(prefix):
@@ -40,6 +38,8 @@ def _reading(prefix):
 
 def _open(prefix, config):
     """A reader of the checkpoint at `prefix`, its names and shapes checked against `config`."""
+    if "[" in str(prefix) or "]" in str(prefix):
+        raise UserError(f"TensorFlow reads no path with [ or ] in it: rename {prefix.parent}")
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         found = reader.get_variable_to_shape_map()
@@ -63,10 +63,10 @@ def _open(prefix, config):
             "Use the hparams.json that belongs to it"
         )
     for name, shape in expected.items():
-        if tuple(found[name]) != shape:
+        if tuple(found[name]) != shape or not kinds[name].is_floating:
             raise UserError(
-                f"{prefix}: {name} has shape {list(found[name])}, hparams.json asks for "
-                f"{list(shape)}. Use the hparams.json that belongs to this checkpoint"
+                f"{prefix}: {name} is {kinds[name].name} {list(found[name])}, hparams.json asks "
+                f"for float32 {list(shape)}. Use the hparams.json that belongs to this checkpoint"
             )
     return reader
 
@@ -110,21 +110,36 @@ def write(prefix, tensors):
     """Write {name: tensor} as a checkpoint; nobody sees half of it, an older one stays if it fails.
 
     The files are those of tf.compat.v1.train.Saver, one shard.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
     """
-    prefix = Path(prefix)
-    part = prefix.with_name(f".{prefix.name}.{os.getpid()}.part")
+    write_all({Path(prefix): tensors})
+
+
+def write_all(checkpoints):
+    """`write` for several {prefix: {name: tensor}}: all are on disk before the first is renamed.
+
+    Where a prefix exists its index is removed first: without an index a shard counts for nothing.
+    """
+    parts = {p: p.with_name(f".{p.name}.{os.getpid()}.part") for p in checkpoints}
     try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        tf.raw_ops.SaveV2(
-            prefix=str(part),
-            tensor_names=list(tensors),
-            shape_and_slices=[""] * len(tensors),
-            tensors=list(tensors.values()),
-        )
-        for ending in (SHARD, ".index"):  # the index last: without it the shard is nothing
-            with open(f"{part}{ending}", "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(f"{part}{ending}", f"{prefix}{ending}")
+        for prefix, tensors in checkpoints.items():
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            tf.raw_ops.SaveV2(
+                prefix=str(parts[prefix]),
+                tensor_names=list(tensors),
+                shape_and_slices=[""] * len(tensors),
+                tensors=list(tensors.values()),
+            )
+            for ending in (files.SHARD, ".index"):
+                with open(f"{parts[prefix]}{ending}", "rb") as file:
+                    os.fsync(file.fileno())
+        for prefix in checkpoints:
+            Path(f"{prefix}.index").unlink(missing_ok=True)
+        for prefix, part in parts.items():
+            for ending in (files.SHARD, ".index"):
+                os.replace(f"{part}{ending}", f"{prefix}{ending}")
     except OSError as error:
         raise files.cannot_write(prefix, error) from error
     except tf.errors.OpError as error:
@@ -132,16 +147,9 @@ def write(prefix, tensors):
         reason = re.sub(r"^.*; |\{\{.*?\}\} ?| \[Op:\w+\]$", "", error.message.splitlines()[0])
         raise files.cannot_write(prefix, OSError(0, reason)) from error
     finally:
-        for left in part.parent.glob(f"{part.name}*"):
-            left.unlink(missing_ok=True)
-
-
-def copy_description(source, folder):
-    """Make `folder` a model folder of the same sizes and vocabulary as `source`."""
-    for name in ("hparams.json", *files.ENCODER_FILES):
-        if (Path(source) / name).is_file() and not (Path(folder) / name).is_file():
-            with files.replacing(Path(folder) / name) as file:
-                file.write((Path(source) / name).read_bytes())
+        for part in parts.values():
+            for left in part.parent.glob(f"{glob.escape(part.name)}*"):
+                left.unlink(missing_ok=True)
 
 
 def save(network, folder):
@@ -164,10 +172,11 @@ def save_run(folder, network, optimizer_variables, state, keep, replaced=()):
         replaced: steps of an older run in the same folder, removed now that this one is whole.
     """
     folder, step = Path(folder), state["step"]
-    write(folder / f"optimizer-{step}", optimizer_variables)
     with files.replacing(folder / f"state-{step}.json") as file:
         file.write(json.dumps(state, indent=2).encode() + b"\n")
-    write(folder / f"model-{step}", network.weights)
+    # the weights last: they make it a checkpoint
+    saved = {f"optimizer-{step}": optimizer_variables, f"model-{step}": network.weights}
+    write_all({folder / name: tensors for name, tensors in saved.items()})
     steps = files.saved_steps(folder)
     kept = [s for s in steps if s not in replaced or s == step]
     kept = kept[-keep:]  # all of them for 0

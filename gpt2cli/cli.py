@@ -39,7 +39,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     # Without a handler a container's first process ignores SIGTERM, which `docker stop` sends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for stream in (sys.stdout, sys.stderr):
+    _open_closed_streams()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a text that cannot be shown must not end a run
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
@@ -59,6 +60,34 @@ def main(argv=None):
     except BrokenPipeError:  # whoever read our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a file of the user's that no module expected to fail
+        if error.errno is None:
+            raise
+        where = error.filename or "standard output"
+        print(f"gpt2cli: {where}: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush would fail again
+        sys.exit(1)
+    except Exception as error:
+        # TensorFlow's class by name: importing it here would cost every command two seconds
+        if not isinstance(error, MemoryError) and type(error).__name__ != "ResourceExhaustedError":
+            raise
+        print(
+            "gpt2cli: out of memory. Lower --batch_size; for train also --seq_length, or turn on "
+            "--memory_saving_gradients, --only_train_transformer_layers, --optimizer sgd",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _open_closed_streams():
+    """Give the standard streams that the caller closed (`<&-`, cron) to the null device."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))
 
 
 def read_command_line(argv):
@@ -101,7 +130,7 @@ def _given_values(command, words):
             continue
         flag, equals, value = word[2:].partition("=")
         name = flag.replace("-", "_")
-        if name not in fields and name.startswith("no") and name[2:] in fields:
+        if name not in fields and name[:2] == "no" and fields.get(name[2:], [None])[0] is bool:
             name, equals, value = name[2:], "=", "false"
         if name not in fields:
             raise UsageError(

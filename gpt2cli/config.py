@@ -8,6 +8,7 @@ folder records. The text after each field's name under `Args:` is what `--help` 
 import dataclasses
 import json
 import math
+import numbers
 import re
 import types
 import typing
@@ -116,10 +117,12 @@ def _accepted(hint, value):
         if not all(isinstance(item, str) for item in value):
             raise TypeError
         return value
-    if hint is float and type(value) in (int, float):
-        if not math.isfinite(value):
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not math.isfinite(value) or (value and not 1e-37 < abs(value) < 1e38):  # of float32
             raise ValueError
         return float(value)
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)  # NumPy's whole numbers as well
     if hint is str and hasattr(value, "__fspath__"):
         return str(value)
     if type(value) is not hint:
@@ -165,14 +168,15 @@ def _check(config, **limits):
 
 def check_name(flag, name):
     """A model or run name is one folder's name: refuse everything that could lead elsewhere."""
-    if not name or name in (".", "..") or re.search(r"[/\\\0]", name) or name != name.strip():
+    if not name or name in (".", "..") or re.search(r"[/\\\0\[\]]", name) or name != name.strip():
         raise UsageError(
-            f"--{flag} must be the name of one folder, got {name!r}; "
+            f"--{flag} must be the name of one folder, without / \\ [ ], got {name!r}; "
             "set the folder that holds it with --models_dir or --checkpoint_dir"
         )
 
 
 _SEED = (0, 2**63 - 1)  # one signed 64-bit word of the generator's key
+_TOKENS = 2**31 - 1  # ids are counted in 32-bit numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +225,14 @@ class TextSettings:
     csv_header: bool = True
 
     def _check_text(self):
+        for flag in ("dataset", "val_dataset", "in_text"):
+            if getattr(self, flag, None) == "":
+                raise UsageError(f"--{flag} must name a file, a folder or a glob, got ''")
         if self.combine < 1:
             raise UsageError(f"--combine must be at least 1, got {self.combine}")
         try:
-            "".encode(self.encoding)
-        except LookupError:
+            "x".encode(self.encoding)
+        except (LookupError, UnicodeError):
             raise UsageError(f"--encoding {self.encoding!r} is not known to Python") from None
 
 
@@ -302,7 +309,7 @@ class TrainConfig(TextSettings):
         accumulate_gradients: batches whose gradients are averaged into one step.
         memory_saving_gradients: recompute each layer in the backward pass: less memory, a third
             more work.
-        only_train_transformer_layers: leave the two embeddings as they are.
+        only_train_transformer_layers: leave the two embeddings and the last norm as they are.
         precision: of the activations; the weights are kept in float32 in any case.
         noise: share of input tokens replaced by random ones, against overfitting.
         seed: of the data order and the samples; drawn and printed if not given.
@@ -376,9 +383,9 @@ class TrainConfig(TextSettings):
             seed=_SEED,
             print_every=(1, None),
             sample_every=(0, None),
-            sample_length=(1, None),
+            sample_length=(1, _TOKENS),
             sample_num=(1, None),
-            top_k=(0, None),
+            top_k=(0, _TOKENS),
             top_p=(0, 1),
             save_every=(1, None),
             keep=(0, None),
@@ -439,14 +446,14 @@ class GenerateSettings:
     def __post_init__(self):
         _check(
             self,
-            length=(1, None),
+            length=(1, _TOKENS),
             temperature=(0, None),
-            top_k=(0, None),
+            top_k=(0, _TOKENS),
             top_p=(0, 1),
             seed=_SEED,
             nsamples=(0, None),
             batch_size=(1, None),
-            min_length=(0, None),
+            min_length=(0, _TOKENS),
         )
         if self.repetition_penalty <= 0:
             raise UsageError(f"--repetition_penalty must be above 0, got {self.repetition_penalty}")

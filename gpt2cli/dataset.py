@@ -36,8 +36,12 @@ def find(path):
     if path.is_file():
         return [path]
     found = []
+
+    def unreadable(error):
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
     if path.is_dir():
-        for folder, folders, names in os.walk(path):
+        for folder, folders, names in os.walk(path, onerror=unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [Path(folder, name) for name in names if not name.startswith(".")]
     else:
@@ -438,11 +442,12 @@ class Tokens:
         return batch
 
     def evaluation_windows(self, n_ctx, batch_size=1):
-        """Batches [batch_size, n_ctx] in which every token but the first is predicted once.
+        """Batches, up to [batch_size, n_ctx], that predict every token but the first once.
 
         Each window begins with the last token of the one before.
         """
         tokens = self.whole()
-        for first in range(0, len(tokens) - 1, n_ctx * batch_size):
-            starts = range(first, first + n_ctx * batch_size, n_ctx)
-            yield _batch([tokens[start : start + n_ctx + 1] for start in starts], n_ctx)
+        starts = range(0, len(tokens) - 1, n_ctx)
+        for first in range(0, len(starts), batch_size):
+            rows = [tokens[i : i + n_ctx + 1] for i in starts[first : first + batch_size]]
+            yield _batch(rows, len(rows[0]) - 1)  # only the last row of all can be shorter

@@ -42,6 +42,8 @@ os.environ["KERAS_BACKEND"] = "tensorflow"  # a user's setting for other program
 with _without_noise():
     import tensorflow as tf
 
+    if not os.environ.get("GPT2CLI_VERBOSE"):
+        tf.get_logger().setLevel("ERROR")  # a notebook with several models is told of retracing
     GPUS = tf.config.list_physical_devices("GPU")
     for _gpu in GPUS:  # otherwise the first use takes all of a card's memory
         with contextlib.suppress(RuntimeError):  # a notebook has used it already

@@ -10,6 +10,11 @@ from pathlib import Path
 from gpt2cli.config import ALIASES, ModelConfig, check_name
 from gpt2cli.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one folder go unnoticed there
+    fcntl = None
+
 DEFAULT_MODEL = "124M"
 
 SHARD = ".data-00000-of-00001"  # the data file of a checkpoint; we write one
@@ -39,6 +44,8 @@ def replacing(path, mode="wb", **open_options):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except BrokenPipeError:  # not of this file
+        raise
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -173,3 +180,47 @@ def saved_steps(folder):
     return sorted(
         int(m[1]) for p in Path(folder).glob("model-*.index") if (m := _STEP.fullmatch(p.name))
     )
+
+
+@contextlib.contextmanager
+def locked(folder, what):
+    """Let one process at a time fill a folder, which goes again if nothing came into it.
+
+    Args:
+        what: the work, for the message: "download", "train".
+
+    Raises:
+        UserError: another process is at it, or the folder cannot be made.
+    """
+    lock = Path(folder) / ".lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
+    except OSError as error:
+        raise cannot_write(lock, error) from error
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another {what} is filling {folder}. Wait until it ends, or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(folder) == [lock.name]:
+                    lock.unlink()
+                    lock.parent.rmdir()
+
+
+def copy_description(source, folder):
+    """Make `folder` a model folder of the sizes and vocabulary of `source`, and of no other."""
+    source, folder = Path(source), Path(folder)
+    for name in ("hparams.json", *ENCODER_FILES):
+        if (source / name).is_file():
+            with replacing(folder / name) as file:
+                file.write((source / name).read_bytes())
+        else:
+            (folder / name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@
 
 import itertools
 import json
+import operator
 import secrets
 from dataclasses import asdict, dataclass
 
@@ -123,8 +124,8 @@ class Model:
     def logits(self, tokens):
         """Ids of one sequence, 1 to n_ctx -> float32 [T, n_vocab]: scores of what follows each."""
         tokens = self._checked(tokens)
-        if len(tokens) > self.config.n_ctx:
-            raise UserError(f"{len(tokens)} tokens; the model reads {self.config.n_ctx} at once")
+        if not 1 <= len(tokens) <= self.config.n_ctx:
+            raise UserError(f"{len(tokens)} tokens; the model reads 1 to {self.config.n_ctx}")
         return self._logits(np.array([tokens], np.int32))[0].numpy()
 
     def loss(self, tokens):
@@ -160,9 +161,10 @@ class Model:
         if settings.nsamples == 0:
             raise UsageError("nsamples must be at least 1 here; `samples` goes on for ever with 0")
         one = prompts is None or isinstance(prompts, str)
+        prompts = prompts if one else list(prompts)
         if one or (len(prompts) and isinstance(prompts[0], int | np.integer)):
             prompts = [prompts]
-        plain = [p if p is None or isinstance(p, str) else [int(t) for t in p] for p in prompts]
+        plain = [p if p is None or isinstance(p, str) else self._checked(p) for p in prompts]
         return list(self.samples(plain, settings))
 
     def samples(self, prompts, settings, first_index=0, stop=lambda: False):
@@ -208,7 +210,10 @@ class Model:
         return settings.length or (self.config.n_ctx // 2 if prompt else self.config.n_ctx) or 1
 
     def _checked(self, tokens):
-        tokens = [int(token) for token in tokens]
+        try:
+            tokens = [operator.index(token) for token in tokens]
+        except TypeError:
+            raise UserError(f"token ids are whole numbers, not {tokens!r:.80}") from None
         wrong = next((t for t in tokens if not 0 <= t < self.config.n_vocab), None)
         if wrong is not None:
             raise UserError(
@@ -287,5 +292,7 @@ def load_model(path, precision="float32"):
     Raises:
         UserError: says which file is wrong and what to do.
     """
+    if precision not in ("float32", "bfloat16"):
+        raise UsageError(f"precision must be float32 or bfloat16, got {precision!r}")
     vocabulary = encoder.of_model(files.find_checkpoint(path).parent)
     return Model(checkpoint.load(path, precision), vocabulary)

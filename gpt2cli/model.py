@@ -161,7 +161,8 @@ class GPT2:
     Args:
         config: the sizes, a ModelConfig.
         initial: function of a weight's name and shape that gives its first value (an array).
-        precision: "float32", or "bfloat16" for activations; norms, softmax and logits stay float32.
+        precision: "float32", or "bfloat16" for activations and products; norms, softmax and loss
+            stay float32.
         weights_precision: of the stored weights; by default that of the activations. Training
             keeps float32 weights under bfloat16 activations.
     """

@@ -53,7 +53,8 @@ class Trainer:
         self.variables = [
             variable
             for name, variable in model.weights.items()
-            if not (config.only_train_transformer_layers and name in ("model/wte", "model/wpe"))
+            # as nshepperd/gpt-2 train.py: what is in a layer, so ln_f stays too
+            if name.startswith("model/h") or not config.only_train_transformer_layers
         ]
         self.optimizer = make_optimizer(config, self.variables)
         recompute = config.memory_saving_gradients

@@ -54,7 +54,7 @@ def test_the_files_are_those_of_a_tf1_saver(network, folder, tmp_path):
 def test_the_old_way_of_renaming_a_runs_checkpoint_works(network, folder):
     """nshepperd's README: model-4000.* becomes model.ckpt.* in models/345M."""
     run = folder.parent / "run"
-    checkpoint.copy_description(folder, run)
+    files.copy_description(folder, run)
     checkpoint.save_run(run, network, {"slot": tf.zeros([1])}, {"step": 4000}, keep=1)
     other = lively(network.config, seed=9)
     checkpoint.save(other, folder)
@@ -67,7 +67,7 @@ def test_the_old_way_of_renaming_a_runs_checkpoint_works(network, folder):
 
 def test_a_run_keeps_the_newest_checkpoints_and_what_lies_beside_them(network, folder):
     run = folder.parent / "run"
-    checkpoint.copy_description(folder, run)
+    files.copy_description(folder, run)
     for step in (1, 2, 10, 9):
         state = {"step": step, "seed": 5}
         checkpoint.save_run(run, network, {"slot": tf.constant([1.0 * step])}, state, keep=2)
@@ -182,8 +182,41 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_rest(network, folder, m
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "replace", full)
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         checkpoint.write(folder / "model.ckpt", lively(network.config, 9).weights)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_step_that_is_written_again_never_pairs_old_with_new(network, folder, monkeypatch):
+    """A process that dies between two renames leaves no checkpoint of that step, not a mixture."""
+    run = folder.parent / "run"
+    files.copy_description(folder, run)
+    for step in (3, 4):
+        checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": step}, keep=0)
+    real, done = os.replace, []
+
+    def dying(source, target):
+        if str(target).endswith("model-4.index"):
+            raise KeyboardInterrupt
+        done.append(real(source, target))
+
+    monkeypatch.setattr(checkpoint.os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        other = lively(network.config, 9)
+        checkpoint.save_run(run, other, {"slot": tf.ones([9])}, {"step": 4}, keep=0)
+    monkeypatch.undo()
+    assert files.saved_steps(run) == [3] and len(done) >= 3
+    assert equal(network, checkpoint.load(run))
+
+
+def test_paths_that_tensorflow_cannot_read_are_said(network, tmp_path):
+    checkpoint.save(network, tmp_path / "a[1]")
+    assert "[ or ]" in refusal(tmp_path / "a[1]")
+
+
+def test_tensors_of_another_kind_are_refused(network, folder):
+    weights = {n: tf.cast(v, tf.int32) for n, v in network.weights.items()}
+    checkpoint.write(folder / "model.ckpt", weights)
+    assert "int32" in refusal(folder)

@@ -151,6 +151,15 @@ NONSENSE = [
     ("sample", "--precision", "float8"),
     ("sample", "--length"),
     ("sample", "--include_prefix=maybe"),
+    ("sample", "--noprompt"),
+    ("sample", "--length", "3000000000"),
+    ("sample", "--top_p", "1e-300"),
+    ("sample", "--temperature", "1e300"),
+    ("evaluate", "--dataset", ""),
+    ("train", "--dataset", ""),
+    ("train", "d", "--val_dataset", "", "--val_every", "1"),
+    ("train", "d", "--run_name", "r[1]"),
+    ("encode", "a.txt", "b.npz", "--encoding", "undefined"),
     ("sample", "--prompt", "a", "--prompts", "b"),
     ("sample", "--run_name", "a", "--model_name", "b"),
     ("sample", "--run_name", "a/b"),
@@ -192,7 +201,7 @@ def test_nonsense_is_a_usage_error_in_the_flags_own_words(cli, words):
     assert result.stdout == ""
     assert result.stderr.startswith("gpt2cli: ") and result.stderr.count("\n") == 1
     flag = next((w.split("=")[0].strip("-") for w in words if w.startswith("--")), "")
-    if flag and flag not in ("prompt",):
+    if flag and flag not in ("prompt", "noprompt"):
         assert flag.split("_")[0] in result.stderr
 
 
@@ -232,3 +241,42 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     command = f"{sys.executable} -m gpt2cli --help | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert "Traceback" not in result.stderr
+
+
+def test_closed_streams_are_no_error(tmp_path):
+    import subprocess
+
+    from conftest import ROOT
+
+    for redirect in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        command = f"{sys.executable} -m gpt2cli --help {redirect}"
+        result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0 and result.stderr == "", (redirect, result)
+
+
+def test_a_full_standard_output_is_one_line(tmp_path):
+    import subprocess
+
+    from conftest import ROOT
+
+    command = f"{sys.executable} -m gpt2cli --help > /dev/full"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result
+
+
+def test_a_path_that_cannot_be_read_or_is_too_long_is_one_line(cli):
+    result = cli("evaluate", "x" * 300, "--model_name", "tiny")
+    assert result.returncode == 1 and "too long" in result.stderr, result
+    result = cli("sample", "--run_name", "x" * 300)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result
+
+
+def test_running_out_of_memory_names_the_flags_that_help(cli, monkeypatch):
+    from gpt2cli.commands import evaluate
+
+    def greedy(config):
+        raise MemoryError
+
+    monkeypatch.setattr(evaluate, "run", greedy)
+    result = cli("evaluate", "x")
+    assert result.returncode == 1 and "--batch_size" in result.stderr

@@ -375,7 +375,8 @@ def test_evaluation_predicts_every_token_but_the_first_once(sizes, n_ctx, batch_
     tokens = dataset.Tokens(np.split(text, np.cumsum(sizes)[:-1]))
     inputs, targets = [], []
     for batch in tokens.evaluation_windows(n_ctx, batch_size):
-        assert batch.inputs.shape == (batch_size, n_ctx)
+        rows, length = batch.inputs.shape
+        assert 1 <= rows <= batch_size and 1 <= length <= n_ctx and batch.mask[0].all()
         inputs += batch.inputs[batch.mask == 1].tolist()
         targets += batch.targets[batch.mask == 1].tolist()
     assert inputs == text[:-1].tolist() and targets == text[1:].tolist()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from gpt2cli import checkpoint, files
+from gpt2cli import checkpoint, files, model
+from gpt2cli.config import ModelConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 FAST = ("--model_name", "tiny", "--seq_length", 32, "--learning_rate", 0.001, "--sample_every", 0)
@@ -49,7 +50,7 @@ def test_a_run_leaves_everything_in_its_own_folders(cli, text):
              for ending in ("index", "data-00000-of-00001")}  # fmt: skip
     assert names == saved | {
         *("checkpoint", "counter", "hparams.json", "encoder.json", "vocab.bpe", "train.json"),
-        *("state-4.json", "state-6.json", "events.out.tfevents"),
+        *("state-4.json", "state-6.json", "events.out.tfevents", ".lock"),
     }
     assert (run / "counter").read_text() == "6\n"
     record = json.loads((run / "train.json").read_text())
@@ -114,11 +115,48 @@ def test_a_run_of_nshepperds_program_goes_on(cli, text, network):
     checkpoint.write(run / "model-7", checkpoint.load("models/tiny").weights)
     (run / "checkpoint").write_text('model_checkpoint_path: "model-7"\n')
     (run / "counter").write_text("7\n")
-    refused = cli("train", "text.txt", *FAST, "--steps", 8, "--run_name", "old")
-    assert refused.returncode == 1 and "hparams.json" in refused.stderr
-    checkpoint.copy_description("models/tiny", run)
     result = cli("train", "text.txt", *FAST, "--steps", 8, "--run_name", "old")
-    assert result.returncode == 0 and sorted(losses(result)) == [8]
+    assert result.returncode == 0 and sorted(losses(result)) == [8], result.stderr
+    assert "no optimizer state" in result.stderr
+
+
+def test_a_replaced_run_takes_the_sizes_and_vocabulary_of_its_new_model(cli, text):
+    cli("train", "text.txt", *FAST, "--steps", 3)
+    sizes = ModelConfig(n_vocab=2100, n_ctx=40, n_embd=16, n_head=2, n_layer=1)
+    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), "models/small")
+    run, flags = text.parent / "checkpoint" / "run1", ("--restore_from", "fresh", "--overwrite")
+    np.savez("ids.npz", np.arange(90))
+    bad = ("--model_name", "small", "--sample_every", 0, "--optimizer", "sgd", *flags)
+    result = cli("train", "ids.npz", *bad, "--steps", 3, "--learning_rate", 1e30)
+    assert result.returncode == 1 and "diverged" in result.stderr
+    assert checkpoint.load(run).config.n_vocab == 2048  # the old run is still whole
+    result = cli("train", "ids.npz", *bad, "--steps", 3)
+    assert result.returncode == 0, result.stderr
+    assert checkpoint.load(run).config == sizes and files.saved_steps(run) == [3]
+    assert not (run / "encoder.json").exists()
+
+
+def test_weights_that_have_diverged_are_never_saved(cli, text):
+    """The loss that was computed is that before the update; only the next one shows the harm."""
+    cli("train", "text.txt", *FAST, "--steps", 2)
+    wild = ("--learning_rate", 1e30, "--save_every", 1, "--keep", 1)
+    result = cli("train", "text.txt", "--seq_length", 32, "--sample_every", 0, *wild, "--steps", 3)
+    assert result.returncode == 1 and "diverged" in result.stderr and "step 2" in result.stderr
+    assert files.saved_steps("checkpoint/run1") == [2]
+
+
+def test_samples_that_cannot_be_written_do_not_end_a_run(cli, text):
+    (text.parent / "blocked").write_text("a file where a folder should be")
+    flags = ("--sample_every", 1, "--sample_length", 3, "--sample_dir", "blocked")
+    result = cli("train", "text.txt", *FAST[:-2], *flags, "--steps", 2)
+    assert result.returncode == 0 and "cannot write" in result.stderr
+    assert files.saved_steps("checkpoint/run1") == [2]
+
+
+def test_a_run_has_one_writer(cli, text):
+    with files.locked("checkpoint/run1", "train"):
+        result = cli("train", "text.txt", *FAST, "--steps", 1)
+    assert result.returncode == 1 and "another train is filling" in result.stderr
 
 
 def test_all_flags_combine(cli, text):
@@ -173,8 +211,8 @@ def test_a_signal_breaks_off_a_long_sample(text):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
-    assert files.saved_steps(text.parent / "checkpoint" / "run1") == [4]
-    assert not (text.parent / "samples").exists()
+    (step,) = files.saved_steps(text.parent / "checkpoint" / "run1")
+    assert not (text.parent / f"samples/run1/samples-{step}").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(cli, text):

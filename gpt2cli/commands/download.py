@@ -26,11 +26,6 @@ from gpt2cli import files
 from gpt2cli.config import ALIASES, RELEASED, DownloadConfig, ModelConfig
 from gpt2cli.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows: two downloads at once go unnoticed there
-    fcntl = None
-
 BUCKET = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # openai/gpt-2 download_model.py
 PARAMETERS = dict(zip(RELEASED, (124439808, 354823168, 774030080, 1557611200), strict=True))
 
@@ -89,7 +84,7 @@ def run(config: DownloadConfig) -> None:
     folder = Path(config.models_dir) / name
     manifest = read_manifest(folder)
     if not (manifest.get("opened") and intact_names(folder, manifest) == set(FILES)):
-        with locked(folder):
+        with files.locked(folder, "download"):
             fetch_model(config.url or BUCKET, name, folder)
             open_checkpoint(folder)
     command = ["gpt2cli", "sample", "--model_name", name]
@@ -390,34 +385,3 @@ def intact_names(folder, manifest):
             if absent or record_of(folder / name, record["etag"]) == record:
                 intact.add(name)
     return intact
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Let one download at a time into a folder, which goes again if nothing came into it.
-
-    Raises:
-        UserError: another process is at it, or the folder cannot be made.
-    """
-    lock = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        raise files.cannot_write(lock, error) from error
-    with file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another download is filling {folder}; the model is complete when that one ends. "
-                "Wait for it, or choose another --models_dir"
-            ) from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if os.listdir(folder) == [lock.name]:
-                    lock.unlink()
-                    folder.rmdir()

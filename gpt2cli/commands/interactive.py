@@ -33,8 +33,8 @@ def run(config):
         _say(f"seed {config.seed}")
     index = 0
     with _line_editing():
-        for text in _inputs():
-            if text.startswith("/"):
+        for text, is_line in _inputs():
+            if is_line and text.startswith("/"):
                 if text.split()[0] == "/quit":
                     return
                 config = _obey(text, config)
@@ -64,14 +64,14 @@ def _continue(model, prompt, config, index):
 
 
 def _inputs():
-    """What is typed, one prompt or command at a time; Ctrl-C forgets the line, the end ends it."""
+    """(prompt, False) or (line, True) as they are typed; Ctrl-C forgets the line."""
     block = None
     while True:
         try:
             line = _read_line("... " if block is not None else ">>> ")
         except EOFError:
             if block:
-                yield "\n".join(block)
+                yield "\n".join(block), False
             return
         except KeyboardInterrupt:
             block = None
@@ -79,12 +79,12 @@ def _inputs():
             continue
         if line.strip() == '"""':
             if block:
-                yield "\n".join(block)
+                yield "\n".join(block), False
             block = [] if block is None else None
         elif block is not None:
             block.append(line)
         elif line.strip():
-            yield line
+            yield line, True
 
 
 def _read_line(mark):

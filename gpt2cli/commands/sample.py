@@ -35,13 +35,15 @@ def run(config):
         outputs = []
         if config.run_name is not None:
             path = free_path(config, prefix)
-            outputs.append(stack.enter_context(files.replacing(path, "w", encoding="utf-8")))
+            outputs.append(
+                stack.enter_context(files.replacing(path, "w", encoding="utf-8", errors="replace"))
+            )
         outputs.append(sys.stdout)
         try:
             for sample in model.samples(prompts, config):
                 for output in outputs:
                     print(sample.show(config.format), file=output, flush=True)
-        except (KeyboardInterrupt, SystemExit) as stop:
+        except (KeyboardInterrupt, SystemExit, BrokenPipeError) as stop:
             if config.nsamples:
                 raise
             ended = stop  # an endless run is always ended so, and keeps its samples

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import math
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -33,11 +35,13 @@ def run(config):
         )
 
     vocabulary = encoder.of_model(prefix.parent)
-    tokens, held_out = (
-        path and dataset.load(path, vocabulary, config, sizes.n_vocab)
-        for path in (config.dataset, config.val_dataset)
-    )
-    with stop_signals() as stop:
+    tokens = dataset.load(config.dataset, vocabulary, config, sizes.n_vocab)
+    held_out = None
+    if config.val_every:
+        held_out = dataset.load(config.val_dataset, vocabulary, config, sizes.n_vocab)
+    elif config.val_dataset is not None:
+        _say("--val_dataset is not used: --val_every is 0")
+    with files.locked(run_folder, "train"), stop_signals() as stop:
         run = Run(config, run_folder, prefix, resumed, vocabulary)
         run.train(tokens, held_out, stop)
     if stop.received == signal.SIGINT:
@@ -55,6 +59,10 @@ def starting_point(config, run_folder):
     """
     saved = files.saved_steps(run_folder)
     if config.restore_from == "latest" and saved:
+        if not (run_folder / "hparams.json").exists():  # nshepperd's runs have neither file
+            files.copy_description(
+                files.model_dir(config.models_dir, config.model_name), run_folder
+            )
         return files.find_checkpoint(run_folder), True
     if config.restore_from in ("latest", "fresh"):
         prefix = files.find_checkpoint(files.model_dir(config.models_dir, config.model_name))
@@ -84,13 +92,15 @@ class Run:
     def __init__(self, config, folder, prefix, resumed, vocabulary):
         from gpt2cli import checkpoint, engine, inference, training
 
-        self.folder, self.checkpoint = folder, checkpoint
+        self.folder, self.source, self.checkpoint = folder, prefix.parent, checkpoint
         self.replaced = () if resumed else files.saved_steps(folder)
         _say(f"{prefix}: {engine.describe_devices()}")
         network = checkpoint.load(prefix, config.precision, weights_precision="float32")
         self.model = inference.Model(network, vocabulary)
         tensors, state = checkpoint.load_training(prefix) if resumed else ({}, None)
-        state = state or {"step": _counter(folder) if resumed else 0}
+        if resumed and state is None:
+            _say("the checkpoint has no optimizer state beside it; the optimizer starts anew")
+        state = state or {"step": _step_of(prefix) if resumed else 0}
         seed = config.seed if config.seed is not None else state.get("seed")
         if seed is None:
             seed = inference.new_seed()
@@ -101,9 +111,6 @@ class Run:
         self.trainer = training.Trainer(network, self.config)
         if tensors:
             self.trainer.restore(tensors)
-        checkpoint.copy_description(prefix.parent, folder)
-        with files.replacing(folder / "train.json", "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self.config), file, indent=2, ensure_ascii=False)
         self.events = training.Events(folder)
 
     def train(self, tokens, held_out, stop):
@@ -128,6 +135,7 @@ class Run:
             )
             loss = self.trainer.step(self.step, batch)
             self.count(loss)
+            self.batch = batch
             if self.step % config.print_every == 0 or self.step == config.steps:
                 self.report(loss, batch.inputs.size)
             if self.step % config.save_every == 0:
@@ -142,19 +150,16 @@ class Run:
             self.reported += time.monotonic() - paused  # the speed is that of training alone
         self.save()
         self.events.close()
+        name = shlex.quote(f"--run_name={config.run_name}")
         _say(
-            f"saved {self.folder} at step {self.step}; sample from it with: "
-            f"gpt2cli sample --run_name {config.run_name}"
+            f"saved {self.folder} at step {self.step}; sample from it with: gpt2cli sample {name}"
+            if files.saved_steps(self.folder)
+            else "stopped before the first step; nothing is saved"
         )
 
     def count(self, loss):
         """Take note of a step and its loss; one that is not finite ends the run."""
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of step {self.step + 1} is {loss}: training has diverged. The newest "
-                f"checkpoint in {self.folder} is of step {self.saved}; go on from it with a lower "
-                "--learning_rate, with --warmup_steps or --clip_norm 1"
-            )
+        self.check(loss)
         self.step += 1
         # the running average of nshepperd/gpt-2 train.py
         self.running_loss = [self.running_loss[0] * 0.99 + loss, self.running_loss[1] * 0.99 + 1]
@@ -170,10 +175,31 @@ class Run:
         )
         self.events.write(self.step, loss=loss, tokens_per_second=speed)
 
-    def save(self):
-        """Write a checkpoint of this step, unless there is one."""
-        if self.saved == self.step and files.saved_steps(self.folder):
+    def check(self, loss):
+        """End the run (UserError) where a loss is not finite; what was saved stays."""
+        if math.isfinite(loss):
             return
+        saved = files.saved_steps(self.folder)
+        again = (
+            f"{self.folder} keeps its checkpoint of step {self.saved}" if saved else "Start anew"
+        )
+        raise UserError(
+            f"the loss after step {self.step} is {loss}: training has diverged. {again}; go on "
+            "with a lower --learning_rate, with --warmup_steps or --clip_norm 1"
+        )
+
+    def save(self):
+        """Write a checkpoint of this step, unless there is one or its weights have diverged."""
+        if self.saved == self.step:
+            return
+        # The last loss was that before the update: ask once more, of the weights that are saved.
+        first = dataset.Batch(*(field[:1] for field in self.batch))
+        self.check(self.model.mean_loss([first])[0])
+        if self.source != self.folder:
+            files.copy_description(self.source, self.folder)
+            self.source = self.folder
+        with files.replacing(self.folder / "train.json", "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self.config), file, indent=2)
         state = {"step": self.step, "seed": self.config.seed, "running_loss": self.running_loss}
         network, optimizer = self.model.network, self.trainer.state()
         self.checkpoint.save_run(
@@ -202,9 +228,12 @@ class Run:
         if stop.received:
             return
         path = Path(config.sample_dir) / config.run_name / f"samples-{self.step}"
-        with files.replacing(path, "w", encoding="utf-8") as file:
-            file.write("\n".join(texts) + "\n")
         print("\n".join(texts), flush=True)
+        try:
+            with files.replacing(path, "w", encoding="utf-8", errors="replace") as file:
+                file.write("\n".join(texts) + "\n")
+        except UserError as error:  # days of training are worth more than a sample
+            _say(f"gpt2cli: {error}")
 
     def validate(self, held_out, length, stop):
         """Print the mean loss of --val_batch_count batches, the same ones each time."""
@@ -223,10 +252,12 @@ class Run:
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
 
 
-def _counter(folder):
-    """The step that nshepperd's `counter` file names, for a run that his program wrote."""
+def _step_of(prefix):
+    """The step of a checkpoint that another program wrote: in its name, or nshepperd's counter."""
+    if named := re.fullmatch(r"model-(\d+)", prefix.name):
+        return int(named[1])
     with contextlib.suppress(UserError, ValueError):
-        return int(files.read_text(folder / "counter"))
+        return int(files.read_text(prefix.with_name("counter")))
     return 0
 
 
