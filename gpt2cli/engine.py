@@ -11,6 +11,7 @@ import tempfile
 from gpt2cli.errors import UserError
 
 OLDEST = (2, 18)  # setup.py says the same; below it NumPy 2 is not supported
+QUIET = (2, 21)  # before it XLA announced its first compilation whatever the log level
 
 
 @contextlib.contextmanager
@@ -44,12 +45,15 @@ with _without_noise():
 
     if not os.environ.get("GPT2CLI_VERBOSE"):
         tf.get_logger().setLevel("ERROR")  # a notebook with several models is told of retracing
+    VERSION = tuple(int(part) for part in tf.__version__.split(".")[:2])
     GPUS = tf.config.list_physical_devices("GPU")
     for _gpu in GPUS:  # otherwise the first use takes all of a card's memory
         with contextlib.suppress(RuntimeError):  # a notebook has used it already
             tf.config.experimental.set_memory_growth(_gpu, True)
+    if OLDEST <= VERSION < QUIET:
+        tf.function(lambda: tf.constant(0) + 1, jit_compile=True)()
 
-if tuple(int(part) for part in tf.__version__.split(".")[:2]) < OLDEST:
+if VERSION < OLDEST:
     raise UserError(
         f"TensorFlow {tf.__version__} is too old, {'.'.join(map(str, OLDEST))} or later is needed. "
         "Install it with: pip install -U tensorflow"
