@@ -7,7 +7,6 @@ methods below and these attributes:
     start       id that a sample from nothing begins with, or None
     prefix      list of the ids that come before a prompt and before a document
     banned      list of the ids that are never to be sampled
-    file_names  the files of the folder that it is made of
     CUT         regex whose search finds the last place at which a text may be cut: both parts
                 together encode to the ids of the whole. It lies at the start of the match
 """
@@ -104,7 +103,6 @@ class BPE:
                 "byte-level BPE has all 256. Train it with them (initial_alphabet) or fetch it anew"
             )
         ranked = list(dict.fromkeys(single + merged))
-        self.file_names = [vocab_name, merges_name]
         self.n_vocab = max(vocab.values()) + 1
         self.end = self.start = vocab.get(END)
         self.prefix, self.banned = [], []
@@ -155,10 +153,6 @@ class BPE:
     def stream(self):
         """A decoder for ids that arrive bit by bit; see BPEStream."""
         return BPEStream(self)
-
-    def document(self, ids):
-        """The ids of one document with what separates it from the next."""
-        return [*ids] if self.end is None else [*ids, self.end]
 
     def id_of(self, token):
         """The id of a token as text (`<|endoftext|>`, ` the`); None if it is not one token."""
@@ -274,7 +268,7 @@ class WordPiece:
         self._tokens = dict(enumerate(tokens))
         self._missing = {}  # character -> whether the vocabulary lacks it
         self.n_vocab = len(tokens)
-        self.lower_case, self.file_names = _lower_case(Path(folder))
+        self.lower_case = _lower_case(Path(folder))
         self.unknown, self.end, self.start = map(self._vocab.get, ("[UNK]", "[SEP]", "[CLS]"))
         self.prefix = [self.start]
         banned = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")
@@ -314,10 +308,6 @@ class WordPiece:
         """A decoder for ids that arrive bit by bit; see WordPieceStream."""
         return WordPieceStream(self._tokens)
 
-    def document(self, ids):
-        """The ids of one document with what separates it from the others."""
-        return [*self.prefix, *ids, self.end]
-
     def id_of(self, token):
         """The id of a token as the vocabulary spells it, or None."""
         return self._vocab.get(token)
@@ -336,17 +326,14 @@ class WordPiece:
 
 
 def _lower_case(folder):
-    """(whether text is lower-cased, which is the default; files of the vocabulary)."""
-    names = ["vocab.txt"]
-    if (folder / "tokenizer_config.json").is_file():
-        names.append("tokenizer_config.json")
+    """Whether text is lower-cased, which is the default."""
     for name, key in (("hparams.json", "lower_case"), ("tokenizer_config.json", "do_lower_case")):
         value = _read_json(folder / name).get(key) if (folder / name).is_file() else None
         if value is not None:
             if type(value) is not bool:
                 raise UserError(f"{folder / name}: {key} must be true or false, got {value!r}")
-            return value, names
-    return True, names
+            return value
+    return True
 
 
 class WordPieceStream:

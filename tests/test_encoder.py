@@ -133,8 +133,7 @@ def test_gpt2_decodes_broken_characters_like_openai_at_once_and_in_a_stream(gpt2
 @needs_shared
 def test_gpt2_ids_need_no_mapping_and_its_attributes_are_the_known_ones(gpt2):
     assert (gpt2.n_vocab, gpt2.end, gpt2.start) == (50257, 50256, 50256)
-    assert (gpt2.prefix, gpt2.banned, gpt2.document([1, 2])) == ([], [], [1, 2, 50256])
-    assert gpt2.file_names == ["encoder.json", "vocab.bpe"]
+    assert (gpt2.prefix, gpt2.banned) == ([], [])
     assert gpt2.id_of("<|endoftext|>") == 50256 and gpt2.id_of(" the") == 262
     assert gpt2.decode([50257, 50303, -1, 10**9, 31373]) == "hello"
 
@@ -269,7 +268,6 @@ def test_an_end_token_anywhere_in_the_vocabulary_is_found(bpe):
     assert bpe.end == bpe.start == bpe.id_of(encoder.END) == 0
     assert bpe.encode(f"a{encoder.END}", special=True) == [bpe.id_of("a"), 0]
     assert 0 not in bpe.encode(f"a{encoder.END}")
-    assert bpe.document([5]) == [5, 0]
 
 
 def test_added_tokens_that_merges_cannot_make_decode_to_their_text(trained):
@@ -286,8 +284,7 @@ def test_a_vocabulary_without_an_end_token_has_none(tmp_path):
     (tmp_path / "encoder.json").write_text(json.dumps(vocab), encoding="utf-8")
     shutil.copy(tmp_path / "merges.txt", tmp_path / "vocab.bpe")
     ours = encoder.load(tmp_path)
-    assert ours.file_names == ["encoder.json", "vocab.bpe"]
-    assert (ours.end, ours.start, ours.document([1])) == (None, None, [1])
+    assert (ours.end, ours.start) == (None, None)
     assert ours.decode(ours.encode(encoder.END, special=True)) == encoder.END
 
 
@@ -352,7 +349,6 @@ def test_wordpiece_marks_are_not_printed_and_unknown_ids_are_nothing(wordpiece):
 
 def test_wordpiece_has_its_own_separators(wordpiece):
     assert (wordpiece.start, wordpiece.end, wordpiece.prefix) == (2, 3, [2])
-    assert wordpiece.document([9]) == [2, 9, 3]
     assert wordpiece.banned == [0, 1, 2, 4]
     assert wordpiece.n_vocab == len(TOKENS)
     assert wordpiece.encode("hello[SEP]world", special=True) == [5, 3, 6]
@@ -370,7 +366,6 @@ def test_lower_casing_is_kept_with_the_model(tmp_path):
     save_wordpiece(tmp_path, tokens, do_lower_case=False)
     cased = encoder.load(tmp_path)
     assert cased.encode("Hello") == [tokens.index("Hello")]
-    assert cased.file_names == ["vocab.txt", "tokenizer_config.json"]
     (tmp_path / "hparams.json").write_text('{"lower_case": true}')
     assert encoder.load(tmp_path).encode("Hello") == [tokens.index("hello")]
 

@@ -110,6 +110,7 @@ def test_the_end_token_ends_a_sample_and_is_not_printed(tiny):
         [[tiny.encoder.end]] * 1, nsamples=12, batch_size=12, length=600, top_k=5, seed=1
     )
     ended = [s for s in samples if s.finish_reason == "end"]
+    assert ended
     for sample in ended:
         assert tiny.encoder.end not in sample.tokens and "endoftext" not in sample.text
         assert len(sample.tokens) < 600
