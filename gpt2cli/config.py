@@ -242,8 +242,7 @@ class SourceSettings:
 
     Args:
         model_name: the model to use (default: 124M).
-        run_name: use the newest checkpoint of this run instead; `sample` also writes to
-            samples/RUN_NAME/.
+        run_name: use the newest checkpoint of this run instead.
         models_dir: folder that holds the model folders.
         checkpoint_dir: folder that holds the run folders.
         verbose: show TensorFlow's own messages.
@@ -286,32 +285,32 @@ class EncodeConfig(SourceSettings, TextSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TextSettings):
-    """Fine-tune a model on your own text; Ctrl-C saves and leaves.
+    """Fine-tune a model on your own text; Ctrl-C saves and exits.
 
     Args:
         dataset: text, .csv or .jsonl file, folder or glob of them, or the .npz/.npy that `gpt2cli
             encode` wrote.
-        model_name: the model to start from.
+        model_name: the model to start from (default: 124M).
         run_name: the run's folder under checkpoint/ and samples/.
         restore_from: latest (the run's newest checkpoint, else the model), fresh (the model), or
             the path of
             a checkpoint, run folder or model folder.
         overwrite: let `--restore_from fresh` replace the checkpoints of an existing run.
-        steps: stop when the run has done this many steps in all; 0 goes on until Ctrl-C.
+        steps: stop when the run has done this many steps in all; 0 runs until Ctrl-C.
         batch_size: sequences in a step (in each of its parts, with --accumulate_gradients).
         seq_length: tokens of a sequence; 0 is the model's n_ctx.
         learning_rate: peak step size of the optimizer.
         optimizer: adam and sgd as in nshepperd/gpt-2, or adamw.
         weight_decay: of adamw; weight matrices only, not gains, biases and embeddings.
-        lr_schedule: how the rate goes on after the warm-up; linear and cosine reach 0 at --steps.
+        lr_schedule: the rate after the warm-up; linear and cosine reach 0 at --steps.
         warmup_steps: steps over which the rate rises from 0.
-        clip_norm: scale gradients down to this global norm; 0 does not.
+        clip_norm: scale gradients down to this global norm; 0 turns it off.
         accumulate_gradients: batches whose gradients are averaged into one step.
         memory_saving_gradients: recompute each layer in the backward pass: less memory, a third
             more work.
         only_train_transformer_layers: leave the two embeddings and the last norm as they are.
-        precision: of the activations; the weights are kept in float32 in any case.
-        noise: share of input tokens replaced by random ones, against overfitting.
+        precision: number format of the activations; the weights are kept in float32 in any case.
+        noise: fraction of input tokens replaced by random ones, against overfitting.
         seed: of the data order and the samples; drawn and printed if not given.
         print_every: steps between lines; the loss in a line is the last step's.
         sample_every: steps between samples; 0 writes none.
@@ -414,7 +413,7 @@ class GenerateSettings:
 
     Args:
         length: tokens to generate (default: n_ctx, or half of it after a prompt).
-        temperature: below 1 is bolder in the likely, above 1 in the unlikely; 0 always takes the
+        temperature: below 1 favours likely tokens, above 1 unlikely ones; 0 always takes the
             likeliest.
         top_k: sample from the k likeliest tokens; 0 from all.
         top_p: sample from the likeliest tokens that together reach this probability; 0 from all.
@@ -422,7 +421,7 @@ class GenerateSettings:
             not given.
         nsamples: samples of each prompt.
         batch_size: samples generated side by side.
-        stop: text that ends a sample; not printed itself. May be repeated.
+        stop: text that ends a sample; not printed itself.
         min_length: tokens before which neither the end token nor --stop ends a sample.
         truncate: cut what is printed before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
@@ -465,17 +464,18 @@ class GenerateSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SourceSettings, GenerateSettings):
-    """Write text: from nothing, or going on from a prompt.
+    """Write text: from nothing, or continuing a prompt.
 
     Args:
-        prompt: the text to go on from; - reads it from standard input.
-        prompt_file: a file that holds the text to go on from.
+        prompt: the text to continue; - reads it from standard input.
+        prompt_file: a file that holds the text to continue.
         prompts: a file of prompts, one a line; in a .jsonl file a text, a list of token ids, or an
             object with
             "prompt" or "tokens".
+        run_name: use the newest checkpoint of this run instead; also writes to samples/RUN_NAME/.
         format: OpenAI's banner and the text, or one JSON object a sample.
-        precision: of the weights and activations.
-        nsamples: samples of each prompt; 0 goes on until Ctrl-C.
+        precision: number format of the weights and activations.
+        nsamples: samples of each prompt; 0 runs until Ctrl-C.
         sample_dir: folder in which samples/RUN_NAME/ is made.
     """
 
@@ -496,10 +496,10 @@ class SampleConfig(SourceSettings, GenerateSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class InteractiveConfig(SourceSettings, GenerateSettings):
-    """Type a prompt, watch it go on; settings can be changed in the session.
+    """Type a prompt, watch it being continued; settings can be changed in the session.
 
     Args:
-        precision: of the weights and activations.
+        precision: number format of the weights and activations.
     """
 
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -519,7 +519,7 @@ class EvaluateConfig(SourceSettings, TextSettings):
         dataset: text, .csv or .jsonl file, folder or glob of them, or an encoded .npz/.npy.
         batch_size: windows of n_ctx tokens in one pass.
         format: a line to read, or one JSON object.
-        precision: of the weights and activations.
+        precision: number format of the weights and activations.
     """
 
     dataset: str

@@ -47,9 +47,9 @@ def test_encode_writes_the_ids_and_says_what_it_did_on_stderr(tmp_path, models_d
     assert tokens.whole().tolist() == expected
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
-    assert f"{len(expected)} tokens in 1 chunk, 2 of them end tokens" in stderr
+    assert f"{len(expected)} tokens (2 end tokens) in 1 chunk" in stderr
     per_token = len(text.read_bytes()) / len(expected)
-    assert f"{per_token:.2f} bytes of input a token" in stderr
+    assert f"{per_token:.2f} bytes of text per token" in stderr
     assert f"{out.stat().st_size:,} bytes written" in stderr
     assert "\r" not in stderr  # no bar where no terminal is
     assert [p.name for p in out.parent.iterdir()] == [out.name]
@@ -61,7 +61,7 @@ def test_chunks_are_counted(tmp_path, models_dir, capsys, monkeypatch, block):
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text("the kettle clicked")
     run(models_dir, tmp_path / "*.txt", tmp_path / "out.npz", combine=30)
-    assert "in 2 chunks, 4 of them end tokens" in capsys.readouterr().err
+    assert "(4 end tokens) in 2 chunks" in capsys.readouterr().err
     with np.load(tmp_path / "out.npz") as archive:
         assert archive.files == ["arr_0", "arr_1"]
 

@@ -86,11 +86,11 @@ class Report:
 
     def summary(self, out, size, seconds):
         """The lines that are printed at the end."""
-        chunks = "chunk" if self._chunks == 1 else "chunks"
+        ends = f"{self._ends:,} end token" + "s" * (self._ends != 1)
+        chunks = f"{self._chunks:,} chunk" + "s" * (self._chunks != 1)
         lines = [
-            f"{out}: {self._tokens:,} tokens in {self._chunks:,} {chunks}, {self._ends:,} of them "
-            f"end tokens; {size / self._tokens:.2f} bytes of input a token; "
-            f"{out.stat().st_size:,} bytes written in {seconds:.1f} s"
+            f"{out}: {self._tokens:,} tokens ({ends}) in {chunks}, {size / self._tokens:.2f} bytes "
+            f"of text per token; {out.stat().st_size:,} bytes written in {seconds:.1f} s"
         ]
         if self._unknown:
             common = " ".join(char for char, _ in self._missing.most_common(10))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from gpt2cli import config as configs
 from gpt2cli import encoder, files
 from gpt2cli.errors import UserError
 
+COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
 HISTORY = Path("~/.gpt2cli_history")
 HELP = '''\
 Type a prompt and press Enter. A prompt of several lines stands between two lines of """.
   /set NAME VALUE   change a setting for what follows: /set temperature 0.7
+  /set NAME         back to its default
   /show             the settings
   /help             this text
   /quit             leave, as Ctrl-D does; Ctrl-C stops a sample that is being written'''
@@ -34,14 +37,14 @@ def run(config):
     index = 0
     with _line_editing():
         for text, is_line in _inputs():
-            if is_line and text.startswith("/"):
+            if is_line and text.split()[0] in COMMANDS:
                 if text.split()[0] == "/quit":
                     return
                 config = _obey(text, config)
                 continue
             try:
-                for _ in range(config.nsamples):
-                    _continue(model, text, config, index)
+                for number in range(config.nsamples):
+                    _continue(model, text, config, index, number)
                     index += 1
             except KeyboardInterrupt:
                 print(flush=True)
@@ -51,10 +54,10 @@ def run(config):
                 _say(f"gpt2cli: {error}")
 
 
-def _continue(model, prompt, config, index):
+def _continue(model, prompt, config, index, number):
     """Print one continuation as it is generated."""
     if config.nsamples > 1:
-        print(f"{'=' * 40} SAMPLE {index + 1} {'=' * 40}")
+        print(f"{'=' * 40} SAMPLE {number + 1} {'=' * 40}")
     if config.include_prefix:
         print(prompt, end="")
     for piece in model.stream(prompt, config, index):
@@ -102,19 +105,22 @@ def _obey(text, config):
     command, _, rest = text.partition(" ")
     fields = configs.fields_of(configs.GenerateSettings)
     if command == "/set":
-        name, _, value = rest.strip().partition(" ")
+        name, value = (*re.split(r"[ =]+", rest.strip(), maxsplit=1), "")[:2]
         name = name.removeprefix("--").replace("-", "_")
         if name not in fields:
             _say(f"no setting {name!r}; there are {', '.join(fields)}")
             return config
         try:
-            parsed = configs.parse_value(fields[name][0], value.strip())
+            hint, default, _ = fields[name]
+            parsed = configs.parse_value(hint, value.strip()) if value.strip() else default
             return dataclasses.replace(config, **{name: parsed})
         except (UserError, ValueError) as error:
             wanted = configs.describe_type(fields[name][0])
-            _say(str(error) if isinstance(error, UserError) else f"{name} takes {wanted}")
+            _say(str(error) if isinstance(error, UserError) else f"--{name} takes {wanted}")
     elif command == "/show":
-        _say("\n".join(f"{name} = {getattr(config, name)!r}" for name in fields))
+        values = {name: getattr(config, name) for name in fields}
+        unset = (None, ())
+        _say("\n".join(f"{n} = {'default' if v in unset else v}" for n, v in values.items()))
     else:
         _say(HELP)
     return config

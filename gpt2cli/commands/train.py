@@ -119,11 +119,11 @@ class Run:
         length = config.seq_length or n_ctx
         rows = config.batch_size * config.accumulate_gradients
         _say(
-            f"{config.dataset}: {tokens.total} tokens; a step reads {rows} x {length}; "
+            f"{config.dataset}: {tokens.total:,} tokens; a step reads {rows} x {length}; "
             f"run {self.folder}, step {self.step}"
         )
         if config.steps and self.step >= config.steps:
-            _say(f"the run has its {config.steps} steps already; raise --steps to go on")
+            _say(f"the run is at step {self.step} and --steps is {config.steps}: nothing to do")
             return
         if config.val_every and self.step == 0:
             self.validate(held_out, length, stop)
