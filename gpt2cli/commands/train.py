@@ -42,6 +42,8 @@ def run(config):
     elif config.val_dataset is not None:
         _say("--val_dataset is not used: --val_every is 0")
     with files.locked(run_folder, "train"), stop_signals() as stop:
+        # once more, now that nobody else can save: another train may have ended meanwhile
+        prefix, resumed = starting_point(config, run_folder)
         run = Run(config, run_folder, prefix, resumed, vocabulary)
         run.train(tokens, held_out, stop)
     if stop.received == signal.SIGINT:
