@@ -176,7 +176,12 @@ def save_run(folder, network, optimizer_variables, state, keep, replaced=()):
         file.write(json.dumps(state, indent=2).encode() + b"\n")
     # the weights last: they make it a checkpoint
     saved = {f"optimizer-{step}": optimizer_variables, f"model-{step}": network.weights}
-    write_all({folder / name: tensors for name, tensors in saved.items()})
+    try:
+        write_all({folder / name: tensors for name, tensors in saved.items()})
+    except UserError:
+        if step not in files.saved_steps(folder):
+            (folder / f"state-{step}.json").unlink(missing_ok=True)
+        raise
     steps = files.saved_steps(folder)
     kept = [s for s in steps if s not in replaced or s == step]
     kept = kept[-keep:]  # all of them for 0

@@ -166,9 +166,9 @@ def _newest(folder):
             prefix = folder / Path(named[1]).name
             if Path(f"{prefix}.index").is_file():
                 return prefix
-    steps = [int(m[1]) for p in folder.glob("model-*.index") if (m := _STEP.fullmatch(p.name))]
+    steps = saved_steps(folder)
     if steps and not (folder / "model.ckpt.index").is_file():
-        return folder / f"model-{max(steps)}"
+        return folder / f"model-{steps[-1]}"
     return folder / "model.ckpt"
 
 

@@ -220,3 +220,20 @@ def test_tensors_of_another_kind_are_refused(network, folder):
     weights = {n: tf.cast(v, tf.int32) for n, v in network.weights.items()}
     checkpoint.write(folder / "model.ckpt", weights)
     assert "int32" in refusal(folder)
+
+
+def test_a_save_that_fails_leaves_nothing_of_its_step(network, folder, monkeypatch):
+    run = folder.parent / "run"
+    files.copy_description(folder, run)
+    before = sorted(p.name for p in run.iterdir())
+    real = os.fsync
+
+    def full(number):
+        if os.fstat(number).st_size > 10_000:  # the weights, not the small files
+            raise OSError(28, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": 1}, keep=0)
+    assert sorted(p.name for p in run.iterdir()) == before

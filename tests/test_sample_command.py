@@ -135,53 +135,36 @@ def test_bytes_outside_utf8_never_break_a_stream(tiny):
     assert "".join(pieces) == sample.text == tiny.encoder.decode(sample.tokens)
 
 
-def test_with_a_run_name_samples_go_to_its_folder_too(cli, workdir):
+@pytest.fixture
+def run1(cli, workdir):
+    """The current folder, with a run of one step in checkpoint/run1."""
     (workdir / "t.txt").write_text("word " * 400)
-    cli(
-        "train",
-        "t.txt",
-        "--model_name",
-        "tiny",
-        "--steps",
-        1,
-        "--seq_length",
-        16,
-        "--sample_every",
-        0,
-    )
+    flags = ("--model_name", "tiny", "--steps", 1, "--seq_length", 16, "--sample_every", 0)
+    assert cli("train", "t.txt", *flags).returncode == 0
+    return workdir
+
+
+def test_with_a_run_name_samples_go_to_its_folder_too(cli, run1):
     for number in ("", "-2"):
         result = cli("sample", "--run_name", "run1", "--length", 5, "--seed", 9)
-        path = workdir / "samples" / "run1" / f"sample-1-seed9{number}.txt"
+        path = run1 / "samples" / "run1" / f"sample-1-seed9{number}.txt"
         assert path.read_text() == result.stdout
     result = cli("sample", "--run_name", "run1", "--length", 5, "--seed", 9, "--stop", "a",
                  "--prompts", "missing.txt")  # fmt: skip
-    assert result.returncode == 1 and len(list((workdir / "samples/run1").iterdir())) == 2
+    assert result.returncode == 1 and len(list((run1 / "samples/run1").iterdir())) == 2
 
 
-def test_an_endless_run_is_ended_by_ctrl_c_and_keeps_its_samples(workdir, cli):
-    (workdir / "t.txt").write_text("word " * 400)
-    cli(
-        "train",
-        "t.txt",
-        "--model_name",
-        "tiny",
-        "--steps",
-        1,
-        "--seq_length",
-        16,
-        "--sample_every",
-        0,
-    )
+def test_an_endless_run_is_ended_by_ctrl_c_and_keeps_its_samples(run1):
     command = [sys.executable, "-m", "gpt2cli", "sample", "--run_name", "run1", "--nsamples", "0"]
     command += ["--length", "8", "--format", "jsonl"]
     with subprocess.Popen(
-        command, stdout=-1, stderr=-1, text=True, cwd=workdir, env={"PYTHONPATH": str(ROOT)}
+        command, stdout=-1, stderr=-1, text=True, cwd=run1, env={"PYTHONPATH": str(ROOT)}
     ) as process:
         lines = [process.stdout.readline() for _ in range(5)]
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    (path,) = (workdir / "samples" / "run1").iterdir()
+    (path,) = (run1 / "samples" / "run1").iterdir()
     assert path.read_text().startswith("".join(lines)), err  # and perhaps one more, just begun
     assert all(json.loads(line) for line in path.read_text().splitlines() + rest.splitlines())
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3, 4]

@@ -4,6 +4,8 @@ import json
 import math
 import sys
 
+from tqdm import tqdm
+
 from gpt2cli import dataset, encoder, files
 
 
@@ -19,7 +21,10 @@ def run(config):
 
     model = inference.load_model(prefix, config.precision)
     print(f"{prefix}: {engine.describe_devices()}", file=sys.stderr)
-    loss, count = model.evaluate(tokens, config.batch_size)
+    batches = tokens.evaluation_windows(model.config.n_ctx, config.batch_size)
+    total = -(-(tokens.total - 1) // (model.config.n_ctx * config.batch_size))
+    # disable=None: a bar on a terminal, nothing in a log file
+    loss, count = model.mean_loss(tqdm(batches, total=total, disable=None, leave=False))
     perplexity = math.exp(min(loss, 700))  # the largest that a float holds is exp(709)
     if config.format == "json":
         print(json.dumps({"loss": loss, "perplexity": perplexity, "tokens": count}))

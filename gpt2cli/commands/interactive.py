@@ -24,7 +24,7 @@ Type a prompt and press Enter. A prompt of several lines stands between two line
 def run(config):
     """Read prompts until the input ends; each is continued before the next is read."""
     prefix = files.find_checkpoint(files.source_dir(config))
-    if encoder.of_model(prefix.parent) is None:
+    if not encoder.exists(prefix.parent):
         raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
 
     from gpt2cli import engine, inference  # what can be refused was refused before this import
