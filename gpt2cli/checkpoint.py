@@ -1,4 +1,4 @@
-"""Weights <-> files: TensorFlow checkpoints under OpenAI's names, and run folders.
+"""Weights <-> files: TensorFlow checkpoints under the original's names, and run folders.
 
 A model folder holds hparams.json, a vocabulary and one checkpoint; a run folder is a model folder
 with a checkpoint a save, `model-<step>`, and beside each of them what only training needs:
@@ -10,6 +10,7 @@ with a checkpoint a save, `model-<step>`, and beside each of them what only trai
 """
 
 import contextlib
+import dataclasses
 import glob
 import json
 import os
@@ -36,8 +37,13 @@ def _reading(prefix):
         ) from error
 
 
-def _open(prefix, config):
-    """A reader of the checkpoint at `prefix`, its names and shapes checked against `config`."""
+def open_checked(prefix):
+    """A reader of the checkpoint at `prefix` and its ModelConfig, which must be of one model.
+
+    n_vocab is that of the weights where GPT2_ML's json gives the sizes: the released 21128 tokens
+    have 21130 rows.
+    """
+    config = files.read_config(prefix.parent)
     if "[" in str(prefix) or "]" in str(prefix):
         raise UserError(f"TensorFlow reads no path with [ or ] in it: rename {prefix.parent}")
     with _reading(prefix):
@@ -48,10 +54,12 @@ def _open(prefix, config):
         shards = prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*-of-*")
         if sum(path.stat().st_size for path in shards) < needed:
             raise ValueError(f"its data is shorter than the {needed} bytes that its index lists")
+    table = "newslm/embeddings/word_embed"
+    if files.config_path(prefix.parent).name != "hparams.json" and len(found.get(table, ())) == 2:
+        config = dataclasses.replace(config, n_vocab=found[table][0])
     expected = model.weight_shapes(config)
-    ours = re.compile(r"model/(wte|wpe|ln_f/[gb]|h\d+/(ln_[12]/[gb]|(attn|mlp)/c_\w+/[wb]))")
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and ours.fullmatch(name)]
+    extra = [name for name in found if name not in expected and OURS.fullmatch(name)]
     if missing:
         raise UserError(
             f"{prefix} is not a checkpoint of this model: it lacks {_few(missing)}. "
@@ -68,7 +76,14 @@ def _open(prefix, config):
                 f"{prefix}: {name} is {kinds[name].name} {list(found[name])}, hparams.json asks "
                 f"for float32 {list(shape)}. Use the hparams.json that belongs to this checkpoint"
             )
-    return reader
+    return reader, config
+
+
+# A model's weights, and not what a program keeps beside them: slots of an optimizer, counters.
+OURS = re.compile(
+    r"model/(wte|wpe|ln_f/[gb]|h\d+/(ln_[12]/[gb]|(attn|mlp)/c_\w+/[wb]))"
+    r"|newslm/(embeddings|layer\d+)/\w+(/(kernel|bias|gamma|beta))?"
+)
 
 
 def _few(names):
@@ -78,8 +93,7 @@ def _few(names):
 
 def verify(folder):
     """Open a folder's checkpoint and compare names and shapes with its hparams.json (UserError)."""
-    folder = Path(folder)
-    _open(files.find_checkpoint(folder), files.read_config(folder))
+    open_checked(files.find_checkpoint(folder))
 
 
 def load(path, precision="float32", weights_precision=None):
@@ -90,8 +104,7 @@ def load(path, precision="float32", weights_precision=None):
             not finite; the text names the file.
     """
     prefix = files.find_checkpoint(path)
-    config = files.read_config(prefix.parent)
-    reader = _open(prefix, config)
+    reader, config = open_checked(prefix)
 
     def stored(name, shape):
         with _reading(prefix):
@@ -226,3 +239,16 @@ def load_training(prefix):
         reader = tf.train.load_checkpoint(str(path))
         names = reader.get_variable_to_shape_map()
         return {name: reader.get_tensor(name) for name in names}, state
+
+
+def load_slots(prefix, optimizer):
+    """AdaFactor's moments in a checkpoint of GPT2_ML, as `load_training` gives them; or {}.
+
+    Args:
+        optimizer: the name of ours, which its variables' names begin with.
+    """
+    with _reading(prefix):
+        reader = tf.train.load_checkpoint(str(prefix))
+        names = [n for n in reader.get_variable_to_shape_map() if "/adafactor_v" in n]
+        slots = {f"{optimizer}/{n.replace('/', '_')}": reader.get_tensor(n) for n in names}
+    return slots and {**slots, f"{optimizer}/iteration": np.int64(0)}

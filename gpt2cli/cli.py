@@ -16,7 +16,7 @@ import signal
 import sys
 import textwrap
 
-from gpt2cli import __version__, config
+from gpt2cli import __version__, config, flags
 from gpt2cli.errors import UsageError, UserError
 
 # Command -> its dataclass and the fields that may be given without their name, in order.
@@ -27,6 +27,9 @@ COMMANDS = {
     "sample": (config.SampleConfig, ()),
     "interactive": (config.InteractiveConfig, ()),
     "evaluate": (config.EvaluateConfig, ("dataset",)),
+    "convert": (config.ConvertConfig, ("src", "dst")),
+    "vocab": (config.VocabConfig, ("in_text", "out")),
+    "init": (config.InitConfig, ("name",)),
 }
 
 
@@ -118,7 +121,7 @@ def read_command_line(argv):
 def _given_values(command, words):
     """Words of a command line -> {field: [texts]}; every flag is checked before anything runs."""
     config_class, positional = COMMANDS[command]
-    fields = config.fields_of(config_class)
+    fields = flags.fields_of(config_class)
     given, places = {}, list(positional)
     words = list(words)
     while words:
@@ -130,6 +133,7 @@ def _given_values(command, words):
             continue
         flag, equals, value = word[2:].partition("=")
         name = flag.replace("-", "_")
+        name += "_" * (name + "_" in fields)
         if name not in fields and name[:2] == "no" and fields.get(name[2:], [None])[0] is bool:
             name, equals, value = name[2:], "=", "false"
         if name not in fields:
@@ -143,7 +147,7 @@ def _given_values(command, words):
                 value = "true"
             elif alone:
                 raise UsageError(
-                    f"--{name} needs a value: {config.describe_type(fields[name][0])} "
+                    f"--{name} needs a value: {flags.describe_type(fields[name][0])} "
                     f"(one that begins with -- is written --{name}=VALUE)"
                 )
             else:
@@ -153,7 +157,7 @@ def _given_values(command, words):
         given.setdefault(name, []).append(value)
     missing = [n for n, (_, d, _) in fields.items() if d is dataclasses.MISSING and n not in given]
     if missing:
-        asked = ", ".join(f"--{n}" for n in missing)
+        asked = ", ".join(f"--{flags.spelled(n)}" for n in missing)
         raise UsageError(f"{command} needs {asked}; see gpt2cli {command} --help")
     for name, values in given.items():
         if len(values) > 1 and fields[name][0] != tuple[str, ...]:
@@ -169,7 +173,7 @@ def _build(command, given):
     import fire  # a tenth of a second that --help need not wait for
 
     config_class, _ = COMMANDS[command]
-    fields = config.fields_of(config_class)
+    fields = flags.fields_of(config_class)
     built = []
 
     def build(**settings):
@@ -195,9 +199,9 @@ def _reader(name, hint):
         if hint == tuple[str, ...]:
             return tuple(texts)
         try:
-            return config.parse_value(hint, texts[0])
+            return flags.parse_value(hint, texts[0])
         except ValueError:
-            wanted = config.describe_type(hint)
+            wanted = flags.describe_type(hint)
             raise UsageError(f"--{name} takes {wanted}, not {texts[0]!r}") from None
 
     return read
@@ -221,14 +225,16 @@ def general_help():
 def command_help(command):
     """What `gpt2cli COMMAND --help` prints: one paragraph a flag, from the dataclass."""
     config_class, positional = COMMANDS[command]
-    fields = config.fields_of(config_class)
+    fields = flags.fields_of(config_class)
     places = " ".join(
         n.upper() if fields[n][1] is dataclasses.MISSING else f"[{n.upper()}]" for n in positional
     )
     lines = [f"usage: gpt2cli {command} {places}".rstrip() + " [FLAGS]", ""]
     lines += [inspect.getdoc(config_class).partition("\n\nArgs:")[0], ""]
     for name, (hint, default, text) in fields.items():
-        lines.append(f"  --{name} {config.describe_type(hint)}{describe_default(default)}")
+        lines.append(
+            f"  --{flags.spelled(name)} {flags.describe_type(hint)}{describe_default(default)}"
+        )
         lines += textwrap.wrap(text, 92, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 

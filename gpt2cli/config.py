@@ -5,23 +5,32 @@ A command's dataclass is what the command line builds, what the Python functions
 folder records. The text after each field's name under `Args:` is what `--help` prints.
 """
 
-import dataclasses
 import json
-import math
-import numbers
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.flags import check
 
 # The released sizes; 117M and 345M are the names of the first announcement, before a recount.
 ALIASES = {"117M": "124M", "345M": "355M"}
 RELEASED = ("124M", "355M", "774M", "1558M")  # openai/gpt-2 DEVELOPERS.md
 
 SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")  # openai/gpt-2 src/model.py
+
+# n_layer, n_head, n_embd. The released ones: openai/gpt-2 hparams.json of each; distil: half the
+# layers of 124M, as Hugging Face's distilgpt2 and UER-py models/gpt2/distil_config.json.
+PRESETS = {
+    "tiny": (4, 5, 160),
+    "distil": (6, 12, 768),
+    "124M": (12, 12, 768),
+    "355M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
+
+LN_EPSILON = 1e-5  # openai/gpt-2 src/model.py, norm; the same in GPT2_ML train/utils.py
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,11 @@ class ModelConfig:
         n_embd: width of the residual stream.
         n_head: attention heads in a layer; divides n_embd.
         n_layer: layers.
-        extra: keys of the file that this program does not know, kept when it is written again.
+        arch: the order of operations in a layer and the names of the weights: gpt2, or gpt2_ml
+            (imcaspar/gpt2-ml, Chinese, 1.5B).
+        ln_epsilon: added to the variance in layer norms.
+        extra: keys of the file that are not the network's, kept when it is written again:
+            lower_case, start_token, end_token for the encoder, and what this program does not know.
     """
 
     n_vocab: int
@@ -42,6 +55,8 @@ class ModelConfig:
     n_embd: int
     n_head: int
     n_layer: int
+    arch: str = "gpt2"
+    ln_epsilon: float = LN_EPSILON
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -53,117 +68,70 @@ class ModelConfig:
             raise UserError(
                 f"hparams: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
             )
+        if self.arch not in ("gpt2", "gpt2_ml"):
+            raise UserError(f"hparams: arch must be gpt2 or gpt2_ml, got {self.arch!r}")
+        if type(self.ln_epsilon) is not float or not 0 <= self.ln_epsilon < 1:
+            raise UserError(
+                f"hparams: ln_epsilon must be a number from 0 to 1, got {self.ln_epsilon!r}"
+            )
 
     @classmethod
     def from_json(cls, text, where="hparams.json"):
-        """Parse the text of a hparams.json; `where` names it in errors (UserError)."""
+        """Parse the text of a hparams.json or of GPT2_ML's config.json; `where` names it.
+
+        Raises:
+            UserError: it is neither.
+        """
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{where} must hold one JSON object with {', '.join(SIZES)}")
+        if "num_hidden_layers" in values and "n_layer" not in values:
+            values = _from_gpt2_ml(values, where)
         missing = [name for name in SIZES if name not in values]
         if missing:
             raise UserError(f"{where} lacks {', '.join(missing)}")
-        extra = {name: value for name, value in values.items() if name not in SIZES}
+        known = {name: values.pop(name) for name in (*SIZES, *OPTIONAL) if name in values}
+        if type(known.get("ln_epsilon")) is int:
+            known["ln_epsilon"] = float(known["ln_epsilon"])
         try:
-            return cls(**{name: values[name] for name in SIZES}, extra=extra)
+            return cls(**known, extra=values)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
     def to_json(self):
-        """The text of hparams.json, unknown keys included."""
-        return json.dumps({**{n: getattr(self, n) for n in SIZES}, **self.extra}, indent=2) + "\n"
+        """The text of hparams.json: sizes, what differs from OpenAI's models, other keys."""
+        optional = {
+            n: getattr(self, n) for n in OPTIONAL if getattr(self, n) != getattr(type(self), n)
+        }
+        values = {**{n: getattr(self, n) for n in SIZES}, **optional, **self.extra}
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def fields_of(config_class):
-    """Field name -> (type, default or dataclasses.MISSING, help); inherited fields come last."""
-    hints = typing.get_type_hints(config_class)
-    help_of = {}
-    for base in reversed(config_class.__mro__):
-        arguments = (base.__doc__ or "").partition("Args:\n")[2]
-        for name, text in re.findall(r"^ {8}(\w+): ((?:.+\n?)(?: {12}.+\n?)*)", arguments, re.M):
-            help_of[name] = " ".join(text.split())
-    own = config_class.__annotations__
-    fields = sorted(dataclasses.fields(config_class), key=lambda f: f.name not in own)
-    return {f.name: (hints[f.name], f.default, help_of.get(f.name, "")) for f in fields}
+OPTIONAL = ("arch", "ln_epsilon")
+
+# hparams.json's name of each size -> that of imcaspar/gpt2-ml configs/*.json
+GPT2_ML_NAMES = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}
 
 
-def describe_type(hint):
-    """How help and errors name a field's type: `int`, `adam|sgd|adamw`, `true|false`, ..."""
-    if typing.get_origin(hint) is Literal:
-        return "|".join(typing.get_args(hint))
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return describe_type(next(t for t in typing.get_args(hint) if t is not type(None)))
-    if hint is bool:
-        return "true|false"
-    if hint == tuple[str, ...]:
-        return "text, may be repeated"
-    return {int: "int", float: "float", str: "text"}[hint]
-
-
-def _accepted(hint, value):
-    """The value as the field's type, or raise TypeError/ValueError."""
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError
-        return value
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        inner = next(t for t in typing.get_args(hint) if t is not type(None))
-        return None if value is None else _accepted(inner, value)
-    if hint == tuple[str, ...]:
-        value = (value,) if isinstance(value, str) else tuple(value)
-        if not all(isinstance(item, str) for item in value):
-            raise TypeError
-        return value
-    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if not math.isfinite(value) or (value and not 1e-37 < abs(value) < 1e38):  # of float32
-            raise ValueError
-        return float(value)
-    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)  # NumPy's whole numbers as well
-    if hint is str and hasattr(value, "__fspath__"):
-        return str(value)
-    if type(value) is not hint:
-        raise TypeError
-    return value
-
-
-def parse_value(hint, text):
-    """What somebody typed, as the field's type. Text stays text: no quotes, no tuples, no None.
-
-    Raises:
-        ValueError: it is not of that type.
-    """
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    if hint is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in words:
-            raise ValueError
-        return words[text.lower()]
-    if hint in (int, float):
-        return hint(text)
-    return _accepted(hint, text)
-
-
-def _check(config, **limits):
-    """Check types of all fields, then `name=(low, high)` limits, both ends allowed, None open."""
-    for name, (hint, _, _) in fields_of(type(config)).items():
-        value = getattr(config, name)
-        try:
-            object.__setattr__(config, name, _accepted(hint, value))
-        except (TypeError, ValueError):
-            raise UsageError(f"--{name} takes {describe_type(hint)}, not {value!r}") from None
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if low is not None and value < low:
-            raise UsageError(f"--{name} must be at least {low}, got {value}")
-        if high is not None and value > high:
-            raise UsageError(f"--{name} must be at most {high}, got {value}")
+def _from_gpt2_ml(values, where):
+    """GPT2_ML's config json -> the values of a hparams.json; UserError for what is not one."""
+    missing = [name for name in GPT2_ML_NAMES.values() if name not in values]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: it is not a GPT2_ML config")
+    width = values["hidden_size"]
+    if type(width) is int and values.get("intermediate_size", 4 * width) != 4 * width:
+        raise UserError(f"{where}: intermediate_size must be 4 times hidden_size ({4 * width})")
+    sizes = {ours: values[theirs] for ours, theirs in GPT2_ML_NAMES.items()}
+    return {**sizes, "arch": "gpt2_ml"}
 
 
 def check_name(flag, name):
@@ -185,22 +153,32 @@ class DownloadConfig:
 
     Args:
         model: 124M, 355M, 774M or 1558M (117M and 345M are older names of the first two); none
-            lists them.
+            lists them. hf:OWNER/NAME is a GPT-2 of the Hugging Face hub (or of HF_ENDPOINT).
         models_dir: folder that holds the model folders.
         url: a mirror to use instead of OpenAI's bucket, with the same layout:
             URL/124M/hparams.json, ...
+        revision: branch, tag or commit of a hf: model (default: main).
         verbose: show TensorFlow's own messages.
     """
 
     model: str | None = None
     models_dir: str = "models"
     url: str | None = None
+    revision: str | None = None
     verbose: bool = False
 
     def __post_init__(self):
-        _check(self)
-        if self.model is not None:
+        check(self)
+        if self.model is not None and self.model.startswith("hf:"):
+            if not re.fullmatch(r"hf:[\w.-]+/[\w.-]+", self.model, re.ASCII):
+                raise UsageError(f"a hub model is named hf:OWNER/NAME, not {self.model!r}")
+            check_name("model", self.model.partition("/")[2])
+            if self.url is not None:
+                raise UsageError("--url is for OpenAI's layout; for hf: set HF_ENDPOINT")
+        elif self.model is not None:
             check_name("model", self.model)
+        if self.revision is not None and not (self.model or "").startswith("hf:"):
+            raise UsageError("--revision belongs to a model hf:OWNER/NAME")
         if self.url is not None and not re.match(r"https?://[^/]", self.url):
             raise UsageError(f"--url must begin with http:// or https://, got {self.url!r}")
 
@@ -216,6 +194,11 @@ class TextSettings:
             (replace).
         special: what the literal <|endoftext|> in a file means: the end token, or just text.
         csv_header: the first line of a .csv file is a heading, not a record.
+        lines: every line of a text file is a document of its own, blank ones apart.
+        uer_compat: do as UER-py's lm processor does, defects included: blank lines are documents, a
+            last line without a newline is lost, and with --sampling documents the padding that
+            follows a short piece is predicted once; implies --lines.
+        workers: threads that encode; 0 is one a core.
     """
 
     combine: int = 50000
@@ -223,8 +206,15 @@ class TextSettings:
     errors: Literal["strict", "replace"] = "strict"
     special: Literal["token", "text"] = "token"
     csv_header: bool = True
+    lines: bool = False
+    uer_compat: bool = False
+    workers: int = 0
 
     def _check_text(self):
+        if self.uer_compat:
+            object.__setattr__(self, "lines", True)
+        if self.workers < 0:
+            raise UsageError(f"--workers must be at least 0, got {self.workers}")
         for flag in ("dataset", "val_dataset", "in_text"):
             if getattr(self, flag, None) == "":
                 raise UsageError(f"--{flag} must name a file, a folder or a glob, got ''")
@@ -276,7 +266,7 @@ class EncodeConfig(SourceSettings, TextSettings):
     out_npz: str
 
     def __post_init__(self):
-        _check(self)
+        check(self)
         self._check_text()
         self._check_source()
         if not self.out_npz.endswith((".npz", ".npy")):
@@ -297,11 +287,18 @@ class TrainConfig(TextSettings):
             a checkpoint, run folder or model folder.
         overwrite: let `--restore_from fresh` replace the checkpoints of an existing run.
         steps: stop when the run has done this many steps in all; 0 runs until Ctrl-C.
+        epochs: stop when the run has read the text this many times, instead of --steps.
+        sampling: random (windows that begin anywhere), sequential (one window after the other, in
+            order), or documents (pieces of one document each, in a new order every time).
         batch_size: sequences in a step (in each of its parts, with --accumulate_gradients).
         seq_length: tokens of a sequence; 0 is the model's n_ctx.
         learning_rate: peak step size of the optimizer.
-        optimizer: adam and sgd as in nshepperd/gpt-2, or adamw.
-        weight_decay: of adamw; weight matrices only, not gains, biases and embeddings.
+        optimizer: adam and sgd as in nshepperd/gpt-2; adamw; adafactor needs the least memory
+            (arXiv 1804.04235; the rate is relative to the weights' size, 0.001 is usual);
+            adafactor_gpt2_ml is GPT2_ML's variant of it (a plain rate, 0.0001 is usual).
+        weight_decay: of adamw, on weight matrices only, not gains, biases and embeddings; of
+            adafactor_gpt2_ml, on embeddings as well.
+        dropout: share of activations dropped in training; OpenAI's code has none, UER-py 0.1.
         lr_schedule: the rate after the warm-up; linear and cosine reach 0 at --steps.
         warmup_steps: steps over which the rate rises from 0.
         clip_norm: scale gradients down to this global norm; 0 turns it off.
@@ -337,11 +334,14 @@ class TrainConfig(TextSettings):
     restore_from: str = "latest"
     overwrite: bool = False
     steps: int = 0
+    epochs: int = 0
+    sampling: Literal["random", "sequential", "documents"] = "random"
     batch_size: int = 1
     seq_length: int = 0
     learning_rate: float = 0.00002
-    optimizer: Literal["adam", "sgd", "adamw"] = "adam"
+    optimizer: Literal["adam", "sgd", "adamw", "adafactor", "adafactor_gpt2_ml"] = "adam"
     weight_decay: float = 0.01
+    dropout: float = 0.0
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     clip_norm: float = 0.0
@@ -369,9 +369,10 @@ class TrainConfig(TextSettings):
     verbose: bool = False
 
     def __post_init__(self):
-        _check(
+        check(
             self,
             steps=(0, None),
+            epochs=(0, None),
             batch_size=(1, None),
             seq_length=(0, None),
             weight_decay=(0, None),
@@ -398,7 +399,11 @@ class TrainConfig(TextSettings):
             check_name("model_name", self.model_name)
         if self.learning_rate <= 0:
             raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
-        if self.lr_schedule != "constant" and self.steps <= self.warmup_steps:
+        if self.dropout < 0 or self.dropout >= 1:
+            raise UsageError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.steps and self.epochs:
+            raise UsageError("give --steps or --epochs, not both")
+        if self.lr_schedule != "constant" and self.steps <= self.warmup_steps and not self.epochs:
             raise UsageError(
                 f"--lr_schedule {self.lr_schedule} needs --steps above --warmup_steps "
                 f"{self.warmup_steps}, got {self.steps}"
@@ -421,12 +426,22 @@ class GenerateSettings:
             not given.
         nsamples: samples of each prompt.
         batch_size: samples generated side by side.
-        stop: text that ends a sample; not printed itself.
+        stop: text that ends a sample, such as 。 or a blank line; not printed itself.
+        keep_stop: print the --stop text as well.
         min_length: tokens before which neither the end token nor --stop ends a sample.
         truncate: cut what is printed before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
         repetition_penalty: above 1 makes tokens that already occurred less likely (CTRL, arXiv
             1909.05858).
+        no_repeat_ngram: never write the same this many tokens in a row twice; 0 allows it.
+        beams: keep this many candidates and return the --nsamples likeliest, instead of drawing at
+            random (beam search, as transformers does it).
+        length_penalty: of beams, whose score is their log-probability / length ** this; above 0
+            favours long ones.
+        logprobs: with each token its log-probability (nats) before temperature and choice, in
+            --format jsonl.
+        window: what the model sees when n_ctx tokens are full: half drops the older half and goes
+            on; last reads the last n_ctx - 1 tokens again for every token (slow).
     """
 
     length: int | None = None
@@ -437,13 +452,19 @@ class GenerateSettings:
     nsamples: int = 1
     batch_size: int = 1
     stop: tuple[str, ...] = ()
+    keep_stop: bool = False
     min_length: int = 0
     truncate: str | None = None
     include_prefix: bool = False
     repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
+    logprobs: bool = False
+    window: Literal["half", "last"] = "half"
 
     def __post_init__(self):
-        _check(
+        check(
             self,
             length=(1, _TOKENS),
             temperature=(0, None),
@@ -453,13 +474,30 @@ class GenerateSettings:
             nsamples=(0, None),
             batch_size=(1, None),
             min_length=(0, _TOKENS),
+            no_repeat_ngram=(0, _TOKENS),
+            beams=(1, 1000),
         )
+        if self.beams > 1:
+            self._check_beams()
         if self.repetition_penalty <= 0:
             raise UsageError(f"--repetition_penalty must be above 0, got {self.repetition_penalty}")
         if "" in self.stop or self.truncate == "":
             raise UsageError("--stop and --truncate take a text that is not empty")
         if self.length is not None and self.min_length > self.length:
             raise UsageError(f"--min_length {self.min_length} is more than --length {self.length}")
+
+    def _check_beams(self):
+        if not 1 <= self.nsamples <= self.beams:
+            raise UsageError(
+                f"--beams {self.beams} gives 1 to {self.beams} samples, not {self.nsamples}: "
+                "change --nsamples"
+            )
+        drawn = {"temperature": 1.0, "top_k": 0, "top_p": 0.0}
+        given = [name for name, default in drawn.items() if getattr(self, name) != default]
+        if given:
+            raise UsageError(
+                f"--beams takes the likeliest, it does not draw: leave out --{given[0]}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,6 +506,7 @@ class SampleConfig(SourceSettings, GenerateSettings):
 
     Args:
         prompt: the text to continue; - reads it from standard input.
+        prefix: the same as --prompt, by its name in gpt-2-simple.
         prompt_file: a file that holds the text to continue.
         prompts: a file of prompts, one a line; in a .jsonl file a text, a list of token ids, or an
             object with
@@ -476,19 +515,37 @@ class SampleConfig(SourceSettings, GenerateSettings):
         format: OpenAI's banner and the text, or one JSON object a sample.
         precision: number format of the weights and activations.
         nsamples: samples of each prompt; 0 runs until Ctrl-C.
+        delimiter: a line to print after each sample, instead of OpenAI's banner before it.
+        out: write to this file, replaced as a whole, instead of standard output.
+        nfiles: write this many files, NAME-1.txt, ... for --out NAME.txt, --nsamples in each.
         sample_dir: folder in which samples/RUN_NAME/ is made.
     """
 
     prompt: str | None = None
+    prefix: str | None = None
     prompt_file: str | None = None
     prompts: str | None = None
     format: Literal["text", "jsonl"] = "text"
     precision: Literal["float32", "bfloat16"] = "float32"
+    delimiter: str | None = None
+    out: str | None = None
+    nfiles: int = 1
     sample_dir: str = "samples"
 
     def __post_init__(self):
         super().__post_init__()
         self._check_source()
+        if self.prefix is not None:
+            if self.prompt is not None:
+                raise UsageError("--prefix is the same as --prompt: give one of them")
+            object.__setattr__(self, "prompt", self.prefix)
+            object.__setattr__(self, "prefix", None)
+        if self.nfiles < 1:
+            raise UsageError(f"--nfiles must be at least 1, got {self.nfiles}")
+        if self.nfiles > 1 and (self.out is None or not self.nsamples):
+            raise UsageError("--nfiles needs --out FILE, and --nsamples above 0")
+        if self.delimiter is not None and self.format == "jsonl":
+            raise UsageError("--delimiter is for --format text; a line of jsonl is one sample")
         given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
         if len(given) > 1:
             raise UsageError("give one of " + " and ".join(f"--{name}" for name in given))
@@ -528,6 +585,109 @@ class EvaluateConfig(SourceSettings, TextSettings):
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        _check(self, batch_size=(1, None))
+        check(self, batch_size=(1, None))
         self._check_text()
         self._check_source()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turn another program's model into a model folder, or a model folder into Hugging Face's form.
+
+    Args:
+        src: a folder or a file: OpenAI's, nshepperd's, gpt-2-simple's or GPT2_ML's checkpoint
+            (folder, or its path without ending), a Hugging Face folder, UER-py's or
+            TencentPretrain's .bin.
+        dst: the folder to make.
+        to: openai is the form that all commands here read; hf is that of transformers.
+        from_: the form of SRC; auto looks at its files.
+        config: the json with the sizes, where it does not lie in SRC (GPT2_ML, UER-py).
+        vocab: the vocabulary's file or folder, where it does not lie in SRC.
+        n_head: attention heads, which no weight shows, where no json says it (UER-py).
+        as_published: keep UER-py's layer-norm gains and epsilon 1e-5 as its own converter does,
+            which is inexact, instead of an exact conversion.
+        overwrite: replace DST if it exists.
+        verbose: show TensorFlow's own messages.
+    """
+
+    src: str
+    dst: str
+    to: Literal["openai", "hf"] = "openai"
+    from_: Literal["auto", "openai", "hf", "uer", "gpt2_ml"] = "auto"
+    config: str | None = None
+    vocab: str | None = None
+    n_head: int | None = None
+    as_published: bool = False
+    overwrite: bool = False
+    verbose: bool = False
+
+    def __post_init__(self):
+        check(self, n_head=(1, None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Make a new model with random weights, for training from nothing.
+
+    Args:
+        name: the model's folder, models/NAME.
+        vocab: the vocabulary: vocab.txt, or a folder with it or with encoder.json and vocab.bpe
+            (gpt2cli vocab makes one).
+        size: layers, heads and width of a released size; the flags below change single ones.
+        n_layer: layers.
+        n_head: attention heads in a layer.
+        n_embd: width.
+        n_ctx: positions that the model can see.
+        n_vocab: rows of the token embedding, if more than the vocabulary has.
+        seed: the same seed gives the same weights.
+        overwrite: replace the model if it exists.
+        models_dir: folder that holds the model folders.
+        verbose: show TensorFlow's own messages.
+    """
+
+    name: str
+    vocab: str
+    size: Literal["tiny", "distil", "124M", "355M", "774M", "1558M"] = "124M"
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    n_ctx: int = 1024
+    n_vocab: int | None = None
+    seed: int = 0
+    overwrite: bool = False
+    models_dir: str = "models"
+    verbose: bool = False
+
+    def __post_init__(self):
+        sizes = ("n_layer", "n_head", "n_embd", "n_ctx", "n_vocab")
+        check(self, seed=_SEED, **{name: (1, _TOKENS) for name in sizes})
+        check_name("name", self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabConfig(TextSettings):
+    """Train a vocabulary on a corpus; writes the vocabulary files of a model folder.
+
+    Args:
+        in_text: a text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
+        out: the folder to write them into.
+        kind: bpe is GPT-2's byte-pair encoding, wordpiece BERT's (for Chinese).
+        size: tokens in it, special ones included.
+        min_frequency: what occurs less often makes no token.
+        lower_case: wordpiece: read text in lower case and without accents.
+        overwrite: replace vocabulary files that are there.
+        verbose: show TensorFlow's own messages.
+    """
+
+    in_text: str
+    out: str
+    kind: Literal["bpe", "wordpiece"] = "bpe"
+    size: int = 50257
+    min_frequency: int = 2
+    lower_case: bool = True
+    overwrite: bool = False
+    verbose: bool = False
+
+    def __post_init__(self):
+        check(self, size=(10, 2**31 - 1), min_frequency=(1, None))
+        self._check_text()

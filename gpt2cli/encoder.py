@@ -104,15 +104,16 @@ class BPE:
             )
         ranked = list(dict.fromkeys(single + merged))
         self.n_vocab = max(vocab.values()) + 1
-        self.end = self.start = vocab.get(END)
+        _, start, end = _options(Path(folder), vocab, END, END)
+        self.end, self.start = vocab.get(end), vocab.get(start)
         self.prefix, self.banned = [], []
         self._vocab = vocab
         self._bytes = {index: _token_bytes(token) for token, index in vocab.items()}
-        self._bytes |= {} if self.end is None else {self.end: END.encode()}
+        self._bytes |= {} if self.end is None else {self.end: end.encode()}
         # tiktoken's ids are ranks; ours are the file's, and in GPT-2's own files they are the same.
         ids = [vocab[token] for token in ranked] + ([] if self.end is None else [self.end])
         self._ids = None if ids == list(range(len(ids))) else np.array(ids, np.int32)
-        self._special = set() if self.end is None else {END}
+        self._special = set() if self.end is None else {end}
         self._tiktoken = tiktoken.Encoding(
             str(folder),
             pat_str=SPLIT,
@@ -268,9 +269,9 @@ class WordPiece:
         self._tokens = dict(enumerate(tokens))
         self._missing = {}  # character -> whether the vocabulary lacks it
         self.n_vocab = len(tokens)
-        self.lower_case = _lower_case(Path(folder))
-        self.unknown, self.end, self.start = map(self._vocab.get, ("[UNK]", "[SEP]", "[CLS]"))
-        self.prefix = [self.start]
+        self.lower_case, start, end = _options(Path(folder), self._vocab, "[CLS]", "[SEP]")
+        self.unknown, self.end, self.start = map(self._vocab.get, ("[UNK]", end, start))
+        self.prefix = [] if self.start is None else [self.start]
         banned = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")
         self.banned = [self._vocab[token] for token in banned if token in self._vocab]
         model = tokenizers.models.WordPiece(
@@ -283,13 +284,14 @@ class WordPiece:
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
 
     def encode(self, text, special=False):
-        """Text -> list of ids; with `special`, the literal [SEP] is the end token."""
+        """Text -> list of ids; with `special`, the literal end token is that token."""
         return self.arrays([text], special)[0].tolist()
 
     def arrays(self, texts, special=False):
         """`encode` of each text as an int32 array; runs without the interpreter lock."""
         texts = [_without_surrogates(text) for text in texts]
-        parts = [text.split("[SEP]") if special else [text] for text in texts]
+        end = self._tokens[self.end] if special and self.end is not None else None
+        parts = [text.split(end) if end else [text] for text in texts]
         encoded = iter(self._tokenizer.encode_batch_fast([p for part in parts for p in part]))
         arrays = []
         for part in parts:
@@ -325,15 +327,30 @@ class WordPiece:
         return counts
 
 
-def _lower_case(folder):
-    """Whether text is lower-cased, which is the default."""
-    for name, key in (("hparams.json", "lower_case"), ("tokenizer_config.json", "do_lower_case")):
-        value = _read_json(folder / name).get(key) if (folder / name).is_file() else None
-        if value is not None:
-            if type(value) is not bool:
-                raise UserError(f"{folder / name}: {key} must be true or false, got {value!r}")
-            return value
-    return True
+def _options(folder, vocab, start, end):
+    """(lower_case, start token, end token) that a folder asks for; the arguments are the defaults.
+
+    hparams.json may have lower_case, start_token and end_token, null for none. A GPT2_ML model has
+    neither token: its training text had none. Otherwise Hugging Face's do_lower_case counts.
+    """
+    lower_case = True
+    if (folder / "tokenizer_config.json").is_file():
+        lower_case = _read_json(folder / "tokenizer_config.json").get("do_lower_case", True)
+    if files.config_path(folder):
+        config = files.read_config(folder)
+        lower_case = config.extra.get("lower_case", lower_case)
+        if config.arch == "gpt2_ml":
+            start = end = None
+        start, end = config.extra.get("start_token", start), config.extra.get("end_token", end)
+        for key in ("start_token", "end_token"):
+            token = config.extra.get(key)
+            if token is not None and token not in vocab:
+                raise UserError(
+                    f"{folder}: hparams.json's {key} {token!r} is not in the vocabulary"
+                )
+    if type(lower_case) is not bool:
+        raise UserError(f"{folder}: lower_case must be true or false, got {lower_case!r}")
+    return lower_case, start, end
 
 
 class WordPieceStream:

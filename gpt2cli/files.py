@@ -120,13 +120,24 @@ def source_dir(config):
     return model_dir(config.models_dir, config.model_name)
 
 
+CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json")
+
+
+def config_path(folder):
+    """The file with a model's sizes, or None: hparams.json, else GPT2_ML's json."""
+    for path in (Path(folder) / name for name in CONFIGS):
+        if path.is_file() and (path.name == CONFIGS[0] or b"num_hidden_layers" in read_bytes(path)):
+            return path
+    return None
+
+
 def read_config(folder):
-    """The ModelConfig of a model folder's hparams.json."""
-    path = Path(folder) / "hparams.json"
-    if not path.is_file():
+    """The ModelConfig of a model folder; GPT2_ML's json stands in for a missing hparams.json."""
+    path = config_path(folder)
+    if path is None:
         raise UserError(
             f"no hparams.json in {Path(folder).absolute()}: not a model folder. "
-            "Fetch one with: gpt2cli download 124M"
+            "Fetch one with: gpt2cli download 124M, or make one with: gpt2cli convert"
         )
     return ModelConfig.from_json(read_text(path), where=str(path))
 
@@ -158,7 +169,7 @@ def find_checkpoint(path):
 
 
 def _newest(folder):
-    """The prefix that a folder's `checkpoint` file names, or model.ckpt, or the highest step."""
+    """The prefix that `checkpoint` names, or model.ckpt, the highest step, the only one."""
     state = folder / "checkpoint"
     if state.is_file():
         named = re.search(r'^model_checkpoint_path: *"(.*)"', read_text(state), re.M)
@@ -169,6 +180,9 @@ def _newest(folder):
     steps = saved_steps(folder)
     if steps and not (folder / "model.ckpt.index").is_file():
         return folder / f"model-{steps[-1]}"
+    found = sorted(folder.glob("*.index"))
+    if len(found) == 1:  # GPT2_ML's releases: model.ckpt-220000 and no `checkpoint` file
+        return found[0].with_suffix("")
     return folder / "model.ckpt"
 
 
@@ -215,10 +229,21 @@ def locked(folder, what):
                     lock.parent.rmdir()
 
 
-def copy_description(source, folder):
-    """Make `folder` a model folder of the sizes and vocabulary of `source`, and of no other."""
+def copy_description(source, folder, config=None):
+    """Make `folder` a model folder of the sizes and vocabulary of `source`, and of no other.
+
+    Args:
+        config: the ModelConfig to write; by default that of `source`.
+    """
     source, folder = Path(source), Path(folder)
-    for name in ("hparams.json", *ENCODER_FILES):
+    with replacing(folder / "hparams.json") as file:
+        file.write((config or read_config(source)).to_json().encode())
+    copy_vocabulary(source, folder)
+
+
+def copy_vocabulary(source, folder):
+    """Give `folder` the vocabulary files of `source`, and no other."""
+    for name in ENCODER_FILES:
         if (source / name).is_file():
             with replacing(folder / name) as file:
                 file.write((source / name).read_bytes())

@@ -130,19 +130,19 @@ class Model:
 
     def loss(self, tokens):
         """Ids of one text, 2 or more -> mean nats a token; see `evaluate`."""
-        return self.evaluate(dataset.Tokens([np.array(self._checked(tokens), np.int32)]))[0]
+        return self.evaluate(dataset.Tokens([np.array(self._checked(tokens), np.int32)])).loss
 
     def evaluate(self, tokens, batch_size=1):
-        """dataset.Tokens -> (mean loss in nats a token, tokens predicted).
+        """dataset.Tokens -> training.Score: mean loss in nats a token, accuracy, tokens.
 
         The text is cut into windows of n_ctx predictions, each beginning with the last token of
         the one before: every token but the first is predicted once.
         """
-        return self.mean_loss(tokens.evaluation_windows(self.config.n_ctx, batch_size))
+        return self.score(tokens.evaluation_windows(self.config.n_ctx, batch_size))
 
-    def mean_loss(self, batches):
-        """Batches of dataset.Batch -> (mean loss in nats a token, tokens predicted)."""
-        return self._evaluator.mean_loss(batches)
+    def score(self, batches):
+        """Batches of dataset.Batch -> training.Score."""
+        return self._evaluator.score(batches)
 
     def generate(self, prompts=None, **settings):
         """Continue each prompt.
@@ -203,6 +203,8 @@ class Model:
                 '--prompts FILE.jsonl and lines such as {"tokens": [464, 2068]}'
             )
         ids = self.encoder.prefix + self.encoder.encode(prompt or "")
+        if not ids and self.encoder.start is None:
+            raise UserError("this model has no start token: give it a prompt to continue")
         return self._checked(ids or [self.encoder.start])
 
     def length_of(self, settings, prompt):

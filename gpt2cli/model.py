@@ -4,40 +4,76 @@ Letters used in every shape comment of this package:
     B batch    T tokens in this call    S slots of the cache (one a position)
     L layers   H heads   D = E / H      E embedding width   V vocabulary
 
-The equations, names and constants are those of openai/gpt-2 src/model.py. Weights are held as
-`tf.Variable`s under OpenAI's names and with OpenAI's shapes, so that a checkpoint is read and
-written by a loop over names.
+The equations, names and constants are those of openai/gpt-2 src/model.py, and with
+`arch: gpt2_ml` those of imcaspar/gpt2-ml train/modeling.py, which orders a layer differently.
+Weights are held as `tf.Variable`s under the names and with the shapes of the original, so that a
+checkpoint is read and written by a loop over names.
 """
+
+import re
 
 import numpy as np
 
 from gpt2cli.engine import tf
 
-LN_EPSILON = 1e-5  # openai/gpt-2 src/model.py, norm
 MASKED = -1e10  # openai/gpt-2 src/model.py, mask_attn_weights
 
 WTE_STDDEV = 0.02  # openai/gpt-2 src/model.py, wte
 WPE_STDDEV = 0.01  # openai/gpt-2 src/model.py, wpe: half of wte, easy to swap
 W_STDDEV = 0.02  # openai/gpt-2 src/model.py, conv1d
 
+IN_LAYER = re.compile(r"model/h\d+/|newslm/layer\d+/")  # names of what is in a layer
+MATRIX = re.compile(r"/(w|kernel)$")  # names of the matrices of linear maps
+# The parts of a layer, for each arch: name, inputs and outputs in units of E; a norm has no inputs.
+PARTS = {
+    "gpt2": (
+        ("ln_1", None, 1),
+        ("attn/c_attn", 1, 3),
+        ("attn/c_proj", 1, 1),
+        ("ln_2", None, 1),
+        ("mlp/c_fc", 1, 4),
+        ("mlp/c_proj", 4, 1),
+    ),
+    "gpt2_ml": (
+        ("query_layer", 1, 1),
+        ("key_layer", 1, 1),
+        ("value_layer", 1, 1),
+        ("context_projection_layer", 1, 1),
+        ("LayerNorm_mlp_ln0", None, 1),
+        ("intermediate", 1, 4),
+        ("output", 4, 1),
+        ("LayerNorm_mlp_ln1", None, 1),
+    ),
+}
+
+
+def layer_name(config, layer):
+    """What the names of a layer's weights begin with."""
+    return f"newslm/layer{layer:02d}" if config.arch == "gpt2_ml" else f"model/h{layer}"
+
 
 def weight_shapes(config):
-    """Every weight of the model: OpenAI's name -> shape, in the order of the forward pass."""
-    width = config.n_embd
-    shapes = {"model/wte": (config.n_vocab, width), "model/wpe": (config.n_ctx, width)}
+    """Every weight of the model: the original's name -> shape, in the order of the forward pass."""
+    width, ml = config.n_embd, config.arch == "gpt2_ml"
+    norm, linear = (("gamma", "beta"), ("kernel", "bias")) if ml else (("g", "b"), ("w", "b"))
+    tables = ("embeddings/word_embed", "embeddings/pos_embed") if ml else ("wte", "wpe")
+    top = "newslm/" if ml else "model/"
+    shapes = {top + tables[0]: (config.n_vocab, width), top + tables[1]: (config.n_ctx, width)}
+
+    def add(name, n_in, n_out):
+        leaves = norm if n_in is None else linear
+        # OpenAI's matrices are those of a convolution with a window of one
+        matrix = (n_out,) if n_in is None else (n_in, n_out) if ml else (1, n_in, n_out)
+        shapes.update({f"{name}/{leaves[0]}": matrix, f"{name}/{leaves[1]}": (n_out,)})
+
+    if ml:
+        add("newslm/embeddings/LayerNorm_embed_norm", None, width)
     for layer in range(config.n_layer):
-        for name, n_in, n_out in (
-            ("ln_1", None, width),
-            ("attn/c_attn", width, 3 * width),
-            ("attn/c_proj", width, width),
-            ("ln_2", None, width),
-            ("mlp/c_fc", width, 4 * width),
-            ("mlp/c_proj", 4 * width, width),
-        ):
-            main = {"g": (n_out,)} if n_in is None else {"w": (1, n_in, n_out)}
-            for leaf, shape in {**main, "b": (n_out,)}.items():
-                shapes[f"model/h{layer}/{name}/{leaf}"] = shape
-    return {**shapes, "model/ln_f/g": (width,), "model/ln_f/b": (width,)}
+        for part, n_in, n_out in PARTS[config.arch]:
+            add(f"{layer_name(config, layer)}/{part}", n_in and n_in * width, n_out * width)
+    if not ml:
+        add("model/ln_f", None, width)
+    return shapes
 
 
 def random_weights(config, seed=0):
@@ -46,71 +82,90 @@ def random_weights(config, seed=0):
     Normal with OpenAI's deviations; the projections back into the residual stream are scaled by
     1 / sqrt(2 n_layer), as section 2.3 of the GPT-2 paper says (two of them a layer).
     """
-    names = list(weight_shapes(config))
+    names = {name: number for number, name in enumerate(weight_shapes(config))}
 
     def initial(name, shape):
         leaf = name.rsplit("/", 1)[1]
-        if leaf in "gb":
-            return np.full(shape, leaf == "g", np.float32)
+        if len(shape) == 1:
+            return np.full(shape, leaf in ("g", "gamma"), np.float32)
         stddev = {"wte": WTE_STDDEV, "wpe": WPE_STDDEV}.get(leaf, W_STDDEV)
-        if name.endswith("c_proj/w"):
+        if name.endswith(("c_proj/w", "output/kernel", "context_projection_layer/kernel")):
             stddev /= np.sqrt(2 * config.n_layer)
-        noise = np.random.default_rng([seed, names.index(name)])
+        noise = np.random.default_rng([seed, names[name]])
         return noise.standard_normal(shape, np.float32) * np.float32(stddev)
 
     return initial
 
 
-def gelu(x):
-    """GPT-2's GELU, the tanh form. The exact form differs by up to 5e-4: another model."""
-    return tf.nn.gelu(x, approximate=True)
+class Dropout:
+    """Sets a share of a tensor to 0 and scales the rest up; the same seed drops the same.
+
+    Args:
+        rate: the share.
+        seed: int32 [2], of this step.
+    """
+
+    def __init__(self, rate, seed):
+        self.rate, self.seed = rate, seed
+
+    def __call__(self, x):
+        return tf.nn.experimental.stateless_dropout(x, self.rate, self.seed)
+
+    def at(self, place):
+        """The Dropout of one place in the network."""
+        return Dropout(self.rate, tf.random.fold_in(self.seed, place))
 
 
 class LayerNorm:
     """Shift and scale the last axis to mean 0, variance 1; then gain and bias. In float32."""
 
-    def __init__(self, weight, name):
-        self.g = weight(f"{name}/g")
-        self.b = weight(f"{name}/b")
+    def __init__(self, weight, name, epsilon, leaves=("g", "b")):
+        self.g, self.b = (weight(f"{name}/{leaf}") for leaf in leaves)
+        self.epsilon = epsilon
 
     def __call__(self, x):  # [..., E] -> [..., E]
         wide = tf.cast(x, tf.float32)
         mean = tf.reduce_mean(wide, -1, keepdims=True)
         centred = wide - mean
         variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
-        normal = centred * tf.math.rsqrt(variance + LN_EPSILON)
+        normal = centred * tf.math.rsqrt(variance + self.epsilon)
         return tf.cast(normal * tf.cast(self.g, tf.float32) + tf.cast(self.b, tf.float32), x.dtype)
 
 
 class Linear:
-    """x w + b; OpenAI's conv1d with a window of one, whose w has a leading axis of 1."""
+    """x w + b, where w may have OpenAI's leading axis of 1."""
 
-    def __init__(self, weight, name):
-        self.w = weight(f"{name}/w")
-        self.b = weight(f"{name}/b")
+    def __init__(self, weight, name, leaves=("w", "b")):
+        self.w, self.b = (weight(f"{name}/{leaf}") for leaf in leaves)
 
     def __call__(self, x):  # [B, T, n_in] -> [B, T, n_out]
-        _, n_in, n_out = self.w.shape
+        n_in, n_out = self.w.shape[-2:]
         w = tf.reshape(tf.cast(self.w, x.dtype), [n_in, n_out])
         flat = tf.matmul(tf.reshape(x, [-1, n_in]), w) + tf.cast(self.b, x.dtype)
         return tf.reshape(flat, [tf.shape(x)[0], tf.shape(x)[1], n_out])
 
 
 class Attention:
-    """Each token looks at the tokens up to itself."""
+    """Each token looks at the tokens up to itself.
 
-    def __init__(self, weight, name, n_head):
-        self.n_head = n_head
-        self.c_attn = Linear(weight, f"{name}/c_attn")
-        self.c_proj = Linear(weight, f"{name}/c_proj")
+    Args:
+        n_head: heads.
+        inner: the Linears that give queries, keys and values: one for all, or one each.
+        outer: the Linear that follows.
+    """
 
-    def __call__(self, x, cache, position):
+    def __init__(self, n_head, inner, outer):
+        self.n_head, self.inner, self.outer = n_head, inner, outer
+
+    def __call__(self, x, cache, position, dropout=None):
         """x [B, T, E] -> [B, T, E] and the keys and values [B, S, H, D] that it looked at.
 
         Without a cache they are those of x, S = T. With one, those of x are written into it at
         the slots `position` [B, T], and x looks at all slots up to its own.
         """
-        q, k, v = (self.split_heads(part) for part in tf.split(self.c_attn(x), 3, axis=-1))
+        parts = [linear(x) for linear in self.inner]
+        parts = tf.split(parts[0], 3, axis=-1) if len(parts) == 1 else parts
+        q, k, v = (self.split_heads(part) for part in parts)
         if cache is not None:
             rows = tf.broadcast_to(tf.range(tf.shape(x)[0])[:, None], tf.shape(position))
             slots = tf.stack([rows, position], axis=-1)  # [B, T, 2]
@@ -119,9 +174,9 @@ class Attention:
         scale = tf.cast(1 / np.sqrt(q.shape[-1]), q.dtype)
         scores = tf.cast(tf.einsum("bthd,bshd->bhts", q * scale, k), tf.float32)
         seen = tf.range(tf.shape(k)[1]) <= position[:, :, None]  # [B, T, S]
-        probs = tf.nn.softmax(tf.where(seen[:, None], scores, MASKED))
-        a = tf.einsum("bhts,bshd->bthd", tf.cast(probs, v.dtype), v)
-        return self.c_proj(tf.reshape(a, tf.shape(x))), (k, v)
+        probs = tf.cast(tf.nn.softmax(tf.where(seen[:, None], scores, MASKED)), v.dtype)
+        a = tf.einsum("bhts,bshd->bthd", dropout(probs) if dropout else probs, v)
+        return self.outer(tf.reshape(a, tf.shape(x))), (k, v)
 
     def split_heads(self, x):
         """[B, T, E] -> [B, T, H, D]"""
@@ -129,30 +184,56 @@ class Attention:
         return tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], self.n_head, head])
 
 
-class MLP:
-    """Widen four times, GELU, narrow again."""
+class GPT2Block:
+    """OpenAI's layer: attention, then MLP, each behind a layer norm and added to x."""
 
-    def __init__(self, weight, name):
-        self.c_fc = Linear(weight, f"{name}/c_fc")
-        self.c_proj = Linear(weight, f"{name}/c_proj")
+    def __init__(self, weight, name, config):
+        self.ln_1 = LayerNorm(weight, f"{name}/ln_1", config.ln_epsilon)
+        inner = Linear(weight, f"{name}/attn/c_attn")
+        outer = Linear(weight, f"{name}/attn/c_proj")
+        self.attn = Attention(config.n_head, [inner], outer)
+        self.ln_2 = LayerNorm(weight, f"{name}/ln_2", config.ln_epsilon)
+        self.c_fc = Linear(weight, f"{name}/mlp/c_fc")
+        self.c_proj = Linear(weight, f"{name}/mlp/c_proj")
 
-    def __call__(self, x):  # [B, T, E] -> [B, T, E]
-        return self.c_proj(gelu(self.c_fc(x)))
+    def __call__(self, x, cache, position, dropout=None):
+        """x [B, T, E] -> [B, T, E] and the new cache; dropout where UER-py and transformers do."""
+        drop = [dropout.at(place) if dropout else _keep for place in range(3)]
+        a, cache = self.attn(self.ln_1(x), cache, position, dropout and drop[0])
+        x = x + drop[1](a)
+        # The tanh form of GELU. The exact form differs by up to 5e-4: another model.
+        wide = tf.nn.gelu(self.c_fc(self.ln_2(x)), approximate=True)
+        return x + drop[2](self.c_proj(wide)), cache
 
 
-class Block:
-    """One layer: attention, then MLP, each behind a layer norm and added to x."""
+class GPT2MLBlock:
+    """GPT2_ML's layer: no norm before attention, one on each side of the MLP's sum."""
 
-    def __init__(self, weight, name, n_head):
-        self.ln_1 = LayerNorm(weight, f"{name}/ln_1")
-        self.attn = Attention(weight, f"{name}/attn", n_head)
-        self.ln_2 = LayerNorm(weight, f"{name}/ln_2")
-        self.mlp = MLP(weight, f"{name}/mlp")
+    def __init__(self, weight, name, config):
+        def linear(part):
+            return Linear(weight, f"{name}/{part}", ("kernel", "bias"))
 
-    def __call__(self, x, cache, position):  # [B, T, E] -> [B, T, E]
-        attended, cache = self.attn(self.ln_1(x), cache, position)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x)), cache
+        def norm(part):
+            return LayerNorm(weight, f"{name}/{part}", config.ln_epsilon, ("gamma", "beta"))
+
+        inner = [linear(f"{part}_layer") for part in ("query", "key", "value")]
+        self.attn = Attention(config.n_head, inner, linear("context_projection_layer"))
+        self.ln0 = norm("LayerNorm_mlp_ln0")
+        self.intermediate = linear("intermediate")
+        self.output = linear("output")
+        self.ln1 = norm("LayerNorm_mlp_ln1")
+
+    def __call__(self, x, cache, position, dropout=None):
+        """x [B, T, E] -> [B, T, E] and the new cache; dropout where GPT2_ML does."""
+        drop = [dropout.at(place) if dropout else _keep for place in range(2)]
+        a, cache = self.attn(x, cache, position)
+        x = x + drop[0](a)
+        wide = tf.nn.gelu(self.intermediate(self.ln0(x)), approximate=False)  # its config's "gelu"
+        return self.ln1(x + drop[1](self.output(wide))), cache
+
+
+def _keep(x):
+    return x
 
 
 class GPT2:
@@ -165,6 +246,10 @@ class GPT2:
             stay float32.
         weights_precision: of the stored weights; by default that of the activations. Training
             keeps float32 weights under bfloat16 activations.
+
+    Attributes:
+        weights: the original's name -> variable.
+        h: the layers, functions of (x, cache, position, dropout).
     """
 
     def __init__(self, config, initial, precision="float32", weights_precision=None):
@@ -172,24 +257,47 @@ class GPT2:
         self.dtype = tf.dtypes.as_dtype(precision)
         stored = tf.dtypes.as_dtype(weights_precision or precision)
         shapes = weight_shapes(config)
-        self.weights = {}  # OpenAI's name -> variable
+        self.weights = {}
 
         def weight(name):
-            name = f"model/{name}"
             value = tf.cast(initial(name, shapes[name]), stored)
             self.weights[name] = tf.Variable(value, name=name, shape=shapes[name])
             return self.weights[name]
 
-        self.wte = weight("wte")
-        self.wpe = weight("wpe")
-        self.h = [Block(weight, f"h{layer}", config.n_head) for layer in range(config.n_layer)]
-        self.ln_f = LayerNorm(weight, "ln_f")
+        self.wte, self.wpe = (weight(name) for name in list(shapes)[:2])
+        ml = config.arch == "gpt2_ml"
+        norm_name = "newslm/embeddings/LayerNorm_embed_norm"
+        leaves = ("gamma", "beta")
+        self.ln_e = LayerNorm(weight, norm_name, config.ln_epsilon, leaves) if ml else _keep
+        block = GPT2MLBlock if ml else GPT2Block
+        names = [layer_name(config, layer) for layer in range(config.n_layer)]
+        self.h = [block(weight, name, config) for name in names]
+        self.ln_f = _keep if ml else LayerNorm(weight, "model/ln_f", config.ln_epsilon)
 
     def __call__(self, tokens):
         """Token ids int32 [B, T] -> logits float32 [B, T, V], for T up to n_ctx."""
         return self.head(self.hidden(tokens)[0])
 
-    def hidden(self, tokens, cache=None, position=None, recompute=False):
+    def layer_weights(self):
+        """For each layer the list of its variables."""
+        starts = [layer_name(self.config, layer) + "/" for layer in range(self.config.n_layer)]
+        return [[v for name, v in self.weights.items() if name.startswith(s)] for s in starts]
+
+    def embed(self, tokens, position=None, dropout=None):
+        """Token ids [B, T] -> x [B, T, E], the input of the first layer, and position [B, T].
+
+        Args:
+            position: int32 [B, T], each token's place in its row; 0, 1, ... if not given.
+        """
+        if position is None:
+            position = tf.broadcast_to(tf.range(tf.shape(tokens)[1]), tf.shape(tokens))
+        x = tf.gather(self.wte, tokens) + tf.gather(self.wpe, position)
+        x = tf.cast(self.ln_e(x), self.dtype)
+        if dropout and self.config.arch == "gpt2":
+            x = dropout.at(self.config.n_layer)(x)
+        return x, position
+
+    def hidden(self, tokens, cache=None, position=None, dropout=None):
         """Everything but the last product.
 
         Args:
@@ -197,22 +305,15 @@ class GPT2:
             cache: for each layer keys and values [B, S, H, D] of the tokens before; None at first.
             position: int32 [B, T], each token's place in its row, which is also its slot in the
                 cache; 0, 1, ... without a cache.
-            recompute: keep only each layer's input for the backward pass and compute the rest
-                again there (gradient checkpointing, arXiv 1604.06174).
+            dropout: a Dropout, in training.
 
         Returns:
             x [B, T, E] after the last layer norm, and the new cache.
         """
-        if position is None:
-            position = tf.broadcast_to(tf.range(tf.shape(tokens)[1]), tf.shape(tokens))
-        x = tf.gather(self.wte, tokens) + tf.gather(self.wpe, position)  # [B, T, E]
-        x = tf.cast(x, self.dtype)
+        x, position = self.embed(tokens, position, dropout)
         new_cache = []
         for layer, block in enumerate(self.h):
-            if recompute:  # no keys and values are kept, that would undo the saving
-                x = tf.recompute_grad(lambda x, block=block: block(x, None, position)[0])(x)
-                continue
-            x, kept = block(x, cache and cache[layer], position)
+            x, kept = block(x, cache and cache[layer], position, dropout and dropout.at(layer))
             new_cache.append(kept)
         return self.ln_f(x), new_cache
 
@@ -223,7 +324,12 @@ class GPT2:
         shape = tf.concat([tf.shape(x)[:-1], [self.config.n_vocab]], axis=0)
         return tf.reshape(tf.cast(logits, tf.float32), shape)
 
-    def losses(self, tokens, targets, recompute=False):
-        """Nats by which each target [B, T] was missed after tokens [B, T] -> float32 [B, T]."""
-        x, _ = self.hidden(tokens, recompute=recompute)
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, self.head(x))
+    def losses(self, x, targets):
+        """How well x [B, T, E] of `hidden` predicts targets [B, T]: two float32 [B, T].
+
+        The nats by which each was missed, and 1 where it was the likeliest token.
+        """
+        logits = self.head(x)
+        hit = tf.argmax(logits, -1, output_type=tf.int32) == targets
+        nats = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+        return nats, tf.cast(hit, tf.float32)

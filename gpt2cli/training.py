@@ -1,11 +1,13 @@
 """Loss, learning-rate schedule, optimizer, and one compiled step of training."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
+from gpt2cli.model import IN_LAYER, MATRIX, Dropout
 
 
 def learning_rate(config, step):
@@ -19,6 +21,79 @@ def learning_rate(config, step):
     return config.learning_rate * left
 
 
+class Adafactor(tf.keras.optimizers.Optimizer):
+    """Adam's second moment kept as one number a row and one a column (arXiv 1804.04235).
+
+    The paper's algorithms 4 and 5 without a first moment: the decay of the moments grows as
+    1 - t ** -0.8, and the rate is relative, a share of each weight's root mean square. GPT2_ML's
+    variant (imcaspar/gpt2-ml train/optimization_adafactor.py) has a fixed decay, a plain rate, and
+    decoupled weight decay. The constants below are the same in both.
+
+    Args:
+        gpt2_ml: the variant.
+        decay: weight decay of the variant.
+        spared: names of variables that do not decay.
+    """
+
+    EPSILON_1 = 1e-30  # added to the squared gradient
+    EPSILON_2 = 1e-3  # the least root mean square that a rate is relative to; the paper's only
+    CLIP = 1.0  # the largest root mean square of an update
+    GPT2_ML_BETA = 0.999
+
+    def __init__(self, learning_rate, name, gpt2_ml=False, decay=0.0, spared=()):
+        super().__init__(learning_rate=learning_rate, name=name)
+        self.gpt2_ml, self.decay, self.spared = gpt2_ml, decay, frozenset(spared)
+
+    def build(self, variables):
+        """Make the moments: vr [rows] and vc [columns] of a matrix, v [n] of a vector."""
+        if self.built:
+            return
+        super().build(variables)
+        self._moments = []
+        for variable in variables:
+            name, (*rows, columns) = slot_name(variable.name.split(":")[0]), variable.shape[-2:]
+            kinds = {"adafactor_vr": rows, "adafactor_vc": [columns]} if rows else None
+            kinds = kinds or {"adafactor_v": [columns]}
+            self._moments.append(
+                [self.add_variable(shape, name=f"{name}_{kind}") for kind, shape in kinds.items()]
+            )
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Change one variable; Keras calls this for each of them."""
+        moments = self._moments[self._get_variable_index(variable)]
+        shape = gradient.shape
+        gradient = tf.reshape(tf.cast(gradient, tf.float32), shape[-2:])  # OpenAI's [1, nx, nf]
+        weight = tf.reshape(tf.cast(variable, tf.float32), shape[-2:])
+        step = tf.cast(self.iterations + 1, tf.float32)
+        beta = self.GPT2_ML_BETA if self.gpt2_ml else 1 - tf.pow(step, -0.8)
+        square = tf.square(gradient) + self.EPSILON_1
+        means = [tf.reduce_mean(square, -1), tf.reduce_mean(square, 0)] if moments[1:] else [square]
+        for moment, mean in zip(moments, means, strict=True):
+            moment.assign(beta * moment + (1 - beta) * mean)
+        if moments[1:]:
+            rows, columns = (tf.convert_to_tensor(moment) for moment in moments)
+            update = gradient * tf.math.rsqrt(rows / tf.reduce_mean(rows))[:, None]
+            update *= tf.math.rsqrt(columns)
+        else:
+            update = gradient * tf.math.rsqrt(tf.convert_to_tensor(moments[0]))
+        update /= tf.maximum(1.0, _root_mean_square(update) / self.CLIP)
+        rate = tf.cast(learning_rate, tf.float32)
+        if not self.gpt2_ml:
+            rate *= tf.maximum(self.EPSILON_2, _root_mean_square(weight))
+        elif self.decay and variable.name.split(":")[0] not in self.spared:
+            update += self.decay * weight
+        variable.assign_sub(tf.cast(tf.reshape(rate * update, shape), variable.dtype))
+
+
+def slot_name(name):
+    """A weight's name in the names of Keras' variables, which hold no slash."""
+    return name.replace("/", "_")
+
+
+def _root_mean_square(x):
+    return tf.sqrt(tf.reduce_mean(tf.square(x)))
+
+
 def make_optimizer(config, variables):
     """The Keras optimizer that --optimizer names, its variables made for `variables`.
 
@@ -27,17 +102,87 @@ def make_optimizer(config, variables):
     # The name is part of its variables' names; Keras would make it adam_1 the second time.
     common = {"learning_rate": config.learning_rate, "name": config.optimizer}
     moments = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8}
+    names = {v.name.split(":")[0]: v for v in variables}
     if config.optimizer == "sgd":
         optimizer = tf.keras.optimizers.SGD(**common)
     elif config.optimizer == "adam":
         optimizer = tf.keras.optimizers.Adam(**common, **moments)
+    elif config.optimizer == "adafactor":
+        optimizer = Adafactor(**common)
+    elif config.optimizer == "adafactor_gpt2_ml":
+        vectors = [name for name, v in names.items() if len(v.shape) == 1]
+        optimizer = Adafactor(**common, gpt2_ml=True, decay=config.weight_decay, spared=vectors)
     else:
         decay = config.weight_decay
         optimizer = tf.keras.optimizers.AdamW(**common, **moments, weight_decay=decay)
-        spared = [v for v in variables if not v.name.split(":")[0].endswith("/w")]
+        spared = [v for name, v in names.items() if not MATRIX.search(name)]
         optimizer.exclude_from_weight_decay(var_list=spared)
     optimizer.build(variables)
     return optimizer
+
+
+def all_at_once(model, inputs, targets, weight, dropout):
+    """Loss, hits and gradients, everything of the forward pass kept for the backward pass.
+
+    Args:
+        inputs, targets: int32 [B, T].
+        weight: float32 [B, T], by which each loss counts.
+        dropout: model.Dropout or None.
+
+    Returns:
+        The weighted sum of losses, that of hits, and a list of one (variables, gradients).
+    """
+    variables = list(model.weights.values())
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(variables)
+        nats, hits = model.losses(model.hidden(inputs, dropout=dropout)[0], targets)
+        loss = tf.reduce_sum(nats * weight)
+    gradients = tape.gradient(loss, variables)
+    hits = tf.reduce_sum(hits * weight)
+    return loss, hits, [(variables, [tf.convert_to_tensor(gradient) for gradient in gradients])]
+
+
+def layer_by_layer(model, inputs, targets, weight, dropout):
+    """`all_at_once`, but only the input of each layer is kept, the rest is computed again.
+
+    Gradient checkpointing (arXiv 1604.06174), written out so that the gradients come one layer at a
+    time, the last layer's first: the third result is a generator, and what its consumer does with
+    a layer's gradients is done before the layer below is computed again.
+    """
+    x, position = model.embed(inputs, dropout=dropout)
+    kept = []
+    for layer, block in enumerate(model.h):
+        kept.append(x)
+        x = block(x, None, position, dropout and dropout.at(layer))[0]
+    layers = model.layer_weights()
+    inside = {id(v) for variables in layers for v in variables} | {id(model.wte), id(model.wpe)}
+    norms = [v for v in model.weights.values() if id(v) not in inside]  # ln_f, or that of embed
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([x, model.wte, *norms])
+        nats, hits = model.losses(model.ln_f(x), targets)
+        loss = tf.reduce_sum(nats * weight)
+    dx, from_head, *of_norms = tape.gradient(loss, [x, model.wte, *norms])
+
+    def parts():
+        nonlocal dx
+        for layer, block in reversed(list(enumerate(model.h))):
+            variables = layers[layer]
+            with tf.control_dependencies([dx]), tf.GradientTape() as tape:
+                x = tf.identity(kept[layer])
+                tape.watch(x)
+                y = block(x, None, position, dropout and dropout.at(layer))[0]
+            dx, *gradients = tape.gradient(y, [x, *variables], output_gradients=dx)
+            yield variables, gradients
+        with tf.control_dependencies([dx]), tf.GradientTape() as tape:
+            x = model.embed(inputs, dropout=dropout)[0]
+        rest = [model.wte, model.wpe, *norms]
+        of_wte, of_wpe, *others = tape.gradient(x, rest, output_gradients=dx)
+        others = [a if b is None else b for a, b in zip(of_norms, others, strict=True)]
+        # without a second array as large as wte
+        of_wte = tf.tensor_scatter_nd_add(from_head, of_wte.indices[:, None], of_wte.values)
+        yield rest, [of_wte, tf.convert_to_tensor(of_wpe), *others]
+
+    return loss, tf.reduce_sum(hits * weight), parts()
 
 
 class Trainer:
@@ -54,53 +199,76 @@ class Trainer:
             variable
             for name, variable in model.weights.items()
             # as nshepperd/gpt-2 train.py: what is in a layer, so ln_f stays too
-            if name.startswith("model/h") or not config.only_train_transformer_layers
+            if IN_LAYER.match(name) or not config.only_train_transformer_layers
         ]
         self.optimizer = make_optimizer(config, self.variables)
-        recompute = config.memory_saving_gradients
+        trained = {id(variable) for variable in self.variables}
+        gradients_of = layer_by_layer if config.memory_saving_gradients else all_at_once
 
-        def part_of_loss(inputs, targets, mask, total):
-            """[B, T] each -> this batch's share of the mean loss, and its gradients."""
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(self.variables)
-                losses = model.losses(inputs, targets, recompute)
-                loss = tf.reduce_sum(losses * mask) / total
-            gradients = tape.gradient(loss, self.variables)
-            return loss, [tf.convert_to_tensor(gradient) for gradient in gradients]
+        def part(inputs, targets, mask, total, seed):
+            """[B, T] each -> this batch's share of mean loss and accuracy, and gradient parts."""
+            dropout = Dropout(config.dropout, seed) if config.dropout else None
+            loss, hits, parts = gradients_of(model, inputs, targets, mask / total, dropout)
+            return loss, hits, _only(parts, trained)
 
-        tokens = tf.TensorSpec([config.accumulate_gradients, None, None], tf.int32)
-        masks = tf.TensorSpec([config.accumulate_gradients, None, None], tf.float32)
+        def collected(inputs, targets, mask, total, seed):
+            """`part` with the gradients of all variables in one list, in order."""
+            loss, hits, parts = part(inputs, targets, mask, total, seed)
+            found = {
+                id(v): g for variables, gs in parts for v, g in zip(variables, gs, strict=True)
+            }
+            return loss, hits, [found[id(variable)] for variable in self.variables]
 
-        @tf.function(input_signature=[tokens, tokens, masks], autograph=False)
-        def step(inputs, targets, mask):
-            """Batches [A, B, T], whose gradients are averaged -> mean loss [] before the update."""
+        batches = config.accumulate_gradients
+        tokens = tf.TensorSpec([batches, None, None], tf.int32)
+        masks = tf.TensorSpec([batches, None, None], tf.float32)
+        seeds = tf.TensorSpec([batches, 2], tf.int32)
+
+        @tf.function(input_signature=[tokens, tokens, masks, seeds], autograph=False)
+        def step(inputs, targets, mask, seeds):
+            """Batches [A, B, T], whose gradients are averaged -> loss [] before the update, hits"""
             total = tf.maximum(tf.reduce_sum(mask), 1.0)
-            loss, gradients = part_of_loss(inputs[0], targets[0], mask[0], total)
+            if batches == 1 and not config.clip_norm:
+                loss, hits, parts = part(inputs[0], targets[0], mask[0], total, seeds[0])
+                number = tf.identity(self.optimizer.iterations)
+                for variables, gradients in parts:  # each is applied and forgotten at once
+                    self.optimizer.iterations.assign(number)
+                    self.optimizer.apply(gradients, variables)
+                return loss, hits
+            loss, hits, gradients = collected(inputs[0], targets[0], mask[0], total, seeds[0])
 
-            def add(i, loss, gradients):
-                more, others = part_of_loss(inputs[i], targets[i], mask[i], total)
-                return i + 1, loss + more, [a + b for a, b in zip(gradients, others, strict=True)]
+            def add(i, loss, hits, gradients):
+                one = collected(inputs[i], targets[i], mask[i], total, seeds[i])
+                sums = [a + b for a, b in zip(gradients, one[2], strict=True)]
+                return i + 1, loss + one[0], hits + one[1], sums
 
-            if config.accumulate_gradients > 1:
-                _, loss, gradients = tf.while_loop(
-                    lambda i, *_: i < config.accumulate_gradients,
+            if batches > 1:
+                _, loss, hits, gradients = tf.while_loop(
+                    lambda i, *_: i < batches,
                     add,
-                    [tf.constant(1), loss, gradients],
+                    [tf.constant(1), loss, hits, gradients],
                     parallel_iterations=1,
                 )
             if config.clip_norm:
                 gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm)
             self.optimizer.apply(gradients, self.variables)
-            return loss
+            return loss, hits
 
         self._step = step
 
     def step(self, number, batch):
-        """Take step `number` (0, 1, ...) with a dataset.Batch of [A * B, T]; the mean loss."""
+        """Take step `number` (0, 1, ...) with a dataset.Batch of [A * B, T].
+
+        Returns:
+            The mean loss before the update, and the share of targets that were the likeliest token.
+        """
         self.optimizer.learning_rate = learning_rate(self.config, number)
         parts = self.config.accumulate_gradients
         split = (np.reshape(field, [parts, -1, field.shape[1]]) for field in batch)
-        return float(self._step(*split))
+        numbers = (number * parts + np.arange(parts)) % 2**31
+        seeds = np.stack([np.full(parts, (self.config.seed or 0) % 2**31), numbers], 1)
+        loss, hits = self._step(*split, seeds.astype(np.int32))
+        return float(loss), float(hits)
 
     def state(self):
         """The optimizer's variables by name, the learning rate apart."""
@@ -123,6 +291,22 @@ class Trainer:
             ours[name].assign(value)
 
 
+def _only(parts, trained):
+    """The (variables, gradients) of `parts` without those whose id is not in `trained`."""
+    for variables, gradients in parts:
+        both = [(v, g) for v, g in zip(variables, gradients, strict=True) if id(v) in trained]
+        if both:
+            yield tuple(zip(*both, strict=True))
+
+
+class Score(NamedTuple):
+    """How well a text is predicted: mean loss in nats a token, share of hits, tokens predicted."""
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+
 class Evaluator:
     """Sums of losses, for `evaluate` and the validation of `train`; traced once."""
 
@@ -133,18 +317,20 @@ class Evaluator:
             input_signature=[tokens, tokens, tf.TensorSpec([None, None], tf.float32)],
             autograph=False,
         )
-        def sum_of_losses(inputs, targets, mask):
-            return tf.reduce_sum(model.losses(inputs, targets) * mask)
+        def sums(inputs, targets, mask):
+            nats, hits = model.losses(model.hidden(inputs)[0], targets)
+            return tf.reduce_sum(nats * mask), tf.reduce_sum(hits * mask)
 
-        self._sum = sum_of_losses
+        self._sums = sums
 
-    def mean_loss(self, batches):
-        """Batches of dataset.Batch -> (mean loss in nats a token, tokens predicted)."""
-        total, count = 0.0, 0
+    def score(self, batches):
+        """Batches of dataset.Batch -> Score."""
+        loss, hits, count = 0.0, 0.0, 0
         for batch in batches:
-            total += float(self._sum(*batch))
+            more = self._sums(*batch)
+            loss, hits = loss + float(more[0]), hits + float(more[1])
             count += int(batch.mask.sum())
-        return total / max(count, 1), count
+        return Score(loss / max(count, 1), hits / max(count, 1), count)
 
 
 class Events:

@@ -40,10 +40,11 @@ def lively(config, seed=3):
     from gpt2cli import model
 
     noise = np.random.default_rng(seed)
-    spread = {"g": (1, 0.3), "b": (0, 0.3), "w": (0, 0.3), "wte": (0, 0.15), "wpe": (0, 0.05)}
+    spread = {"g": (1, 0.3), "gamma": (1, 0.3), "wte": (0, 0.15), "word_embed": (0, 0.15)}
+    spread |= {"wpe": (0, 0.05), "pos_embed": (0, 0.05)}
 
     def initial(name, shape):
-        mean, deviation = spread[name.rsplit("/", 1)[1]]
+        mean, deviation = spread.get(name.rsplit("/", 1)[1], (0, 0.3))
         return noise.normal(mean, deviation, shape).astype(np.float32)
 
     return model.GPT2(config, initial)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gpt2cli import cli as command_line
-from gpt2cli import config
+from gpt2cli import config, flags
 
 
 def read(*words):
@@ -45,8 +45,8 @@ def test_help_works_anywhere_and_names_every_flag(cli, command, flag):
     assert result.returncode == 0 and result.stderr == ""
     config_class, _ = command_line.COMMANDS[command]
     for field in dataclasses.fields(config_class):
-        assert f"--{field.name} " in result.stdout
-    assert all(text for _, _, text in config.fields_of(config_class).values())
+        assert f"--{flags.spelled(field.name)} " in result.stdout
+    assert all(text for _, _, text in flags.fields_of(config_class).values())
 
 
 def test_general_help_names_every_command(cli):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
 from gpt2cli import encoder
+from gpt2cli.config import ModelConfig
 from gpt2cli.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -366,7 +367,10 @@ def test_lower_casing_is_kept_with_the_model(tmp_path):
     save_wordpiece(tmp_path, tokens, do_lower_case=False)
     cased = encoder.load(tmp_path)
     assert cased.encode("Hello") == [tokens.index("Hello")]
-    (tmp_path / "hparams.json").write_text('{"lower_case": true}')
+    sizes = ModelConfig(
+        n_vocab=99, n_ctx=8, n_embd=8, n_head=2, n_layer=1, extra={"lower_case": True}
+    )
+    (tmp_path / "hparams.json").write_text(sizes.to_json())
     assert encoder.load(tmp_path).encode("Hello") == [tokens.index("hello")]
 
 

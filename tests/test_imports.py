@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "gpt2cli"
 # A module imports only from the groups before its own.
 GROUPS = (
     {"errors"},
+    {"flags"},
     {"config"},
     {"files", "engine"},
     {"encoder", "model"},
@@ -19,7 +20,7 @@ GROUPS = (
     {"commands"},
     {"cli"},
 )
-WITHOUT_TENSORFLOW = ("errors", "config", "files", "encoder", "dataset", "cli", "commands")
+WITHOUT_TENSORFLOW = ("errors", "flags", "config", "files", "encoder", "dataset", "cli", "commands")
 
 
 def own_imports(path):

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from gpt2cli import cli, config
+from gpt2cli import cli, flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -15,14 +15,14 @@ def flag_table():
     """The table of all flags as README must have it: one row a flag and meaning."""
     rows = {}
     for command, (config_class, _) in cli.COMMANDS.items():
-        for name, (hint, default, text) in config.fields_of(config_class).items():
-            kind = config.describe_type(hint).replace("|", " or ")
+        for name, (hint, default, text) in flags.fields_of(config_class).items():
+            kind = flags.describe_type(hint).replace("|", " or ")
             shown = cli.describe_default(default).removeprefix(" (default: ").strip(" ()")
             rows.setdefault((name, kind, shown, text.replace("|", "\\|")), []).append(command)
     lines = ["| flag | takes | default | of | meaning |", "| --- | --- | --- | --- | --- |"]
     for (name, kind, shown, text), commands in rows.items():
         of = "all" if len(commands) == len(cli.COMMANDS) else ", ".join(commands)
-        lines.append(f"| `--{name}` | {kind} | {shown} | {of} | {text} |")
+        lines.append(f"| `--{flags.spelled(name)}` | {kind} | {shown} | {of} | {text} |")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from gpt2cli import dataset, encoder, files
 
 
 def run(config):
-    """Print mean loss in nats a token, perplexity and the number of tokens predicted."""
+    """Print mean loss in nats a token, perplexity, accuracy and the number of tokens."""
     folder = files.source_dir(config)
     prefix = files.find_checkpoint(folder)
     dataset.find(config.dataset)
@@ -24,9 +24,12 @@ def run(config):
     batches = tokens.evaluation_windows(model.config.n_ctx, config.batch_size)
     total = -(-(tokens.total - 1) // (model.config.n_ctx * config.batch_size))
     # disable=None: a bar on a terminal, nothing in a log file
-    loss, count = model.mean_loss(tqdm(batches, total=total, disable=None, leave=False))
-    perplexity = math.exp(min(loss, 700))  # the largest that a float holds is exp(709)
+    score = model.score(tqdm(batches, total=total, disable=None, leave=False))
+    perplexity = math.exp(min(score.loss, 700))  # the largest that a float holds is exp(709)
     if config.format == "json":
-        print(json.dumps({"loss": loss, "perplexity": perplexity, "tokens": count}))
+        print(json.dumps({"perplexity": perplexity, **score._asdict()}))
     else:
-        print(f"loss {loss:.6f} nats/token  perplexity {perplexity:.4f}  tokens {count}")
+        print(
+            f"loss {score.loss:.6f} nats/token  perplexity {perplexity:.4f}  "
+            f"accuracy {score.accuracy:.4f}  tokens {score.tokens}"
+        )

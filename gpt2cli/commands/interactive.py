@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from gpt2cli import config as configs
-from gpt2cli import encoder, files
+from gpt2cli import encoder, files, flags
 from gpt2cli.errors import UserError
 
 COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
@@ -103,7 +103,7 @@ def _read_line(mark):
 def _obey(text, config):
     """Carry out a line that begins with /; returns the settings to go on with."""
     command, _, rest = text.partition(" ")
-    fields = configs.fields_of(configs.GenerateSettings)
+    fields = flags.fields_of(configs.GenerateSettings)
     if command == "/set":
         name, value = (*re.split(r"[ =]+", rest.strip(), maxsplit=1), "")[:2]
         name = name.removeprefix("--").replace("-", "_")
@@ -112,10 +112,10 @@ def _obey(text, config):
             return config
         try:
             hint, default, _ = fields[name]
-            parsed = configs.parse_value(hint, value.strip()) if value.strip() else default
+            parsed = flags.parse_value(hint, value.strip()) if value.strip() else default
             return dataclasses.replace(config, **{name: parsed})
         except (UserError, ValueError) as error:
-            wanted = configs.describe_type(fields[name][0])
+            wanted = flags.describe_type(fields[name][0])
             _say(str(error) if isinstance(error, UserError) else f"--{name} takes {wanted}")
     elif command == "/show":
         values = {name: getattr(config, name) for name in fields}

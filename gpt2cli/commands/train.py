@@ -135,11 +135,11 @@ class Run:
             batch = tokens.windows(
                 self.step, rows, length, config.seed, config.noise, self.model.config.n_vocab
             )
-            loss = self.trainer.step(self.step, batch)
+            loss, accuracy = self.trainer.step(self.step, batch)
             self.count(loss)
             self.batch = batch
             if self.step % config.print_every == 0 or self.step == config.steps:
-                self.report(loss, batch.inputs.size)
+                self.report(loss, accuracy, batch.inputs.size)
             if self.step % config.save_every == 0:
                 self.save()
             if stop.received:
@@ -166,16 +166,16 @@ class Run:
         # the running average of nshepperd/gpt-2 train.py
         self.running_loss = [self.running_loss[0] * 0.99 + loss, self.running_loss[1] * 0.99 + 1]
 
-    def report(self, loss, tokens):
+    def report(self, loss, accuracy, tokens):
         """Print the line of a step that read `tokens` tokens; the speed is that since the last."""
         now, average = time.monotonic(), self.running_loss[0] / self.running_loss[1]
         speed = tokens * (self.step - self.reported_step) / (now - self.reported)
         self.reported, self.reported_step = now, self.step
         _say(
             f"[{self.step} | {now - self.began:.2f}] loss={loss:.4f} avg={average:.4f} "
-            f"{speed:.0f} tokens/s"
+            f"acc={accuracy:.3f} {speed:.0f} tokens/s"
         )
-        self.events.write(self.step, loss=loss, tokens_per_second=speed)
+        self.events.write(self.step, loss=loss, accuracy=accuracy, tokens_per_second=speed)
 
     def check(self, loss):
         """End the run (UserError) where a loss is not finite; what was saved stays."""
@@ -196,9 +196,9 @@ class Run:
             return
         # The last loss was that before the update: ask once more, of the weights that are saved.
         first = dataset.Batch(*(field[:1] for field in self.batch))
-        self.check(self.model.mean_loss([first])[0])
+        self.check(self.model.score([first]).loss)
         if self.source != self.folder:
-            files.copy_description(self.source, self.folder)
+            files.copy_description(self.source, self.folder, self.model.config)
             self.source = self.folder
         with files.replacing(self.folder / "train.json", "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(self.config), file, indent=2)
@@ -223,7 +223,10 @@ class Run:
             top_p=config.top_p,
             seed=config.seed,
         )
-        prompt = None if self.model.encoder else [0]
+        vocabulary = self.model.encoder
+        starts = vocabulary and vocabulary.start is not None
+        # without a start token from one of the text, as nshepperd/gpt-2 train.py
+        prompt = None if starts else [int(self.batch.inputs[0, 0])]
         first = self.step * config.sample_num
         samples = self.model.samples([prompt], settings, first, stop=lambda: stop.received)
         texts = [dataclasses.replace(s, index=i).show("text") for i, s in enumerate(samples)]
@@ -244,7 +247,7 @@ class Run:
             held_out.windows(number, config.val_batch_size, length, VALIDATION_SEED)
             for number in range(config.val_batch_count)
         )
-        loss, _ = self.model.mean_loss(itertools.takewhile(lambda _: not stop.received, batches))
+        loss = self.model.score(itertools.takewhile(lambda _: not stop.received, batches)).loss
         if stop.received:
             return
         _say(f"[{self.step}] validation loss={loss:.4f} perplexity={math.exp(min(loss, 700)):.2f}")
