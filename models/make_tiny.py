@@ -4,8 +4,8 @@
     python models/make_tiny.py            # about a quarter of an hour on two cores
 
 The text (some 470 kB of English about Python) comes with every Python installation, so nothing
-has to be fetched. The vocabulary is trained with the `tokenizers` package, the weights with
-gpt2cli itself from random ones; nothing of OpenAI's release is in it.
+has to be fetched. The vocabulary is trained as `gpt2cli vocab` does it, the weights with
+gpt2cli from random ones; nothing of OpenAI's release is in it.
 """
 
 import json
@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
 import gpt2cli
 from gpt2cli import checkpoint, model
+from gpt2cli.commands import vocab
 from gpt2cli.config import ModelConfig
 
 TINY = Path(__file__).parent / "tiny"
@@ -25,30 +24,10 @@ SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=160, n_head=5, n_layer=4)
 STEPS = 900
 
 
-def make_vocabulary(text, folder):
-    """Write encoder.json and vocab.bpe as OpenAI's: bytes, merges, the end token last."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=SIZES.n_vocab - 1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    bpe = json.loads(tokenizer.to_str())["model"]
-    vocab = {**bpe["vocab"], "<|endoftext|>": len(bpe["vocab"])}
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"]]
-    assert len(vocab) == SIZES.n_vocab, len(vocab)
-    (folder / "encoder.json").write_text(json.dumps(vocab), encoding="utf-8")
-    lines = ["#version: 0.2", *merges, ""]
-    (folder / "vocab.bpe").write_text("\n".join(lines), encoding="utf-8")
-
-
 def main():
     """Make the folder anew."""
     texts = [topics[name].strip() + "\n" for name in sorted(topics)]
-    TINY.mkdir(exist_ok=True)
-    make_vocabulary("\n".join(texts), TINY)
+    vocab.write(TINY, vocab.train_bpe(["\n".join(texts)], SIZES.n_vocab))
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         shutil.copytree(TINY, scratch / "models" / "tiny", dirs_exist_ok=True)

@@ -1,9 +1,13 @@
 """Text files -> ids -> batches: against nshepperd/gpt-2's .npz files, and by hand."""
 
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +141,108 @@ def test_jsonl_records_are_documents_whatever_is_in_them(tmp_path_factory, bpe, 
     path = write(tmp_path_factory.mktemp("jsonl") / "a.jsonl", "\n\n".join(lines))
     expected = sum(([*bpe.encode(text), 0] for text in texts if text), [])
     assert sum(chunks_of([path], bpe), []) == expected
+
+
+DOCUMENTS = ["the kettle", " clicked off", "今天", "'s é。1", "\u2028 the \x85 kettle"]
+
+
+@pytest.mark.parametrize("block", [1, 5, 1 << 18])
+@pytest.mark.parametrize("last", ["", "\n", "\r\n\n"])
+def test_lines_are_documents_as_records_of_jsonl_are(tmp_path, bpe, monkeypatch, block, last):
+    monkeypatch.setattr(dataset, "BLOCK", block)
+    lines = write(tmp_path / "a.txt", "\n" + "\n \t \n\r\n".join(DOCUMENTS) + last)
+    records = write(tmp_path / "a.jsonl", "\n".join(json.dumps(text) for text in DOCUMENTS))
+    expected = sum(([*bpe.encode(text), 0] for text in DOCUMENTS), [])
+    for workers in (0, 1):
+        by_line = TextSettings(lines=True, workers=workers)
+        assert chunks_of([lines], bpe, by_line) == [expected]
+        assert chunks_of([records], bpe, by_line) == [expected]
+
+
+def test_lines_share_chunks_by_their_length_as_files_do(tmp_path, bpe):
+    paths = [write(tmp_path / name, "x\ny\n") for name in "abc"]
+    # two characters and the 13 of one separator between them
+    together = chunks_of(paths, bpe, TextSettings(lines=True, combine=16))
+    each = chunks_of(paths, bpe, TextSettings(lines=True, combine=15))
+    x, y = bpe.encode("x"), bpe.encode("y")
+    assert each == [[*x, 0, *y, 0]] * 3
+    assert together == [[*x, 0, *y, 0] * 2, [*x, 0, *y, 0]]
+
+
+@pytest.mark.parametrize("block", [1, 4, 1 << 18])
+@pytest.mark.parametrize(
+    "text, documents",
+    [
+        ("今\n天\n", ["今", "天"]),
+        ("今\n天", ["今"]),
+        ("今天 今天", ["今天今天"]),
+        ("\n \n今\n\n天 天 天天天天", ["", "", "今", ""]),
+        ("\n", [""]),
+        ("", []),
+    ],
+)
+def test_uer_reads_blank_lines_and_loses_an_unterminated_last_one(
+    tmp_path, wordpiece, monkeypatch, block, text, documents
+):
+    monkeypatch.setattr(dataset, "BLOCK", block)
+    path = write(tmp_path / "a.txt", text)
+    expected = sum(([1, *wordpiece.encode(text), 2] for text in documents), [])
+    ids = chunks_of([path], wordpiece, TextSettings(uer_compat=True))
+    assert ids == ([expected] if expected else [])
+
+
+def test_documents_without_an_end_token_follow_each_other(tmp_path, wordpiece):
+    folder = tmp_path / "gpt2_ml"
+    write(folder / "vocab.txt", "\n".join(wordpiece._tokens.values()) + "\n")
+    sizes = dict(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=6)
+    write(folder / "config.json", json.dumps({**sizes, "max_position_embeddings": 8}))
+    ml = encoder.load(folder)
+    assert ml.end is None and ml.prefix == []
+    paths = [write(tmp_path / "a.txt", "今\n天\n"), write(tmp_path / "b.txt", "气")]
+    assert chunks_of(paths, ml, TextSettings(lines=True)) == [[3, 4, 5]]
+    assert chunks_of(paths, ml, TextSettings(lines=True, combine=1)) == [[3, 4], [5]]
+
+
+def test_the_number_of_workers_changes_no_id(tmp_path, wordpiece, monkeypatch):
+    monkeypatch.setattr(dataset, "BLOCK", 64)
+    path = write(tmp_path / "a.txt", "今天 天气\n" * 200)
+    one, two, many = (
+        chunks_of([path], wordpiece, TextSettings(workers=workers)) for workers in (1, 2, 7)
+    )
+    assert one == two == many
+
+
+def test_workers_are_so_many_threads_and_tokenizers_adds_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "BLOCK", 64)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    path = write(tmp_path / "a.txt", "the kettle clicked off\n" * 200)
+    seen = set()
+
+    class Watched:
+        n_vocab, end, prefix, CUT = 256, 0, [], encoder.BPE.CUT
+
+        def arrays(self, texts, special):
+            seen.add((threading.get_ident(), os.environ["TOKENIZERS_PARALLELISM"]))
+            time.sleep(0.001)
+            return [np.ones(len(text), np.int32) for text in texts]
+
+    for workers in (1, 3):
+        seen.clear()
+        chunks_of([path], Watched(), TextSettings(workers=workers))
+        assert len(seen) == workers and {value for _, value in seen} == {"false"}
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_texts_gives_what_is_in_the_files_and_refuses_ids(tmp_path):
+    write(tmp_path / "a.txt", "the kettle\n\nclicked\n")
+    write(tmp_path / "b.jsonl", '"off"')
+    paths, cut = dataset.find(tmp_path), encoder.BPE.CUT
+    assert "".join(dataset.texts(paths, cut, DEFAULTS)) == "the kettle\n\nclicked\noff"
+    lines = list(dataset.texts(paths, cut, TextSettings(lines=True)))
+    assert lines == ["the kettle", "clicked", "off"]
+    np.save(tmp_path / "c.npy", [1])
+    with pytest.raises(UserError, match="c.npy holds token ids, not text"):
+        list(dataset.texts(dataset.find(tmp_path), cut, DEFAULTS))
 
 
 def test_csv_records_are_documents_and_the_heading_is_left_out(tmp_path, bpe):
@@ -382,9 +488,202 @@ def test_evaluation_predicts_every_token_but_the_first_once(sizes, n_ctx, batch_
     assert inputs == text[:-1].tolist() and targets == text[1:].tolist()
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path):
+def reference_windows(chunks, step, rows, length, seed):
+    """The draws of --sampling random, spelled out; runs of version 0.1 go on with the same ones."""
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
+    places = [
+        (chunk, start)
+        for chunk in chunks
+        if len(chunk) > 1
+        for start in range(max(len(chunk) - length, 1))
+    ]
+    drawn = [places[place] for place in random.integers(len(places), size=rows)]
+    return [chunk[start : start + length + 1].tolist() for chunk, start in drawn]
+
+
+def rows_of(batch):
+    """The tokens of each row without the padding, where no id is 0."""
+    whole = np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
+    return [row[row > 0].tolist() for row in whole]
+
+
+def random_corpus(draw_sizes):
+    return np.split(np.arange(1, sum(draw_sizes) + 1), np.cumsum(draw_sizes)[:-1])
+
+
+SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(lambda s: max(s) > 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SIZES, st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**63 - 1), st.integers(0, 99))
+def test_random_sampling_draws_what_it_always_drew(sizes, length, rows, seed, step):
+    chunks = random_corpus(sizes)
+    tokens = dataset.Tokens(chunks)
+    sampler = tokens.sampler("random", length, seed)
+    expected = reference_windows(chunks, step, rows, length, seed)
+    assert rows_of(sampler.batch(step, rows)) == expected
+    assert rows_of(tokens.windows(step, rows, length, seed)) == expected
+    assert sampler.count == -(-sum(sizes) // length)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SIZES, st.integers(1, 8), st.integers(1, 7))
+def test_sequential_sampling_predicts_each_token_once_a_pass_in_order(sizes, length, rows):
+    chunks = random_corpus(sizes)
+    sampler = dataset.Tokens(chunks).sampler("sequential", length, seed=1)
+    windows = []
+    for step in range(3 * sampler.count // rows + 1):
+        batch = sampler.batch(step, rows)
+        assert batch.mask.sum(1).tolist() == [len(row) - 1 for row in rows_of(batch)]
+        windows += rows_of(batch)
+    first = windows[: sampler.count]
+    assert [token for row in first for token in row[1:]] == [t for c in chunks for t in c[1:]]
+    assert all(len(row) <= length + 1 for row in first)
+    again = windows[sampler.count : 2 * sampler.count]  # a batch goes on from the start of the text
+    assert again == first[: len(again)]
+
+
+def pieces_by_hand(chunks, length, end, uer_compat):
+    """UER-py's way of cutting (UER-py uer/utils/dataset.py:455-467), token by token."""
+    pieces = []
+    for chunk in chunks:
+        piece = []
+        for number, token in enumerate(chunk.tolist()):
+            piece.append(token)
+            ends = token == end or number == len(chunk) - 1
+            if ends or len(piece) == length + 1:
+                pieces.append(piece)
+                piece = []
+    return [piece for piece in pieces if len(piece) > 1 or uer_compat]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 4), max_size=30), min_size=1, max_size=4),
+    st.integers(1, 6),
+    st.sampled_from([1, None]),
+    st.booleans(),
+    st.integers(1, 9),
+)
+def test_documents_are_cut_into_pieces_and_each_comes_once_a_pass(
+    chunks, length, end, uer_compat, rows
+):
+    chunks = [np.array(chunk, np.int32) for chunk in chunks]
+    expected = pieces_by_hand(chunks, length, end, uer_compat)
+    if max(map(len, chunks)) < 2:
+        return
+    tokens = dataset.Tokens(chunks, "corpus.txt")
+    if not expected:
+        with pytest.raises(UserError, match="no document of corpus.txt has two tokens"):
+            tokens.sampler("documents", length, 1, end)
+        return
+    sampler = tokens.sampler("documents", length, 1, end, uer_compat)
+    assert [sampler.piece(i).tolist() for i in range(sampler.count)] == expected
+    found = []
+    for step in range(2 * sampler.count // rows + 1):
+        batch = sampler.batch(step, rows)
+        found += rows_of(batch)
+        predicted = [min(len(r) - 1 + uer_compat, length) for r in rows_of(batch)]
+        assert batch.mask.sum(1).tolist() == predicted
+        assert all((np.diff(row) <= 0).all() for row in batch.mask)  # ones, then zeros
+    for number in range(len(found) // sampler.count):
+        one_pass = found[number * sampler.count : (number + 1) * sampler.count]
+        assert sorted(one_pass) == sorted(expected)
+
+
+def test_pieces_are_found_across_the_parts_in_which_a_corpus_is_read(monkeypatch):
+    ids = np.random.default_rng(1).integers(1, 50, 2**22 + 1000).astype(np.uint16)
+    ids[2**22 - 3 : 2**22 + 200] = 7  # no end here, so that a document lies across
+    for corpus in (ids, ids[: 2**22], np.append(ids[: 2**22 - 1], np.uint16(1))):
+        sampler = dataset.Tokens([ids[:9], corpus]).sampler("documents", 16, 1, end=1)
+        assert sampler.starts.nbytes + sampler.sizes.nbytes == 10 * sampler.count
+        expected = pieces_by_hand([ids[:9], corpus], 16, 1, False)
+        assert sampler.sizes.tolist() == [len(piece) for piece in expected]
+        for number in (0, sampler.count // 2, sampler.count - 10, sampler.count - 1):
+            assert sampler.piece(number).tolist() == expected[number]
+
+
+@pytest.mark.parametrize("sampling", ["random", "sequential", "documents"])
+def test_a_batch_depends_on_seed_and_step_alone(sampling):
+    tokens = dataset.Tokens([np.random.default_rng(1).integers(1, 9, 500)])
+
+    def batches(steps, seed=5):
+        sampler = tokens.sampler(sampling, 6, seed, end=1)
+        return {step: sampler.batch(step, 4, noise=0.5, n_vocab=9) for step in steps}
+
+    onward, back = batches(range(60)), batches([59, 3, 40, 3])
+    for step, batch in back.items():
+        for one, other in zip(batch, onward[step], strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert [field.dtype for field in batch] == [np.int32, np.int32, np.float32]
+        assert all(field.shape == (4, 6) for field in batch)
+    other = batches([3], seed=6)[3]
+    assert (onward[3].targets == other.targets).all() == (sampling == "sequential")
+    assert (onward[3].inputs != other.inputs).any()
+
+
+def test_each_pass_over_the_documents_has_an_order_of_its_own():
+    tokens = dataset.Tokens([np.arange(1000)])
+    sampler = tokens.sampler("documents", 9, 1)
+    passes = [sampler.order(number).tolist() for number in (0, 1, 2)]
+    passes += [tokens.sampler("documents", 9, 2).order(0).tolist()]
+    assert all(sorted(order) == list(range(100)) for order in passes)
+    assert len({tuple(order) for order in passes}) == 4
+    assert sampler.order(1).tolist() == passes[1]
+    # a batch larger than the corpus takes several passes
+    batch = tokens.sampler("documents", 9, 1).batch(0, 300)
+    assert [row[0] // 10 for row in batch.inputs] == sum(passes[:3], [])
+
+
+def test_many_small_chunks_are_sampled_in_no_time():
+    tokens = dataset.Tokens([np.arange(1, 4)] * 100_000)
+    for sampling in ("random", "sequential", "documents"):
+        sampler = tokens.sampler(sampling, 8, 1, end=3)
+        began = time.perf_counter()
+        for step in range(100):
+            sampler.batch(step, 8)
+        assert time.perf_counter() - began < 2  # 0.02 s on an idle core; was 5 s
+
+
+@pytest.mark.parametrize("seq_length", [32, 128])
+@pytest.mark.parametrize("variant", ["as_written", "with_final_newline"])
+def test_documents_are_the_instances_of_uers_lm_processor(tmp_path, golden, variant, seq_length):
+    vocab = SHARED / "data/bert-zh/google_zh_vocab.txt"
+    if not vocab.is_file():
+        pytest.skip("../shared/data is not on this machine")
+    shutil.copy(vocab, tmp_path / "vocab.txt")
+    bert = encoder.load(tmp_path)
+    folder = golden / "uer/lm_data"
+    everything = json.loads((folder / "instances.json").read_text())
+    expected = everything[variant][str(seq_length)]
+    corpus = (folder / "corpus.txt").read_bytes() + b"\n" * (variant != "as_written")
+    path = write(tmp_path / "corpus.txt", corpus)
+
+    tokens = dataset.load(path, bert, TextSettings(uer_compat=True), bert.n_vocab)
+    sampler = tokens.sampler("documents", seq_length, 1, bert.end, uer_compat=True)
+    batch = sampler.batch(0, sampler.count)
+    in_order = np.argsort(sampler.order(0))
+    assert sampler.count == expected["n_instances"]
+    assert batch.inputs[in_order].tolist() == [i["src"] for i in expected["instances"]]
+    assert batch.targets[in_order].tolist() == [i["tgt"] for i in expected["instances"]]
+    assert batch.mask.sum() == expected["loss_positions"]
+
+    # Without his defects: the last line counts either way, and no padding is predicted.
+    expected = everything["with_final_newline"][str(seq_length)]
+    tokens = dataset.load(path, bert, TextSettings(lines=True), bert.n_vocab)
+    sampler = tokens.sampler("documents", seq_length, 1, bert.end)
+    batch = sampler.batch(0, sampler.count)
+    assert sampler.count == sum(i["length"] > 1 for i in expected["instances"])
+    assert batch.mask.sum() == expected["loss_positions_target_nonzero"]
+    assert batch.targets[batch.mask == 1].min() > 0
+
+
+@pytest.mark.parametrize("flags", ["", "lines=True"])
+def test_memory_does_not_grow_with_the_file(tmp_path, flags):
     """Peak of a process that encodes 40 MB to .npy: the text alone, held whole, would show."""
-    path = write(tmp_path / "a.txt", b"the kettle clicked off at half past six\n" * 1_000_000)
+    # as one document, and as one line: neither may be held whole
+    line = b"the kettle clicked off at half past six" + (b" " if flags else b"\n")
+    path = write(tmp_path / "a.txt", line * 1_000_000)
     code = (
         "import resource, sys, pathlib; from gpt2cli import dataset, encoder; from gpt2cli.config "
         "import TextSettings; import numpy as np\n"
@@ -394,11 +693,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         "    def arrays(self, texts, special):\n"
         "        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "dataset.save_npy(out, dataset.encode([path], Fast(), TextSettings()), np.uint16)\n"
+        "dataset.save_npy(out, dataset.encode([path], Fast(), TextSettings(FLAGS)), np.uint16)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(tmp_path / "o.npy")],
+        [sys.executable, "-c", code.replace("FLAGS", flags), str(path), str(tmp_path / "o.npy")],
         capture_output=True,
         text=True,
         check=True,

@@ -137,3 +137,38 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path, models_dir):
     (tmp_path / "a.txt").write_text("the kettle")
     with pytest.raises(UserError, match="cannot write .*a.txt/out.npz"):
         run(models_dir, tmp_path / "a.txt", tmp_path / "a.txt" / "out.npz")
+
+
+def test_lines_are_counted_as_documents(tmp_path, models_dir, capsys):
+    (tmp_path / "a.txt").write_text("the kettle\n\nclicked\noff")
+    run(models_dir, tmp_path / "a.txt", tmp_path / "out.npz", lines=True)
+    assert "tokens (3 documents, 3 end tokens) in 1 chunk," in capsys.readouterr().err
+    # the literal end token ends no document
+    (tmp_path / "a.txt").write_text(f"the{encoder.END}kettle\n")
+    run(models_dir, tmp_path / "a.txt", tmp_path / "out.npz", lines=True, workers=1)
+    assert "tokens (1 document, 2 end tokens) in 1 chunk," in capsys.readouterr().err
+
+
+def test_uer_compat_reads_lines_as_uer_does(tmp_path, models_dir, capsys):
+    (tmp_path / "a.txt").write_text("今\n\n天", encoding="utf-8")
+    run(models_dir, tmp_path, tmp_path / "out.npy", model_name="chinese", uer_compat=True)
+    assert np.load(tmp_path / "out.npy").tolist() == [1, 3, 2, 1, 2]
+    assert "(2 documents, 2 end tokens)" in capsys.readouterr().err
+
+
+def test_a_gpt2_ml_model_has_no_end_token_to_count(tmp_path, models_dir, capsys):
+    folder = tmp_path / "models" / "ml"
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_bytes((models_dir / "chinese/vocab.txt").read_bytes())
+    sizes = {"vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 8}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("今\n天天\n", encoding="utf-8")
+    out = tmp_path / "out.npz"
+    run(tmp_path / "models", tmp_path / "*.txt", out, model_name="ml", lines=True, combine=1)
+    assert "6 tokens (4 documents) in 2 chunks," in capsys.readouterr().err
+    with np.load(out) as archive:
+        assert [archive[name].tolist() for name in archive.files] == [[3, 4, 4]] * 2
+    run(tmp_path / "models", tmp_path / "a.txt", out, model_name="ml")
+    assert "3 tokens in 1 chunk," in capsys.readouterr().err

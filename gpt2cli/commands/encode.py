@@ -23,13 +23,11 @@ def run(config):
     vocabulary = encoder.load(files.source_dir(config))
     out = Path(config.out_npz)
     paths = _inputs(config.in_text, out)
-    report = Report(vocabulary)
+    report = Report(vocabulary, config.lines)
     size = sum(path.stat().st_size for path in paths)
     # disable=None: a bar on a terminal, nothing in a log file.
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        parts = dataset.encode(
-            paths, vocabulary, config, progress=bar.update, seen=report.count_unknown
-        )
+        parts = dataset.encode(paths, vocabulary, config, progress=bar.update, seen=report.see)
         parts = report.watch(parts, config.in_text)
         if out.suffix == ".npy":
             dataset.save_npy(out, parts, dataset.dtype_of(vocabulary.n_vocab))
@@ -52,9 +50,10 @@ def _inputs(in_text, out):
 class Report:
     """What the summary says, gathered while the ids go by."""
 
-    def __init__(self, vocabulary):
+    def __init__(self, vocabulary, count_documents):
         self._vocabulary = vocabulary
-        self._tokens = self._ends = self._chunks = self._unknown = 0
+        self._count_documents = count_documents
+        self._tokens = self._ends = self._chunks = self._unknown = self._documents = 0
         self._missing = collections.Counter()  # character -> times
         self._lock = threading.Lock()
 
@@ -73,8 +72,11 @@ class Report:
         if not self._tokens:
             raise UserError(f"{in_text} holds no text. Is it the right file?")
 
-    def count_unknown(self, text, ids):
-        """Note which characters of a text made it [UNK]; called from several threads."""
+    def see(self, text, ids, closes):
+        """Count documents and what characters made a text [UNK]; called from several threads."""
+        if self._count_documents:
+            with self._lock:
+                self._documents += closes
         if not isinstance(self._vocabulary, encoder.WordPiece):
             return
         unknown = int(np.count_nonzero(ids == self._vocabulary.unknown))
@@ -86,11 +88,15 @@ class Report:
 
     def summary(self, out, size, seconds):
         """The lines that are printed at the end."""
-        ends = f"{self._ends:,} end token" + "s" * (self._ends != 1)
-        chunks = f"{self._chunks:,} chunk" + "s" * (self._chunks != 1)
+        within = [_counted(self._documents, "document")] if self._count_documents else []
+        if self._vocabulary.end is not None:
+            within.append(_counted(self._ends, "end token"))
+        within = f" ({', '.join(within)})" if within else ""
+        chunks = _counted(self._chunks, "chunk")
         lines = [
-            f"{out}: {self._tokens:,} tokens ({ends}) in {chunks}, {size / self._tokens:.2f} bytes "
-            f"of text per token; {out.stat().st_size:,} bytes written in {seconds:.1f} s"
+            f"{out}: {_counted(self._tokens, 'token')}{within} in {chunks}, "
+            f"{size / self._tokens:.2f} bytes of text per token; {out.stat().st_size:,} bytes "
+            f"written in {seconds:.1f} s"
         ]
         if self._unknown:
             common = " ".join(char for char, _ in self._missing.most_common(10))
@@ -99,3 +105,8 @@ class Report:
                 f"lacks {common or 'words this long'}"
             )
         return "\n".join(lines)
+
+
+def _counted(number, noun):
+    """`1,234 tokens`, `1 token`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)

@@ -1,0 +1,165 @@
+"""gpt2cli init: a model folder with random weights, for training from nothing."""
+
+import contextlib
+import math
+import os
+import secrets
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from gpt2cli import encoder, files
+from gpt2cli.config import PRESETS, ModelConfig
+from gpt2cli.errors import UsageError, UserError
+
+OF_THE_VOCABULARY = ("lower_case", "start_token", "end_token")  # keys of a hparams.json
+SPARE = 2**24  # bytes that should be left for all that is not weights
+
+
+def run(config):
+    """Make models/NAME; nobody sees it before it is whole.
+
+    Raises:
+        UserError: it exists, the vocabulary or the sizes do not fit, or the disk is full.
+    """
+    folder = Path(config.models_dir) / config.name
+    if os.path.lexists(folder) and not config.overwrite:
+        raise UserError(
+            f"{folder} exists already. Name another model, or replace it with --overwrite"
+        )
+    n_layer, n_head, n_embd = (
+        getattr(config, name) or preset
+        for name, preset in zip(("n_layer", "n_head", "n_embd"), PRESETS[config.size], strict=True)
+    )
+    if n_embd % n_head:
+        raise UsageError(
+            f"--n_embd {n_embd} is not a multiple of --n_head {n_head}: each head takes an equal "
+            f"share of the width. --size {config.size} gives what is not named"
+        )
+    with _made_beside(folder) as part:
+        extra = copy_vocabulary(config.vocab, part)
+        vocabulary = _load(config.vocab, part)
+        if getattr(vocabulary, "lower_case", True) is False:
+            extra["lower_case"] = False
+        n_vocab = config.n_vocab or vocabulary.n_vocab
+        if n_vocab < vocabulary.n_vocab:
+            raise UserError(
+                f"--n_vocab {n_vocab} is less than the {vocabulary.n_vocab} tokens of "
+                f"{config.vocab}. Leave it out, or name a smaller vocabulary"
+            )
+        sizes = ModelConfig(n_vocab, config.n_ctx, n_embd, n_head, n_layer, extra=extra)
+        if extra:  # these decide how the vocabulary is read, so they are checked with it
+            with files.replacing(part / "hparams.json") as file:
+                file.write(sizes.to_json().encode())
+            encoder.load(part)
+        n_weights = _write_weights(sizes, config.seed, part)
+    _say(
+        f"{folder}: n_layer {n_layer}, n_head {n_head}, n_embd {n_embd}, n_ctx {sizes.n_ctx}, "
+        f"n_vocab {n_vocab}; {n_weights:,} parameters, random (seed {config.seed}), "
+        f"{4 * n_weights:,} bytes"
+    )
+    words = ["gpt2cli", "train", "--dataset", "FILE", "--model_name", config.name]
+    if config.models_dir != "models":
+        words += ["--models_dir", config.models_dir]
+    _say(f"train it with: {shlex.join(words)}")
+
+
+@contextlib.contextmanager
+def _made_beside(folder):
+    """A new folder that takes the place of `folder` when the block ends well, and else goes.
+
+    UserError if it cannot be made or written to.
+    """
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(3)}")
+    part, old = beside.with_name(f"{beside.name}.part"), beside.with_name(f"{beside.name}.old")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, old)
+        os.rename(part, folder)
+    except OSError as error:
+        raise files.cannot_write(folder, error) from error
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(folder):  # interrupted in between
+            os.rename(old, folder)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a file or a link stood there
+                left.unlink()
+
+
+def copy_vocabulary(path, folder):
+    """Copy the vocabulary that `path` means into `folder`.
+
+    Args:
+        path: vocab.txt by any name, one of the two files of a BPE, or a folder with either.
+
+    Returns:
+        What a hparams.json beside it says of the vocabulary, a dict.
+
+    Raises:
+        UserError: nothing is there, or one file of two.
+    """
+    path = Path(path)
+    if path.is_dir():
+        encoder.load(path)  # its messages name the user's folder
+        files.copy_vocabulary(path, folder)
+        # of a folder without hparams.json there is nothing to copy but files
+        known = files.read_config(path).extra if files.config_path(path) else {}
+        return {key: known[key] for key in OF_THE_VOCABULARY if key in known}
+    if not path.is_file():
+        raise UserError(
+            f"no vocabulary at {path.absolute()}. --vocab takes vocab.txt, or a folder with it or "
+            "with encoder.json and vocab.bpe; make one with: gpt2cli vocab CORPUS FOLDER"
+        )
+    names = next((kind for kind in encoder.KINDS if len(kind) == 2 and path.name in kind), None)
+    if names is None:  # whatever its name, a list of tokens
+        copied = {path: "vocab.txt"}
+        if path.name == "vocab.txt":
+            copied[path.with_name("tokenizer_config.json")] = "tokenizer_config.json"
+    else:
+        copied = {path.with_name(name): name for name in names}
+        lacking = [source for source in copied if not source.is_file()]
+        if lacking:
+            raise UserError(
+                f"{path} has no {lacking[0].name} beside it, and the two are one vocabulary. Copy "
+                "both from the same place"
+            )
+    for source, name in copied.items():
+        if source.is_file():
+            with files.replacing(folder / name) as file:
+                file.write(files.read_bytes(source))
+    return {}
+
+
+def _load(path, part):
+    """encoder.load of the copied files; an error names the file that the user gave."""
+    try:
+        return encoder.load(part)
+    except UserError as error:
+        text = str(error).replace(str(part / "vocab.txt"), str(path))
+        raise UserError(text.replace(str(part), str(Path(path).parent))) from None
+
+
+def _write_weights(sizes, seed, folder):
+    """Write hparams.json and the checkpoint; returns the number of weights.
+
+    UserError if the disk lacks the room, before anything is computed.
+    """
+    from gpt2cli import checkpoint, model
+
+    n_weights = sum(math.prod(shape) for shape in model.weight_shapes(sizes).values())
+    free = shutil.disk_usage(folder).free
+    if free < 4 * n_weights + SPARE:
+        raise UserError(
+            f"the weights take {4 * n_weights:,} bytes, and the disk of {folder.parent.absolute()} "
+            f"has {free:,} free. Free space, or name another folder with --models_dir"
+        )
+    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes, seed)), folder)
+    return n_weights
+
+
+def _say(text):
+    print(text, file=sys.stderr)

@@ -1,0 +1,229 @@
+"""gpt2cli init as a command: a model that trains, the same for the same seed, refusals."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from gpt2cli import checkpoint, encoder, files, model
+from gpt2cli.commands import init
+from gpt2cli.config import ModelConfig
+
+SMALL = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--n_ctx", 32)
+CHINESE = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n今\n天\nA\n"
+
+
+@pytest.fixture
+def chinese(workdir):
+    """vocab/vocab.txt, which keeps case."""
+    (workdir / "vocab").mkdir()
+    (workdir / "vocab/vocab.txt").write_text(CHINESE, encoding="utf-8")
+    (workdir / "vocab/tokenizer_config.json").write_text('{"do_lower_case": false}')
+    return workdir / "vocab"
+
+
+def weights(folder):
+    return {name: v.numpy() for name, v in checkpoint.load(folder).weights.items()}
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_new_model_has_sizes_vocabulary_and_random_weights(cli, workdir):
+    result = cli("init", "new", "--vocab", "models/tiny", *SMALL)
+    assert result.returncode == 0 and result.stdout == "", result.stderr
+    folder = workdir / "models" / "new"
+    assert sorted(contents(folder)) == [
+        *("checkpoint", "encoder.json", "hparams.json", "model.ckpt.data-00000-of-00001"),
+        *("model.ckpt.index", "vocab.bpe"),
+    ]
+    sizes = ModelConfig(n_vocab=2048, n_ctx=32, n_embd=16, n_head=2, n_layer=2)
+    assert files.read_config(folder) == sizes
+    for name in ("encoder.json", "vocab.bpe"):
+        assert (folder / name).read_bytes() == (TINY / name).read_bytes()
+    n_weights = sum(np.prod(shape) for shape in model.weight_shapes(sizes).values())
+    assert f"{n_weights:,} parameters, random (seed 0), {4 * n_weights:,} bytes" in result.stderr
+    assert "n_layer 2, n_head 2, n_embd 16, n_ctx 32, n_vocab 2048" in result.stderr
+    assert "gpt2cli train --dataset FILE --model_name new" in result.stderr
+    assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
+
+
+def test_weights_deviate_as_openais_initial_ones_do(cli, workdir):
+    flags = ("--n_layer", 2, "--n_head", 2, "--n_embd", 128, "--n_ctx", 256)
+    assert cli("init", "new", "--vocab", "models/tiny", *flags).returncode == 0
+    found = weights(workdir / "models/new")
+    for name, value in found.items():
+        leaf = name.rsplit("/", 1)[1]
+        if value.ndim == 1:
+            assert (value == (leaf == "g")).all(), name
+            continue
+        expected = {"wte": 0.02, "wpe": 0.01}.get(leaf, 0.02)
+        if name.endswith("c_proj/w"):
+            expected /= np.sqrt(2 * 2)  # two projections a layer
+        assert value.std() == pytest.approx(expected, rel=0.03), name
+        assert abs(value.mean()) < 5 * expected / np.sqrt(value.size), name
+    different = {value.tobytes() for value in found.values() if value.ndim > 1}
+    assert len(different) == 2 + 4 * 2
+
+
+def test_the_same_seed_gives_the_same_bytes(cli, workdir):
+    for name, *seed in (("a",), ("b", "--seed", 0), ("c", "--seed", 7)):
+        assert cli("init", name, "--vocab", "models/tiny", *SMALL, *seed).returncode == 0
+    a, b, c = (contents(workdir / "models" / name) for name in "abc")
+    assert a == b
+    data = "model.ckpt.data-00000-of-00001"
+    assert a.pop(data) != c.pop(data) and a["hparams.json"] == c["hparams.json"]
+
+
+def test_train_starts_from_a_new_model(cli, workdir, chinese):
+    (workdir / "text.txt").write_text("今天 A 天今\n" * 50, encoding="utf-8")
+    assert cli("init", "new", "--vocab", chinese, *SMALL).returncode == 0
+    result = cli(
+        *("train", "text.txt", "--model_name", "new", "--steps", 1, "--sample_every", 0),
+        *("--seed", 1, "--seq_length", 16),
+    )
+    assert result.returncode == 0, result.stderr
+    loss = float(result.stderr.partition("loss=")[2].split()[0])
+    assert loss == pytest.approx(np.log(7), abs=0.1)  # it knows nothing yet
+    run = workdir / "checkpoint/run1"
+    assert files.saved_steps(run) == [1]
+    assert not encoder.load(run).lower_case and encoder.load(run).n_vocab == 7
+
+
+def test_sizes_come_from_a_preset_and_single_flags_change_them(cli, workdir):
+    flags = ("--size", "tiny", "--n_layer", 1, "--n_ctx", 8, "--n_vocab", 2100)
+    assert cli("init", "new", "--vocab", "models/tiny", *flags).returncode == 0
+    expected = ModelConfig(n_vocab=2100, n_ctx=8, n_embd=160, n_head=5, n_layer=1)
+    assert files.read_config(workdir / "models/new") == expected
+    assert encoder.of_model(workdir / "models/new").n_vocab == 2048
+
+
+@pytest.mark.parametrize("given", ["folder", "vocab.txt", "any_name.txt", "config"])
+def test_a_wordpiece_vocabulary_comes_as_folder_or_file(cli, workdir, chinese, given):
+    kept_case = given != "any_name.txt"  # nothing beside such a file is known to belong to it
+    if given == "any_name.txt":
+        (chinese / "vocab.txt").rename(chinese / given)
+    if given == "config":
+        (chinese / "tokenizer_config.json").unlink()
+        sizes = ModelConfig(7, 8, 8, 2, 1, extra={"lower_case": False, "end_token": "今", "a": 1})
+        (chinese / "hparams.json").write_text(sizes.to_json())
+    path = chinese / given if given.endswith(".txt") else chinese
+    assert cli("init", "new", "--vocab", path, *SMALL).returncode == 0
+    new = workdir / "models/new"
+    vocabulary = encoder.of_model(new)
+    assert vocabulary.lower_case == (not kept_case)
+    assert (new / "vocab.txt").read_text(encoding="utf-8") == CHINESE
+    if given == "config":
+        assert files.read_config(new).extra == {"lower_case": False, "end_token": "今"}
+        assert vocabulary.end == 4
+    else:
+        assert files.read_config(new).extra == ({"lower_case": False} if kept_case else {})
+
+
+@pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
+def test_one_file_of_a_bpe_brings_the_other(cli, workdir, names):
+    (workdir / "bpe").mkdir()
+    for source, name in zip(("encoder.json", "vocab.bpe"), names, strict=True):
+        shutil.copy(TINY / source, workdir / "bpe" / name)
+    for number, given in enumerate(names):
+        result = cli("init", f"new{number}", "--vocab", workdir / "bpe" / given, *SMALL)
+        assert result.returncode == 0, result.stderr
+        assert set(names) < set(contents(workdir / "models" / f"new{number}"))
+    (workdir / "bpe" / names[1]).unlink()
+    result = cli("init", "new", "--vocab", workdir / "bpe" / names[0], *SMALL)
+    assert result.returncode == 1 and f"no {names[1]} beside it" in result.stderr
+    assert not (workdir / "models/new").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, status, message",
+    [
+        (("--n_embd", 30, "--n_head", 4), 2, "--n_embd 30 is not a multiple of --n_head 4"),
+        (("--n_head", 7), 2, "--n_embd 768 is not a multiple of --n_head 7"),
+        (("--n_vocab", 2047), 1, "--n_vocab 2047 is less than the 2048 tokens of models/tiny"),
+        (("--vocab", "nothing"), 1, "no vocabulary at "),
+        (("--vocab", "text.txt"), 1, "text.txt lacks [UNK], [CLS], [SEP]"),
+        (("--vocab", "models"), 1, "/models: it takes encoder.json and vocab.bpe"),
+        (("--models_dir", "text.txt"), 1, "cannot write text.txt/new"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, workdir, flags, status, message):
+    (workdir / "text.txt").write_text("just\ntext\n")
+    flags = flags if "--vocab" in flags else ("--vocab", "models/tiny", *flags)
+    result = cli("init", "new", *flags)
+    assert result.returncode == status and message in result.stderr
+    assert ".part" not in result.stderr
+    assert [p.name for p in (workdir / "models").iterdir()] == ["tiny"]
+
+
+def test_an_existing_model_is_replaced_only_on_request(cli, workdir):
+    new = workdir / "models/new"
+    assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
+    (new / "model-5.index").write_text("of a training")
+    before = contents(new)
+    result = cli("init", "new", "--vocab", "models/tiny", *SMALL, "--seed", 3)
+    assert result.returncode == 1 and "models/new exists already" in result.stderr
+    assert contents(new) == before
+    # its own vocabulary may be the one that is kept
+    result = cli("init", "new", "--vocab", "models/new", *SMALL, "--seed", 3, "--overwrite")
+    assert result.returncode == 0, result.stderr
+    after = contents(new)
+    assert "model-5.index" not in after and after["encoder.json"] == before["encoder.json"]
+    assert after["model.ckpt.data-00000-of-00001"] != before["model.ckpt.data-00000-of-00001"]
+    assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
+
+
+def test_a_failure_on_the_way_leaves_the_old_model(cli, workdir, monkeypatch):
+    assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
+    before = contents(workdir / "models/new")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write", interrupt)
+    result = cli("init", "new", "--vocab", "models/tiny", *SMALL, "--overwrite")
+    assert result.returncode == 130
+    assert contents(workdir / "models/new") == before
+    assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
+
+
+def test_an_interruption_between_the_two_renames_brings_the_old_model_back(
+    cli, workdir, monkeypatch
+):
+    assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
+    before = contents(workdir / "models/new")
+    rename = os.rename
+
+    def interrupted(source, target):
+        if str(source).endswith(".part"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(init.os, "rename", interrupted)
+    result = cli("init", "new", "--vocab", "models/tiny", *SMALL, "--overwrite", "--seed", 3)
+    assert result.returncode == 130
+    assert contents(workdir / "models/new") == before
+    assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
+
+
+def test_a_full_disk_is_noticed_before_the_work(cli, workdir, monkeypatch):
+    monkeypatch.setattr(init.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(checkpoint, "save", None)
+    result = cli("init", "new", "--vocab", "models/tiny", "--size", "1558M")
+    assert result.returncode == 1
+    # 1,557,611,200 of the release, less the embeddings of 48,209 tokens
+    needed = 4 * (1_557_611_200 - 1600 * (50257 - 2048))
+    assert f"take {needed:,} bytes" in result.stderr and "1,000,000 free" in result.stderr
+    assert "--models_dir" in result.stderr
+    assert [p.name for p in (workdir / "models").iterdir()] == ["tiny"]
+
+
+def test_hparams_are_plain_json_that_other_programs_read(cli, workdir):
+    assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
+    values = json.loads((workdir / "models/new/hparams.json").read_text())
+    assert values == {"n_vocab": 2048, "n_ctx": 32, "n_embd": 16, "n_head": 2, "n_layer": 2}
