@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2cli import files, model
+from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 
@@ -37,13 +38,19 @@ def _reading(prefix):
         ) from error
 
 
-def open_checked(prefix):
+def open_checked(prefix, described=None):
     """A reader of the checkpoint at `prefix` and its ModelConfig, which must be of one model.
 
     n_vocab is that of the weights where GPT2_ML's json gives the sizes: the released 21128 tokens
     have 21130 rows.
+
+    Args:
+        described: the file with the sizes, where it does not lie beside the checkpoint.
     """
-    config = files.read_config(prefix.parent)
+    if described is None:
+        config, described = files.read_config(prefix.parent), files.config_path(prefix.parent)
+    else:
+        config = ModelConfig.from_json(files.read_text(described), where=str(described))
     if "[" in str(prefix) or "]" in str(prefix):
         raise UserError(f"TensorFlow reads no path with [ or ] in it: rename {prefix.parent}")
     with _reading(prefix):
@@ -55,7 +62,7 @@ def open_checked(prefix):
         if sum(path.stat().st_size for path in shards) < needed:
             raise ValueError(f"its data is shorter than the {needed} bytes that its index lists")
     table = "newslm/embeddings/word_embed"
-    if files.config_path(prefix.parent).name != "hparams.json" and len(found.get(table, ())) == 2:
+    if described.name != "hparams.json" and len(found.get(table, ())) == 2:
         config = dataclasses.replace(config, n_vocab=found[table][0])
     expected = model.weight_shapes(config)
     missing = [name for name in expected if name not in found]
@@ -63,18 +70,18 @@ def open_checked(prefix):
     if missing:
         raise UserError(
             f"{prefix} is not a checkpoint of this model: it lacks {_few(missing)}. "
-            f"Is it of another size or kind than {prefix.parent / 'hparams.json'} says?"
+            f"Is it of another size or kind than {described} says?"
         )
     if extra:
         raise UserError(
-            f"{prefix} has more than {prefix.parent / 'hparams.json'} says: {_few(extra)}. "
-            "Use the hparams.json that belongs to it"
+            f"{prefix} has more than {described} says: {_few(extra)}. "
+            f"Use the {described.name} that belongs to it"
         )
     for name, shape in expected.items():
         if tuple(found[name]) != shape or not kinds[name].is_floating:
             raise UserError(
-                f"{prefix}: {name} is {kinds[name].name} {list(found[name])}, hparams.json asks "
-                f"for float32 {list(shape)}. Use the hparams.json that belongs to this checkpoint"
+                f"{prefix}: {name} is {kinds[name].name} {list(found[name])}, {described.name} "
+                f"asks for float32 {list(shape)}. Use the one that belongs to this checkpoint"
             )
     return reader, config
 
@@ -103,8 +110,17 @@ def load(path, precision="float32", weights_precision=None):
         UserError: no checkpoint, a damaged one, one of another size, or one with numbers that are
             not finite; the text names the file.
     """
-    prefix = files.find_checkpoint(path)
-    reader, config = open_checked(prefix)
+    config, stored = open_weights(files.find_checkpoint(path))
+    return model.GPT2(config, stored, precision, weights_precision)
+
+
+def open_weights(prefix, described=None):
+    """The ModelConfig of a checkpoint and the function that reads its weights for a `model.GPT2`.
+
+    Raises:
+        UserError: as `load`, and the function as well.
+    """
+    reader, config = open_checked(prefix, described)
 
     def stored(name, shape):
         with _reading(prefix):
@@ -116,7 +132,7 @@ def load(path, precision="float32", weights_precision=None):
             )
         return value
 
-    return model.GPT2(config, stored, precision, weights_precision)
+    return config, stored
 
 
 def write(prefix, tensors):

@@ -1,6 +1,7 @@
 """`download` against a server on this machine that fails in every way we could think of."""
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
@@ -13,7 +14,9 @@ import types
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
+from gpt2cli import transfer
 from gpt2cli.commands import download
 from gpt2cli.config import DownloadConfig
 from gpt2cli.errors import UserError
@@ -45,6 +48,7 @@ class Mirror(http.server.ThreadingHTTPServer):
         self.etag = '"v1"'
         self.ignore_range = False
         self.asked = []  # (file name, Range header, bytes of body sent)
+        self.tokens = []  # Authorization header of each request
         self.release = threading.Event()  # ends a stall
 
     def handle_error(self, *_):
@@ -65,10 +69,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        mirror, name = self.server, self.path.rpartition("/")[2]
+        mirror, path = self.server, self.path.partition("?")[0]
+        name = path.rpartition("/")[2]
         faults = mirror.faults.get(name, [])
         fault = faults.pop(0) if faults else {}
-        content = fault.get("body", mirror.contents.get(self.path))
+        content = fault.get("body", mirror.contents.get(path))
         status = fault.get("status", 200 if content is not None else 404)
         content = b"gone" if content is None else content
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -86,6 +91,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {"Content-Length": str(len(body))} | headers
         part = body[: fault.get("cut", len(body))]
         mirror.asked.append((name, self.headers.get("Range"), len(part)))
+        mirror.tokens.append(self.headers.get("Authorization"))
         self.send_response(status)
         for key, value in headers.items():
             if value is not None:
@@ -99,9 +105,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-@pytest.fixture
-def mirror(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+@contextlib.contextmanager
+def serving():
     server = Mirror()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -112,10 +117,17 @@ def mirror(monkeypatch):
 
 
 @pytest.fixture
+def mirror(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
 def waits(monkeypatch):
     """The pauses that download would have made; none is."""
     pauses = []
-    monkeypatch.setattr(download, "time", types.SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(transfer, "time", types.SimpleNamespace(sleep=pauses.append))
     return pauses
 
 
@@ -187,12 +199,12 @@ def test_a_file_that_is_cut_at_every_tenth_arrives_with_more_cuts_than_tries(fet
     mirror.faults[DATA] = [{"cut": 10_000} for _ in range(9)]
     mirror.faults["checkpoint"] = [{"cut": 4} for _ in range(9)]
     assert_whole(fetch())
-    assert max(waits) <= download.BACKOFF
+    assert max(waits) <= transfer.BACKOFF
     assert mirror.sent(DATA) < 115_000
 
 
 def test_a_killed_attempt_is_gone_on_with_by_the_next_one(fetch, mirror, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "TRIES", 1)
+    monkeypatch.setattr(transfer, "TRIES", 1)
     mirror.faults[DATA] = [{"cut": 60_000}, {"status": 503}]
     with pytest.raises(UserError, match="503"):
         fetch()
@@ -210,7 +222,7 @@ def test_a_part_that_was_whole_already_is_not_fetched_again(fetch, mirror, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(download, "fault_of", killed)
+        patch.setattr(transfer, "fault_of", killed)
         mirror.contents.pop("/models/own/model.ckpt.meta")
         with pytest.raises(KeyboardInterrupt):
             fetch()
@@ -242,11 +254,11 @@ def test_a_file_that_changed_between_two_attempts_starts_again(
     fetch, mirror, deaf, tag, monkeypatch
 ):
     mirror.headers[DATA] = {"ETag": None, tag: '"v1"'}
-    monkeypatch.setattr(download, "TRIES", 1)
+    monkeypatch.setattr(transfer, "TRIES", 1)
     mirror.faults[DATA] = [{"cut": 60_000}, {"status": 503}]
     with pytest.raises(UserError):
         fetch()
-    monkeypatch.setattr(download, "TRIES", 2)
+    monkeypatch.setattr(transfer, "TRIES", 2)
     newer = MODEL[DATA][::-1]
     mirror.contents[f"/models/own/{DATA}"], mirror.etag = newer, '"v2"'
     mirror.headers[DATA] = {"ETag": None, tag: '"v2"'}
@@ -263,7 +275,7 @@ def test_a_file_that_became_shorter_than_its_part_starts_again(fetch, mirror):
 
 
 def test_a_part_of_another_mirror_is_not_gone_on_with(fetch, mirror, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "TRIES", 1)
+    monkeypatch.setattr(transfer, "TRIES", 1)
     mirror.faults[DATA] = [{"cut": 60_000}, {"status": 503}]
     with pytest.raises(UserError):
         fetch()
@@ -313,7 +325,7 @@ def test_a_wrong_checksum_is_refused_after_a_second_look(fetch, mirror, tmp_path
     mirror.headers[DATA] = headers
     with pytest.raises(UserError, match="MD5 is not the one"):
         fetch()
-    assert len(mirror.ranges(DATA)) == download.DAMAGED_TRIES
+    assert len(mirror.ranges(DATA)) == transfer.DAMAGED_TRIES
     assert not list(folder_of(tmp_path).glob(DATA + "*t"))
     assert not (folder_of(tmp_path) / DATA).exists()
 
@@ -387,7 +399,7 @@ def test_a_server_that_keeps_failing_is_given_up_after_five_tries(fetch, mirror,
 
 @pytest.mark.parametrize("cut", [0, 40_000])
 def test_a_server_that_stalls_is_asked_again(fetch, mirror, monkeypatch, cut, capsys):
-    monkeypatch.setattr(download, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(transfer, "READ_TIMEOUT", 0.2)
     mirror.faults[DATA] = [{"cut": cut, "stall": True}]
     assert_whole(fetch())
     assert "timed out" in capsys.readouterr().err
@@ -606,7 +618,7 @@ def test_a_full_disk_is_told_and_the_part_stays(fetch, mirror, monkeypatch, tmp_
     def fail(fd):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(download.os, "fsync", fail)
+    monkeypatch.setattr(transfer.os, "fsync", fail)
     with pytest.raises(UserError, match="No space left.*goes on after 16 bytes"):
         fetch()
     assert (folder_of(tmp_path) / "encoder.json.part").exists()
@@ -614,7 +626,7 @@ def test_a_full_disk_is_told_and_the_part_stays(fetch, mirror, monkeypatch, tmp_
 
 def test_space_is_looked_for_before_the_body_is_written(fetch, mirror, monkeypatch, tmp_path):
     usage = types.SimpleNamespace(free=50_000)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="100,000 bytes needed, 50,000 free"):
         fetch()
     assert not (folder_of(tmp_path) / f"{DATA}.part").exists()
@@ -677,3 +689,219 @@ def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits,
     else:
         download.run(config)
         assert json.loads((tmp_path / "own/download.json").read_text())["opened"] is True
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+API = "/api/models/me/tiny/revision/main"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory):
+    """The files of models/tiny in Hugging Face's form: name -> bytes."""
+    from gpt2cli import formats
+
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    formats.convert(formats.open_source(TINY), folder, to="hf")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def publish(mirror, model, commit=COMMIT):
+    """Put a model on the mirror as a hub does: the answer of its API, and the files."""
+    siblings = []
+    for name, content in model.items():
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        file = {"rfilename": name, "size": len(content), "blobId": blob}
+        if name.endswith((".safetensors", ".bin")):
+            sha256 = hashlib.sha256(content).hexdigest()
+            file["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
+        siblings.append(file)
+        mirror.contents[f"/me/tiny/resolve/{commit}/{name}"] = content
+    answer = {"_id": "1", "id": "me/tiny", "modelId": "me/tiny", "sha": commit, "tags": []}
+    mirror.contents[API] = json.dumps({**answer, "siblings": siblings}).encode()
+
+
+@pytest.fixture
+def hub(mirror, waits, tiny_hf, tmp_path, monkeypatch):
+    """Publish models/tiny as me/tiny; the function runs download and gives the folder."""
+    monkeypatch.setenv("HF_ENDPOINT", mirror.url.removesuffix("/models"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    publish(mirror, tiny_hf)
+
+    def fetch(**settings):
+        models = str(tmp_path / "models")
+        download.run(DownloadConfig(model="hf:me/tiny", models_dir=models, **settings))
+        return tmp_path / "models" / "tiny"
+
+    return fetch
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_model_of_the_hub_arrives_as_a_model_folder(hub, mirror, tmp_path, capsys):
+    folder = hub()
+    for name in ("encoder.json", "vocab.bpe", DATA):
+        assert (folder / name).read_bytes() == (TINY / name).read_bytes()
+    manifest = json.loads((folder / "download.json").read_text())
+    assert (manifest["url"], manifest["revision"]) == ("hf:me/tiny", "main")
+    assert manifest["commit"] == COMMIT and "hparams.json" in manifest["files"]
+    assert names_in(folder.parent) == ["tiny"]
+    asked = [name for name, _, _ in mirror.asked]
+    assert asked[:2] == ["main", "config.json"] and asked[-1] == WEIGHTS
+    assert "README.md" not in asked and set(mirror.tokens) == {"Bearer hf_secret"}
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith(f"sample --model_name tiny --models_dir {folder.parent}\n")
+    assert "hf_secret" not in err + json.dumps(manifest)
+
+    mirror.shutdown()
+    hub()
+    hub(revision=COMMIT)
+    assert len(mirror.asked) == len(asked)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    with pytest.raises(UserError, match="holds the revision 'main', not 'v2'"):
+        hub(revision="v2")
+    (folder / "vocab.bpe").write_text("")
+    with pytest.raises(UserError, match="vocab.bpe changed"):
+        hub()
+
+
+def test_without_a_token_none_is_sent(hub, mirror, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    hub()
+    assert mirror.tokens[1:] == [None] * (len(mirror.tokens) - 1)
+
+
+def test_the_token_does_not_go_along_to_another_host(hub, mirror, tiny_hf, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    with serving() as store:
+        store.contents = {"/blob": tiny_hf[WEIGHTS]}
+        place = store.url.replace("127.0.0.1", "localhost").replace("/models", "/blob")
+        mirror.faults[WEIGHTS] = [{"status": 302, "headers": {"Location": place}}]
+        hub()
+        assert [name for name, _, _ in store.asked] == ["blob"] and store.tokens == [None]
+
+
+def test_a_cut_download_of_the_hub_is_gone_on_with(hub, mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "TRIES", 1)
+    mirror.faults[WEIGHTS] = [{"cut": 1_000_000}, {"status": 503}]
+    with pytest.raises(UserError, match="503.*HF_ENDPOINT"):
+        hub()
+    assert names_in(tmp_path / "models") == [".hf-me--tiny"]
+    before = len(mirror.asked)
+    hub()
+    assert [name for name, _, _ in mirror.asked[before:]] == ["main", WEIGHTS]
+    start = int(mirror.ranges(WEIGHTS)[-1].removeprefix("bytes=").removesuffix("-"))
+    assert start > 900_000 and names_in(tmp_path / "models") == ["tiny"]
+
+
+def test_a_model_that_changed_meanwhile_is_not_mixed(hub, mirror, tiny_hf, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "TRIES", 1)
+    mirror.faults[WEIGHTS] = [{"status": 503}]
+    with pytest.raises(UserError):
+        hub()
+    values = json.loads(tiny_hf["config.json"]) | {"layer_norm_epsilon": 1e-6}
+    publish(mirror, tiny_hf | {"config.json": json.dumps(values).encode()}, commit="9" * 40)
+    before = len(mirror.asked)
+    assert '"ln_epsilon": 1e-06' in (hub() / "hparams.json").read_text()
+    asked = [name for name, _, _ in mirror.asked[before:]]
+    assert asked == ["main", "config.json", WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    "name, answer, message",
+    [
+        (
+            "main",
+            {"status": 404, "code": "RepoNotFound"},
+            "there is no .*me/tiny.*HF_TO",
+        ),
+        ("main", {"status": 401}, "(it answered 401).*HF_TOKEN"),
+        ("main", {"status": 401, "said": "Bad token"}, "(Bad token).*HF_TOKEN"),
+        ("main", {"status": 404, "code": "RevisionNotFound"}, "--revision"),
+        ("main", {"status": 403, "code": "GatedRepo"}, "gated .*HF_TOKEN"),
+        ("main", {"status": 403}, "gated .*HF_TOKEN"),
+        ("main", {"status": 404}, "as a hub does.*HF_ENDPOINT"),
+        ("main", {"body": HTML}, "as a hub does.*HF_ENDPOINT"),
+        ("main", {"body": b'{"id": "me/tiny"}'}, "as a hub does.*HF_ENDPOINT"),
+        ("config.json", {"status": 403, "code": "GatedRepo"}, "gated .*HF_TOKEN"),
+        ("config.json", {"status": 401}, "gated .*HF_TOKEN"),
+        ("config.json", {"status": 404}, "not to be had.*HF_ENDPOINT"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_and_leaves_nothing(
+    hub, mirror, tmp_path, name, answer, message
+):
+    headers = {"X-Error-Code": answer.get("code"), "X-Error-Message": answer.get("said")}
+    fault = {"body": b"{}", "headers": headers} | answer
+    mirror.faults[name] = [dict(fault) for _ in range(9)]
+    with pytest.raises(UserError, match=message) as caught:
+        hub()
+    assert "\n" not in str(caught.value) and "hf_secret" not in str(caught.value)
+    assert names_in(tmp_path / "models") == []
+
+
+def test_a_hub_that_is_not_there_is_named(hub, tmp_path, monkeypatch):
+    for endpoint in ("http://127.0.0.1:1", "ftp://nowhere", "http://[x"):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        with pytest.raises(UserError, match=re.escape(endpoint)) as caught:
+            hub()
+        assert "HF_ENDPOINT" in str(caught.value) and "\n" not in str(caught.value)
+    assert names_in(tmp_path / "models") == []
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "vocab.json"])
+def test_a_file_of_the_hub_that_came_damaged_is_not_kept(hub, mirror, tiny_hf, tmp_path, name):
+    damaged = tiny_hf[name][:-1] + b"!"
+    mirror.faults[name] = [{"body": damaged}, {"body": damaged}]
+    with pytest.raises(UserError, match=f"{name}: its .* checksum is not the one of the hub"):
+        hub()
+    assert not (tmp_path / "models" / ".hf-me--tiny" / name).exists()
+
+
+def test_a_model_of_another_kind_is_refused_before_its_weights_come(hub, mirror, tiny_hf):
+    values = json.loads(tiny_hf["config.json"]) | {"model_type": "llama"}
+    publish(mirror, tiny_hf | {"config.json": json.dumps(values).encode()})
+    with pytest.raises(UserError, match='model_type is "llama"'):
+        hub()
+    assert WEIGHTS not in [name for name, _, _ in mirror.asked]
+
+
+def test_only_the_files_of_the_model_are_fetched(hub, mirror, tiny_hf):
+    more = dict.fromkeys(("README.md", "tf_model.h5", "onnx/model.safetensors", "x.py"), b"x")
+    publish(mirror, tiny_hf | more | {"pytorch_model.bin": b"x"})
+    hub()
+    fetched = {name for name, _, _ in mirror.asked[1:]}
+    assert fetched == set(tiny_hf)
+
+
+def test_a_repository_without_weights_that_are_read_lists_what_it_has(hub, mirror, tiny_hf):
+    publish(mirror, {"config.json": tiny_hf["config.json"], "model.gguf": b"x"})
+    with pytest.raises(UserError, match=r"no weights .*it holds config\.json, model\.gguf"):
+        hub()
+    publish(mirror, {"model.safetensors": b"x"})
+    with pytest.raises(UserError, match=r"no config\.json"):
+        hub()
+
+
+def test_weights_for_pytorch_without_it_are_refused_before_they_come(
+    hub, mirror, tiny_hf, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    files = {name: content for name, content in tiny_hf.items() if name != WEIGHTS}
+    publish(mirror, files | {"pytorch_model.bin": b"x"})
+    with pytest.raises(UserError, match=r"gpt2cli\[torch\]"):
+        hub()
+    assert "pytorch_model.bin" not in [name for name, _, _ in mirror.asked]
+
+
+def test_a_folder_of_that_name_is_never_touched(hub, mirror, tmp_path):
+    folder = tmp_path / "models" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "hparams.json").write_text("my own")
+    with pytest.raises(UserError, match="exists and is not from hf:me/tiny"):
+        hub()
+    assert mirror.asked == [] and names_in(folder) == ["hparams.json"]

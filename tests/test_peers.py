@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
+import gpt2cli
 from gpt2cli import checkpoint, model
 from gpt2cli.config import ModelConfig
 
@@ -70,3 +72,80 @@ def test_gpt_2_simple_reads_our_run_and_we_go_on_from_its(gpt_2_simple, tmp_path
     assert (tmp_path / "checkpoint" / "run1" / "model-28.index").exists()
     again = cli("train", "text.txt", *flags, "--seq_length", 256, "--batch_size", 4, "--steps", 30)
     assert again.returncode == 0 and "[29 |" in again.stderr and "[28 |" not in again.stderr
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The Python of a venv with transformers 5.23; TRANSFORMERS_PYTHON names one that is there."""
+    if os.environ.get("TRANSFORMERS_PYTHON"):
+        return os.environ["TRANSFORMERS_PYTHON"]
+    folder = ROOT / ".venv-transformers"
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        needs = ["transformers==5.23.0", "torch", "safetensors"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *needs], check=True)
+        (folder / "ready").touch()
+    return str(python)
+
+
+ENGLISH = ["Hello, world! It's 2026.", "  two spaces\n\nand\ttabs ", "naïve café 😀 你好", ""]
+CHINESE = ["今天天气不错", "GPT2 模型！Hello, world.", "café ２０２４年１２月", "𠮷野家 が", ""]
+
+
+@pytest.mark.slow
+def test_transformers_reads_what_convert_writes_without_a_word_and_we_what_it_saves(
+    transformers, golden, gpt2_vocabulary, tmp_path, cli
+):
+    chinese = gpt2_vocabulary.parent / "bert-zh" / "google_zh_vocab.txt"
+    cased = tmp_path / "vocabulary"
+    cased.mkdir()
+    (cased / "vocab.txt").write_bytes(chinese.read_bytes())
+    (cased / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    jobs = []
+    for name, source, vocabulary, texts in (
+        ("tiny", TINY, None, ENGLISH),
+        ("bpe", golden / "gpt2-openai" / "a-l2-h4-e16-c96", gpt2_vocabulary, ENGLISH),
+        ("ids", golden / "gpt2-openai" / "a-l12-h3-e24-c96-v601", None, []),
+        ("uer", golden / "uer" / "a-l2-h3-e24-c128", chinese, CHINESE),
+        ("cased", golden / "uer" / "a-l2-h3-e24-c128", cased, CHINESE),
+    ):
+        flags = ("--vocab", vocabulary) if vocabulary else ()
+        for words in (
+            ("convert", source, tmp_path / name, *flags),
+            ("convert", tmp_path / name, tmp_path / f"{name}-hf", "--to", "hf"),
+        ):
+            result = cli(*words)
+            assert result.returncode == 0, result.stderr
+        folder = str(tmp_path / name)
+        job = {"folder": f"{folder}-hf", "save": f"{folder}-theirs", "texts": texts}
+        jobs.append({**job, "ids": [5, 500, 77, 0, 9]})
+    result = subprocess.run(
+        [transformers, ROOT / "tests" / "peer_transformers.py"],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr == ""
+    answers = json.loads(result.stdout)
+    found = {job["folder"]: answer for job, answer in zip(jobs, answers, strict=True)}
+    for job in jobs:
+        answer, folder = found[job["folder"]], job["folder"].removesuffix("-hf")
+        ours = gpt2cli.load_model(folder)
+        np.testing.assert_allclose(ours.logits(job["ids"]), answer["logits"], atol=1e-4)
+        if job["texts"]:
+            assert answer["ids"] == [ours.encoder.encode(text) for text in job["texts"]]
+            pad = 0 if ours.encoder.banned else None
+            assert answer["special"] == [ours.encoder.start, ours.encoder.end, pad]
+            assert answer["generation"] == ours.encoder.end
+        else:
+            assert answer["special"] == [None, None, None]
+        assert cli("convert", job["save"], f"{folder}-back").returncode == 0
+        back = gpt2cli.load_model(f"{folder}-back")
+        np.testing.assert_array_equal(back.logits(job["ids"]), ours.logits(job["ids"]))
+        if job["texts"]:
+            assert answer["ids"] == [back.encoder.encode(text) for text in job["texts"]]
+            assert (back.encoder.start, back.encoder.end) == (ours.encoder.start, ours.encoder.end)
+    assert found[f"{tmp_path / 'cased'}-hf"]["ids"] != found[f"{tmp_path / 'uer'}-hf"]["ids"]

@@ -1,0 +1,121 @@
+"""`gpt2cli convert` as a command."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+
+import gpt2cli
+from gpt2cli.commands import convert
+from gpt2cli.config import ConvertConfig
+from gpt2cli.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """models/tiny in Hugging Face's form."""
+    folder = tmp_path_factory.mktemp("convert") / "tiny-hf"
+    convert.run(ConvertConfig(src=str(TINY), dst=str(folder), to="hf"))
+    return folder
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_model_goes_to_hugging_faces_form_and_back(cli, hf, tmp_path, tiny):
+    assert names(hf) == [
+        *("config.json", "generation_config.json", "merges.txt", "model.safetensors"),
+        *("special_tokens_map.json", "tokenizer_config.json", "vocab.json"),
+    ]
+    result = cli("convert", hf, tmp_path / "tiny")
+    assert result.returncode == 0 and result.stdout == ""
+    read, wrote = result.stderr.splitlines()
+    assert read.startswith(f"read {hf}, Hugging Face's form: 4 layers, 5 heads, 160 wide, 2,048 t")
+    assert "parameters, a vocabulary of 2,048" in read
+    assert wrote == f"wrote {tmp_path / 'tiny'}, whose logits are exactly those of {hf}"
+    for name in names(TINY):
+        content = (tmp_path / "tiny" / name).read_bytes()
+        if name in ("encoder.json", "vocab.bpe", "model.ckpt.data-00000-of-00001"):
+            assert content == (TINY / name).read_bytes()
+    model = gpt2cli.load_model(tmp_path / "tiny")
+    np.testing.assert_array_equal(model.logits([5, 77]), tiny.logits([5, 77]))
+    assert model.encoder.encode("The import") == tiny.encoder.encode("The import")
+
+
+def test_a_model_without_vocabulary_says_so(cli, hf, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((hf / name).read_bytes())
+    result = cli("convert", tmp_path / "model.safetensors", tmp_path / "out" / "ids")
+    assert result.returncode == 0, result.stderr
+    assert "takes token ids only; give one with --vocab" in result.stderr
+    assert names(tmp_path / "out" / "ids") == [
+        *("checkpoint", "hparams.json", "model.ckpt.data-00000-of-00001", "model.ckpt.index")
+    ]
+    result = cli("convert", tmp_path, tmp_path / "out" / "text", "--vocab", TINY)
+    assert result.returncode == 0 and (tmp_path / "out" / "text" / "vocab.bpe").exists()
+
+
+def refusal(cli, *words):
+    result = cli("convert", *words)
+    assert result.returncode == 1 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_paths_that_cannot_be_right_are_refused_without_tensorflow(cli, hf, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gpt2cli.formats", None)  # an import would fail
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "hparams.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    assert "nothing at" in refusal(cli, "absent", "out")
+    assert "--config: nothing at" in refusal(cli, hf, "out", "--config", "absent.json")
+    assert "not the folder" in refusal(cli, hf, "out", "--config", "full")
+    assert "--vocab: nothing at" in refusal(cli, hf, "out", "--vocab", "absent")
+    assert "cannot be DST" in refusal(cli, hf, hf, "--overwrite")
+    assert "cannot be DST" in refusal(cli, hf / "model.safetensors", hf, "--overwrite")
+    assert "cannot be DST" in refusal(cli, hf, hf.parent, "--overwrite")
+    assert "--overwrite" in refusal(cli, hf, "model")
+    assert "not a model's folder" in refusal(cli, hf, "full", "--overwrite")
+    assert "not a model's folder" in refusal(cli, hf, "file", "--overwrite")
+    (tmp_path / "link").symlink_to("model")
+    assert "not a model's folder" in refusal(cli, hf, "link", "--overwrite")
+
+
+def test_a_model_folder_is_replaced_when_asked(cli, hf, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "hparams.json").write_text("{}")
+    (tmp_path / "old" / "vocab.txt").write_text("of the old one")
+    assert cli("convert", hf, tmp_path / "old", "--overwrite").returncode == 0
+    assert "vocab.txt" not in names(tmp_path / "old") and names(tmp_path) == ["old"]
+    gpt2cli.load_model(tmp_path / "old")
+
+
+def test_refusals_of_the_model_are_one_line_and_leave_nothing(cli, hf, tmp_path):
+    source = tmp_path / "m"
+    source.mkdir()
+    values = json.loads((hf / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "model_type": "llama"}))
+    (source / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes())
+    line = refusal(cli, source, tmp_path / "out")
+    assert line.startswith(f'gpt2cli: {source}/config.json: model_type is "llama"')
+    assert "--from openai" in refusal(cli, TINY, tmp_path / "out", "--from", "gpt2_ml")
+    assert "UER-py" in refusal(cli, hf, tmp_path / "out", "--as_published")
+    assert names(tmp_path) == ["m"]
+
+
+def test_a_brackets_path_is_refused_before_the_work(hf, tmp_path):
+    with pytest.raises(UserError, match=r"no path with \[ or \]"):
+        convert.run(ConvertConfig(src=str(hf), dst=str(tmp_path / "a[1]")))
+    assert names(tmp_path) == []
+
+
+def test_the_module_does_not_bring_tensorflow():
+    code = "import sys; from gpt2cli.commands import convert; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
