@@ -52,21 +52,37 @@ def load(folder):
     )
 
 
-def of_model(folder):
+def of_model(folder, n_vocab=None):
     """The vocabulary of a model folder, or None where there is none: such a model takes ids only.
+
+    Args:
+        n_vocab: rows of the model's token embedding; if not given, what its hparams.json says.
 
     Raises:
         UserError: it is spoilt, or has more tokens than the model.
     """
     if not exists(folder):
         return None
-    vocabulary, n_vocab = load(folder), files.read_config(folder).n_vocab
+    vocabulary = load(folder)
+    n_vocab = n_vocab or ids_of(folder, vocabulary)
     if vocabulary.n_vocab > n_vocab:
         raise UserError(
             f"{folder}: the vocabulary has {vocabulary.n_vocab} tokens, the model (hparams.json) "
             f"{n_vocab}. Use the vocabulary files that belong to it"
         )
     return vocabulary
+
+
+def ids_of(folder, vocabulary):
+    """Number of ids that the model in a folder knows, without its weights being read.
+
+    GPT2_ML's json gives 8021 beside the release with 21128 tokens (and 21130 rows), so that the
+    vocabulary counts where it is larger.
+    """
+    n_vocab = files.read_config(folder).n_vocab
+    if files.config_path(folder).name == "hparams.json" or vocabulary is None:
+        return n_vocab
+    return max(n_vocab, vocabulary.n_vocab)
 
 
 def _without_surrogates(text):
@@ -176,6 +192,11 @@ class BPEStream:
     def __init__(self, encoder):
         self._encoder = encoder
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __copy__(self):
+        twin = BPEStream(self._encoder)
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
 
     def feed(self, ids):
         """The text that these ids complete."""

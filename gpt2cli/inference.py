@@ -4,15 +4,16 @@
 `Model`; text becomes ids and ids become text here, `sampling` knows only ids.
 """
 
+import copy
 import itertools
 import json
 import operator
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from gpt2cli import checkpoint, dataset, encoder, files, sampling, training
+from gpt2cli import beams, checkpoint, dataset, encoder, files, sampling, training
 from gpt2cli.config import GenerateSettings
 from gpt2cli.engine import tf
 from gpt2cli.errors import UsageError, UserError
@@ -33,6 +34,10 @@ class Sample:
             completed it.
         finish_reason: length, stop (a stop text) or end (the end token).
         seed: with the same seed and index the same text comes again.
+        logprobs: with the setting of that name, the log-probability (nats) of each of `tokens`,
+            before temperature, penalty and bans.
+        score: of a beam: the sum of its log-probabilities, after penalty and bans, / its number of
+            tokens (with the end token) ** length_penalty.
     """
 
     index: int
@@ -41,12 +46,23 @@ class Sample:
     tokens: list[int]
     finish_reason: str
     seed: int
+    logprobs: list[float] | None = None
+    score: float | None = None
 
-    def show(self, format):
-        """The sample as it is printed: "text", OpenAI's banner and the text, or "jsonl"."""
+    def show(self, format, delimiter=None):
+        """The sample as it is printed: "text", OpenAI's banner and the text, or "jsonl".
+
+        With a delimiter, the text and then the delimiter, on a line of its own, and no banner.
+        """
         if format == "jsonl":
-            return json.dumps(asdict(self), ensure_ascii=False)
+            values = asdict(self)
+            for name in ("logprobs", "score"):
+                if values[name] is None:
+                    del values[name]
+            return json.dumps(values, ensure_ascii=False)
         text = " ".join(map(str, self.tokens)) if self.text is None else self.text
+        if delimiter is not None:
+            return f"{text}\n{delimiter}"
         return f"{BANNER} SAMPLE {self.index + 1} {BANNER}\n{text}"
 
 
@@ -55,12 +71,11 @@ class Continuation:
 
     def __init__(self, index, prompt, vocabulary, settings):
         self.index, self.prompt, self.settings = index, prompt, settings
-        self.tokens = []
+        self.tokens, self.logprobs = [], []
         self.text = ""
         self.stopped = False
         self._given = 0
         self._stream = vocabulary.stream() if vocabulary else None
-        self._longest = max(map(len, self._ends(always=True)), default=1)
 
     def _ends(self, always=False):
         """The texts that end it now; --stop waits for --min_length, --truncate does not."""
@@ -77,6 +92,14 @@ class Continuation:
             if self._stream:
                 self._add(self._stream.feed([token]))
 
+    def branch(self, token, logprob):
+        """Another Continuation: this one with a token more, and that token's log-probability."""
+        twin = copy.copy(self)
+        twin.tokens, twin.logprobs = self.tokens.copy(), [*self.logprobs, logprob]
+        twin._stream = copy.copy(self._stream)
+        twin.feed([token])
+        return twin
+
     def finish(self):
         """No more ids will come: give out what a half character held back."""
         if self._stream and not self.stopped:
@@ -84,12 +107,16 @@ class Continuation:
         self._stream = None
 
     def _add(self, piece):
-        # A stop text may have begun in the text before, but ends in this piece.
-        start = max(0, len(self.text) - self._longest + 1)
-        self.text += piece
-        found = [at for end in self._ends() if (at := self.text.find(end, start)) >= 0]
+        before, self.text = len(self.text), self.text + piece
+        found = []
+        for end in self._ends():
+            # It may have begun in the text before, but ends in this piece.
+            at = self.text.find(end, max(0, before - len(end) + 1))
+            keep = self.settings.keep_stop and end != self.settings.truncate
+            if at >= 0:
+                found.append((at, at + len(end) * keep))
         if found:
-            self.text = self.text[: min(found)]
+            self.text = self.text[: min(found)[1]]
             self.stopped = True
 
     def fresh(self, finished):
@@ -173,6 +200,10 @@ class Model:
         `stop` is asked between two parts of a batch; if it says so, nothing more comes.
         """
         seed = new_seed() if settings.seed is None else settings.seed
+        if settings.beams > 1:
+            for row, score in self._beams(prompts, settings, first_index, stop):
+                yield self._sample(row, settings, seed, score)
+            return
         width = 0
         for batch in self._batches(prompts, settings, first_index):
             width = width or len(batch)
@@ -184,8 +215,16 @@ class Model:
                     yield from (self._sample(row, settings, seed) for row in rows)
 
     def stream(self, prompt, settings, index=0):
-        """Yield the text of one sample in pieces, as it is generated, and last the Sample."""
+        """Yield the text of one sample in pieces, as it is generated, and last the Sample.
+
+        With beams nothing is certain before the end: then the best comes, in one piece.
+        """
         seed = new_seed() if settings.seed is None else settings.seed
+        if settings.beams > 1:
+            ((row, score),) = self._beams([prompt], replace(settings, nsamples=1), index)
+            yield row.fresh(finished=True)
+            yield self._sample(row, settings, seed, score)
+            return
         for (row,), finished in self._continue([(index, prompt)], settings, seed, STREAMED, 1):
             yield row.fresh(finished)
         yield self._sample(row, settings, seed)
@@ -238,35 +277,62 @@ class Model:
 
         Rows are filled up to `width`: the loop is compiled for that many.
         """
-        if self.encoder is None and (settings.stop or settings.truncate):
-            raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
         ids = [self.check_prompt(prompt) for _, prompt in batch]
         rows = [Continuation(i, prompt, self.encoder, settings) for i, prompt in batch]
-        length = max(self.length_of(settings, prompt) for _, prompt in batch)
         spare = width - len(batch)
-        unknown = range(self.encoder.n_vocab, self.config.n_vocab) if self.encoder else ()
-        generation = sampling.Generation(
-            self.network,
-            self._programs,
+        generation = self._generation(
             ids + [[0]] * spare,
             settings,
-            length=length,
-            seed=seed,
-            indices=[row.index for row in rows] + [None] * spare,
-            end=self.encoder.end if self.encoder else None,
-            banned=[*self.encoder.banned, *unknown] if self.encoder else [],
+            max(self.length_of(settings, prompt) for _, prompt in batch),
+            seed,
+            [row.index for row in rows] + [None] * spare,
         )
         while not generation.finished.all():
             for number, tokens in enumerate(generation.step(limit)[: len(rows)]):
                 row, most = rows[number], self.length_of(settings, rows[number].prompt)
                 row.feed(tokens[: most - len(row.tokens)])
+                row.logprobs = generation.logprobs[number][: len(row.tokens)]
                 if row.stopped or len(row.tokens) >= most:
                     generation.finish(number)
                 if generation.finished[number]:
                     row.finish()
             yield rows, bool(generation.finished.all())
 
-    def _sample(self, row, settings, seed):
+    def _beams(self, prompts, settings, first_index, stop=lambda: False):
+        """Yield the nsamples likeliest Continuations of each prompt, with their scores."""
+        for number, prompt in enumerate(prompts):
+            index = first_index + number * settings.nsamples
+            ids, length = self.check_prompt(prompt), self.length_of(settings, prompt)
+            row = Continuation(index, prompt, self.encoder, settings)
+            generation = self._generation([ids], settings, length, 0, [index])
+            search = beams.Search(generation, row, settings)
+            while not search.finished:
+                if stop():
+                    return
+                search.step()
+            for place, (score, row) in enumerate(search.kept[: settings.nsamples]):
+                row.finish()
+                row.index = index + place
+                yield row, score
+
+    def _generation(self, ids, settings, length, seed, indices):
+        """The sampling.Generation of rows of ids, with this model's end and banned tokens."""
+        if self.encoder is None and (settings.stop or settings.truncate):
+            raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
+        unknown = range(self.encoder.n_vocab, self.config.n_vocab) if self.encoder else ()
+        return sampling.Generation(
+            self.network,
+            self._programs,
+            ids,
+            settings,
+            length=length,
+            seed=seed,
+            indices=indices,
+            end=self.encoder.end if self.encoder else None,
+            banned=[*self.encoder.banned, *unknown] if self.encoder else [],
+        )
+
+    def _sample(self, row, settings, seed, score=None):
         if row.stopped:
             reason = "stop"
         else:
@@ -276,7 +342,8 @@ class Model:
         if settings.include_prefix and self.encoder:
             prompt = row.prompt or ""
             text = (prompt if isinstance(prompt, str) else self.encoder.decode(prompt)) + text
-        return Sample(row.index, row.prompt, text, row.tokens, reason, seed)
+        logprobs = row.logprobs if settings.logprobs else None
+        return Sample(row.index, row.prompt, text, row.tokens, reason, seed, logprobs, score)
 
 
 def new_seed():
@@ -296,5 +363,7 @@ def load_model(path, precision="float32"):
     """
     if precision not in ("float32", "bfloat16"):
         raise UsageError(f"precision must be float32 or bfloat16, got {precision!r}")
-    vocabulary = encoder.of_model(files.find_checkpoint(path).parent)
-    return Model(checkpoint.load(path, precision), vocabulary)
+    folder = files.find_checkpoint(path).parent
+    encoder.of_model(folder)  # what is wrong with it is known before gigabytes are read
+    network = checkpoint.load(path, precision)
+    return Model(network, encoder.of_model(folder, network.config.n_vocab))

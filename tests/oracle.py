@@ -80,3 +80,52 @@ def next_probs(scores, seen=(), temperature=1.0, top_k=0, top_p=0.0, repetition_
         before = np.cumsum(softmax(scores)[order]) - softmax(scores)[order]
         scores[order[before >= top_p]] = -np.inf
     return softmax(scores)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def repeats(row, size):
+    """The tokens after which the last `size` of the row would be in it twice."""
+    start = len(row) - size + 1
+    if start < 0:
+        return set()
+    tail = row[start:]
+    return {row[i + size - 1] for i in range(start) if row[i : i + size - 1] == tail}
+
+
+def beam_search(log_probs, prompt, beams, length, penalty=1.0, end=None, change=None, stops=None):
+    """Beam search over plain lists, with every continuation sorted.
+
+    Args:
+        log_probs: function of a row of ids -> [V].
+        change: function of a row and its log-probabilities -> those to rank by.
+        stops: function of the generated ids -> whether they end there.
+
+    Returns:
+        The best, at most `beams`: tuples of score and generated ids, with the end token.
+    """
+    running, done = [(0.0, [])], []
+    for count in range(1, length + 1):
+        everything = []
+        for total, tokens in running:
+            row = prompt + tokens
+            scores = log_probs(row)
+            scores = change(row, scores) if change else scores
+            everything += [(total + s, [*tokens, t]) for t, s in enumerate(scores) if s > -np.inf]
+        everything.sort(key=lambda item: -item[0])
+        running = []
+        for place, (total, tokens) in enumerate(everything[: 2 * beams]):
+            if count == length or tokens[-1] == end or (stops and stops(tokens)):
+                done += [(total / count**penalty, tokens)] if place < beams else []
+            else:
+                running.append((total, tokens))
+        running = running[:beams]
+        done = sorted(done, key=lambda item: -item[0])[:beams]
+        full = len(done) == beams
+        if not running or (full and running[0][0] / count**penalty <= done[-1][0]):
+            break
+    return done

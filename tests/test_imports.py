@@ -14,9 +14,10 @@ GROUPS = (
     {"flags"},
     {"config"},
     {"files", "engine"},
-    {"encoder", "model"},
-    {"dataset", "checkpoint", "sampling", "training"},
-    {"inference"},
+    {"encoder", "model", "transfer"},
+    {"dataset", "checkpoint", "sampling", "training", "hub"},
+    {"beams"},
+    {"inference", "formats"},
     {"commands"},
     {"cli"},
 )

@@ -13,6 +13,7 @@ import pexpect
 import pytest
 from conftest import ROOT, TINY
 
+from gpt2cli import encoder
 from gpt2cli.errors import UserError
 
 T = ("--model_name", "tiny", "--models_dir", TINY.parent)
@@ -94,6 +95,54 @@ def test_before_min_length_a_stop_text_does_not_end_a_sample(tiny):
     assert cut.text.startswith(tiny.encoder.decode(whole.tokens[:20]))
 
 
+@pytest.fixture(scope="module")
+def chinese(network, tmp_path_factory):
+    """`network` with a WordPiece vocabulary of its 97 tokens, all but two of them Chinese."""
+    from gpt2cli import inference
+
+    folder = tmp_path_factory.mktemp("chinese")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "。", "，"]
+    tokens += [chr(0x4E00 + n) for n in range(97 - len(tokens))]
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    sizes = dict(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2, end_token=None)
+    (folder / "hparams.json").write_text(json.dumps(sizes))
+    return inference.Model(network, encoder.of_model(folder))
+
+
+@pytest.mark.parametrize("least", [0, 1, 20, 60])
+def test_stop_with_a_minimal_length_ends_at_the_first_full_stop_after_it(chinese, least):
+    """As bert4keras' end_id and minlen: the length counts the token of the stop itself."""
+    settings = dict(length=400, temperature=2.0, seed=4, nsamples=6, batch_size=3)
+    settings |= dict(min_length=least)
+    whole = chinese.generate("一", **settings)
+    kept = chinese.generate("一", stop=("。",), keep_stop=True, **settings)
+    cut = chinese.generate("一", stop=("。",), **settings)
+    # a longer stop text, which never comes, does not bring back one that came too early
+    other = chinese.generate("一", stop=("。", "一丁丂七丄丅丆"), **settings)
+    earlier = 0
+    for free, with_it, without, same in zip(whole, kept, cut, other, strict=True):
+        stops = [n for n, token in enumerate(free.tokens, 1) if token == 5 and n >= max(1, least)]
+        assert with_it.tokens == without.tokens == same.tokens == free.tokens[: stops[0]]
+        assert with_it.text == chinese.encoder.decode(with_it.tokens) == without.text + "。"
+        assert same.text == without.text and with_it.finish_reason == "stop"
+        earlier += without.text.count("。")
+    assert (earlier > 0) == (least > 1)
+
+
+def test_a_stop_text_that_is_kept_is_streamed_and_truncated_as_well(tiny):
+    from gpt2cli.config import GenerateSettings
+
+    settings = dict(length=60, seed=2, temperature=0.8)
+    (whole,) = tiny.generate("The", **settings)
+    stop = whole.text[30:34]
+    end = whole.text.index(stop) + 4
+    for cut in (None, whole.text[20:23], whole.text[40:43]):
+        both = GenerateSettings(stop=(stop, "never"), keep_stop=True, truncate=cut, **settings)
+        *pieces, sample = tiny.stream("The", both)
+        expected = whole.text[:end].split(cut)[0] if cut else whole.text[:end]
+        assert "".join(pieces) == sample.text == expected
+
+
 def test_truncate_and_include_prefix_work_alone_and_together(tiny):
     settings = dict(length=40, seed=2, temperature=0.8)
     (whole,) = tiny.generate("The", **settings)
@@ -168,6 +217,84 @@ def test_an_endless_run_is_ended_by_ctrl_c_and_keeps_its_samples(run1):
     assert path.read_text().startswith("".join(lines)), err  # and perhaps one more, just begun
     assert all(json.loads(line) for line in path.read_text().splitlines() + rest.splitlines())
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_out_replaces_a_file_and_prints_nothing(cli, run1):
+    words = ("sample", "--run_name", "run1", "--length", 5, "--seed", 9, "--nsamples", 2)
+    shown = cli(*words, "--sample_dir", "elsewhere").stdout
+    path = run1 / "new" / "folder" / "out.txt"
+    for _ in range(2):
+        result = cli(*words, "--out", path)
+        assert result.returncode == 0 and result.stdout == "" and str(path) in result.stderr
+        assert path.read_text() == shown
+    assert list(path.parent.iterdir()) == [path]
+    assert not (run1 / "samples").exists()  # the run's own copy is for samples without --out
+
+
+def test_out_that_cannot_be_written_is_refused(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = ("sample", *T, "--length", 2, "--out")
+    for path in (tmp_path, tmp_path / "file" / "out.txt"):
+        result = cli(*words, path)
+        assert result.returncode == 1 and str(path) in result.stderr and result.stdout == ""
+
+
+def test_several_files_hold_different_samples(cli, tmp_path):
+    (tmp_path / "p.txt").write_text("One\nTwo\n")
+    words = ("sample", *T, "--length", 5, "--seed", 3, "--prompts", tmp_path / "p.txt")
+    whole = jsonl(cli(*words, "--nsamples", 2, "--format", "jsonl", "--nfiles", 1))
+    words += ("--nsamples", 2, "--format", "jsonl", "--nfiles", 3, "--out", tmp_path / "o.v1.txt")
+    result = cli(*words)
+    assert result.returncode == 0 and result.stdout == ""
+    texts = []
+    for number in (1, 2, 3):
+        path = tmp_path / f"o.v1-{number}.txt"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["prompt"] for line in lines] == ["One", "One", "Two", "Two"]
+        texts += lines
+        assert str(path) in result.stderr
+    assert [line["index"] for line in texts] == list(range(12))
+    assert [line["tokens"] for line in texts[:4]] == [line["tokens"] for line in whole]
+    assert len({tuple(line["tokens"]) for line in texts}) == 12
+    assert not (tmp_path / "o.v1.txt").exists()
+
+
+def test_a_delimiter_stands_after_each_sample_instead_of_the_banner(cli, tiny, tmp_path):
+    flags = (*T, "--length", 8, "--seed", 3, "--nsamples", 2, "--prefix", "The")
+    result = cli("sample", *flags, "--delimiter", "=" * 20)
+    texts = [s.text for s in tiny.generate("The", length=8, seed=3, nsamples=2)]
+    assert result.stdout == "".join(f"{text}\n{'=' * 20}\n" for text in texts)
+    cli("sample", *flags, "--delimiter", "", "--out", tmp_path / "o.txt")
+    assert (tmp_path / "o.txt").read_text() == "".join(f"{text}\n\n" for text in texts)
+
+
+def test_logprobs_are_in_jsonl_when_asked_for(cli, tiny):
+    flags = ("sample", *T, "--length", 6, "--seed", 3, "--prompt", "The", "--format", "jsonl")
+    (sample,) = jsonl(cli(*flags, "--logprobs"))
+    assert list(sample)[-1] == "logprobs" and len(sample["logprobs"]) == 6
+    prompt = tiny.encoder.encode("The")
+    logits = tiny.logits(prompt + sample["tokens"][:-1])[len(prompt) - 1 :]
+    expected = oracle.log_softmax(logits)[range(6), sample["tokens"]]
+    assert sample["logprobs"] == pytest.approx(expected, abs=1e-4)
+    assert "logprobs" not in jsonl(cli(*flags))[0]
+
+
+def test_an_endless_run_keeps_the_file_it_wrote(run1):
+    command = [sys.executable, "-m", "gpt2cli", "sample", "--run_name", "run1", "--nsamples", "0"]
+    command += ["--length", "8", "--format", "jsonl", "--out", "o.jsonl"]
+    with subprocess.Popen(
+        command, stdout=-1, stderr=-1, text=True, cwd=run1, env={"PYTHONPATH": str(ROOT)}
+    ) as process:
+        begin = time.monotonic()
+        while not any(p.stat().st_size > 500 for p in run1.glob("o.jsonl.*.part")):
+            assert process.poll() is None and time.monotonic() < begin + 120
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and "o.jsonl" in err
+    lines = (run1 / "o.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
+    assert not list(run1.glob("*.part"))
 
 
 def test_a_prompt_longer_than_the_window_is_cut_and_said(cli):

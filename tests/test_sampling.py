@@ -1,10 +1,13 @@
 """The rules of sampling against NumPy and against the distribution; the loop against itself."""
 
+import shutil
+
 import numpy as np
 import oracle
 import pytest
+from conftest import SHARED, lively
 
-from gpt2cli import sampling
+from gpt2cli import config, sampling
 from gpt2cli.config import GenerateSettings
 from gpt2cli.engine import tf
 
@@ -67,12 +70,21 @@ def test_repetition_penalty_is_that_of_the_paper():
 
 def rules(size, n_vocab, **changes):
     values = dict(temperature=1.0, top_k=0, top_p=0.0, repetition_penalty=1.0, min_length=0)
+    ngram = np.int32(changes.pop("no_repeat_ngram", 0))
     kinds = dict(top_k=np.int32, min_length=np.int32)
     fields = {
         name: np.full([size], value, kinds.get(name, np.float32))
         for name, value in {**values, **changes}.items()
     }
-    return sampling.Rules(**fields, end=np.int32(-1), bias=np.zeros(n_vocab, np.float32))
+    shared = dict(no_repeat_ngram=ngram, end=np.int32(-1), bias=np.zeros(n_vocab, np.float32))
+    return sampling.Rules(**fields, **shared)
+
+
+def nothing_before(logits):
+    """The Past of rows that hold nothing."""
+    rows, n_vocab = logits.shape
+    zeros = np.zeros(rows, np.int32)
+    return sampling.Past(np.zeros([rows, n_vocab], bool), zeros[:, None], zeros, zeros)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +96,8 @@ def test_draws_follow_the_distribution_in_every_row_of_a_batch(settings):
     from_to = {row: oracle.next_probs(ROWS[row, :60], **settings) for row in range(rows)}
     logits = np.tile(ROWS[:, :60], [draws, 1])  # row after row, draw after draw, in one batch
     uniform = np.random.default_rng(5).random(rows * draws, np.float32)
-    seen, none = np.zeros(logits.shape, bool), np.zeros(rows * draws, np.int32)
-    chosen = sampling.choose(logits, uniform, seen, none, rules(rows * draws, 60, **settings))
+    settings = rules(rows * draws, 60, **settings)
+    chosen, *_ = sampling.choose(logits, uniform, nothing_before(logits), settings)
     chosen = np.reshape(chosen, [draws, rows])
     for row, probs in from_to.items():
         counts = np.bincount(chosen[:, row], minlength=60)
@@ -111,10 +123,10 @@ def test_a_draw_never_falls_on_a_token_without_probability():
 
 
 def test_temperature_zero_takes_the_likeliest_and_tiny_ones_do_not_overflow():
-    uniform, seen, none = tf.fill([4], 0.99), np.zeros(ROWS.shape, bool), tf.zeros([4], tf.int32)
+    uniform, past = tf.fill([4], 0.99), nothing_before(ROWS)
     for temperature in (0.0, 1e-9, 1e-4):
         r = rules(4, 300, temperature=temperature)
-        chosen = sampling.choose(ROWS, uniform, seen, none, r)
+        chosen, *_ = sampling.choose(ROWS, uniform, past, r)
         np.testing.assert_array_equal(chosen, ROWS.argmax(-1))
 
 
@@ -155,15 +167,124 @@ def test_a_seed_that_was_not_given_is_drawn_and_reported(plain_model):
     assert one.tokens == same.tokens
 
 
+def greedy(network, prompt, count, window="half", ngram=0):
+    """The rules, restated: generated ids and their log-probabilities.
+
+    half: at 24 tokens the last 12 stay, and positions begin at 0 again. last: as the loop over
+    `row[-23:]`. A repeated n-gram is one of the whole row.
+    """
+    row, logprobs, begin = list(prompt), [], max(0, len(prompt) - 24)
+    for _ in range(count):
+        if len(row) - begin > 24:
+            begin = len(row) - 12
+        seen = row[begin:] if window == "half" else row if len(row) < 24 else row[-23:]
+        scores = oracle.log_softmax(network(np.array([seen]))[0, -1])
+        allowed = scores.copy()
+        if ngram:
+            allowed[list(oracle.repeats(row, ngram))] = -np.inf
+        row.append(int(allowed.argmax()))
+        logprobs.append(scores[row[-1]])
+    return row[len(prompt) :], logprobs
+
+
 def test_past_the_window_the_newer_half_is_read_again(plain_model, network):
-    """The rule, restated: at 24 tokens the last 12 stay, and positions begin at 0 again."""
-    tokens, begin = [5, 6, 7], 0
-    for _ in range(50):
-        if len(tokens) - begin > 24:
-            begin = len(tokens) - 12
-        tokens.append(int(np.argmax(network(np.array([tokens[begin:]]))[0, -1])))
     (sample,) = plain_model.generate([5, 6, 7], length=50, temperature=0)
-    assert sample.tokens == tokens[3:]
+    assert sample.tokens == greedy(network, [5, 6, 7], 50)[0]
+
+
+MIXED = [*PROMPTS, list(range(23)), list(range(24)), list(range(60))]  # around the window of 24
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_with_window_last_every_token_follows_the_last_of_them_read_anew(
+    plain_model, network, size
+):
+    settings = dict(length=40, temperature=0, window="last", batch_size=size)
+    for prompt, sample in zip(MIXED, plain_model.generate(MIXED, **settings), strict=True):
+        assert sample.tokens == greedy(network, prompt, 40, "last")[0]
+
+
+def test_a_window_of_one_token_is_no_special_case():
+    from gpt2cli import inference
+
+    sizes = config.ModelConfig(n_vocab=11, n_ctx=1, n_embd=8, n_head=2, n_layer=1)
+    model = inference.Model(lively(sizes), None)
+    for window in ("half", "last"):
+        (sample,) = model.generate([3, 4], length=5, temperature=0, window=window)
+        row = [4]
+        for _ in range(5):
+            row.append(int(model.logits(row[-1:])[-1].argmax()))
+        assert sample.tokens == row[1:]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 40, 2**31 - 1])
+def test_repeated_ngrams_are_found_wherever_they_are(size):
+    random = np.random.default_rng(size % 1000)
+    lengths = np.array([1, 2, 5, 17, 31], np.int32)
+    for room in (32, 64):
+        rows = random.integers(4, size=[5, room]).astype(np.int32)
+        past = sampling.Past(None, rows, lengths, None)
+        logits = random.normal(size=[5, 7]).astype(np.float32)
+        found = np.array(sampling.forbid_repeats(logits, past, tf.constant(size)))
+        for row, length, left, before in zip(rows, lengths, found, logits, strict=True):
+            banned = sorted(oracle.repeats(row[:length].tolist(), size))
+            assert np.flatnonzero(np.isinf(left)).tolist() == banned
+            assert (left == before)[np.isfinite(left)].all()
+
+
+@pytest.mark.parametrize("window", ["half", "last"])
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+def test_no_ngram_comes_twice_in_a_row_of_any_length(plain_model, network, ngram, window):
+    settings = dict(length=60, temperature=0, no_repeat_ngram=ngram, window=window, batch_size=4)
+    prompts = [[*p, *p] for p in MIXED[:3]] + MIXED[3:6] if ngram > 1 else MIXED[:6]
+    for prompt, sample in zip(prompts, plain_model.generate(prompts, **settings), strict=True):
+        count = min(60, 97 - len(prompt)) if ngram == 1 else 60
+        assert sample.tokens[:count] == greedy(network, prompt, count, window, ngram)[0]
+
+
+def test_rows_that_end_do_not_disturb_the_ngrams_of_the_others(network):
+    programs = sampling.Programs(network)
+    settings = GenerateSettings(temperature=0.9, no_repeat_ngram=2)
+    alone = []
+    for index, prompt in enumerate(PROMPTS):
+        row = sampling.Generation(network, programs, [prompt], settings, 70, 1, [index], 3, [])
+        while not row.finished.all():
+            row.step()
+        alone.append(row.rows[0])
+    together = sampling.Generation(
+        network, programs, PROMPTS, settings, 70, 1, range(len(PROMPTS)), 3, []
+    )
+    while not together.finished.all():
+        together.step()
+    assert together.rows == alone
+    assert len({len(row) for row in alone}) > 2  # some ended early
+    for row, prompt in zip(alone, PROMPTS, strict=True):
+        assert all(row[i] not in oracle.repeats(row[:i], 2) for i in range(len(prompt), len(row)))
+
+
+def test_where_every_token_would_repeat_none_is_banned(plain_model):
+    (sample,) = plain_model.generate([5], length=120, temperature=0, no_repeat_ngram=1)
+    assert sorted(sample.tokens[:96]) == [t for t in range(97) if t != 5]
+    assert len(sample.tokens) == 120
+
+
+@pytest.mark.parametrize("window", ["half", "last"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0, "repetition_penalty": 1.5, "no_repeat_ngram": 2}]
+)
+def test_logprobs_are_the_models_own(plain_model, network, settings, window):
+    settings = dict(length=45, seed=3, window=window, top_k=30, logprobs=True, **settings)
+    for sample in plain_model.generate(MIXED, batch_size=3, **settings):
+        assert len(sample.logprobs) == len(sample.tokens) == 45
+        row, begin = list(sample.prompt), max(0, len(sample.prompt) - 24)
+        for token, logprob in zip(sample.tokens, sample.logprobs, strict=True):
+            if len(row) - begin > 24:
+                begin = len(row) - 12
+            seen = row[begin:] if window == "half" else row if len(row) < 24 else row[-23:]
+            expected = oracle.log_softmax(plain_model.logits(seen)[-1])[token]
+            assert logprob == pytest.approx(expected, abs=1e-4)
+            row.append(token)
+    assert plain_model.generate([5], length=3)[0].logprobs is None
 
 
 def test_of_a_prompt_longer_than_the_window_the_end_is_read(plain_model):
@@ -177,13 +298,17 @@ def test_nothing_is_traced_again_however_many_prompts_follow(network):
 
     model = inference.Model(network, None)
     random = np.random.default_rng(0)
-    for _ in range(12):
+    for n in range(12):
         prompt = random.integers(97, size=random.integers(1, 40)).tolist()
         size = int(random.integers(1, 4))
-        model.generate([prompt] * size, length=int(random.integers(1, 30)), batch_size=size)
+        settings = dict(length=int(random.integers(1, 30)), no_repeat_ngram=n % 3)
+        model.generate([prompt] * size, batch_size=size, **settings)
+        if n % 3:
+            model.generate([prompt], beams=2, **settings)
     programs = model._programs
-    for program in (programs.logits_after, programs.first, programs.run):
+    for program in vars(programs).values():
         assert program.experimental_get_tracing_count() == 1
+    assert len(vars(programs)) == 7
 
 
 def test_the_loop_ends_when_every_row_has_ended(network, monkeypatch):
@@ -201,7 +326,7 @@ def test_the_loop_ends_when_every_row_has_ended(network, monkeypatch):
 
     def counted(*arguments):
         result = run(*arguments)
-        steps.append(int(result[1]))
+        steps.append(int(result[2]))
         return result
 
     monkeypatch.setattr(programs, "run", counted)
@@ -246,3 +371,61 @@ def test_greedy_ids_are_those_of_the_original_program(golden, name):
     samples = model.generate(prompts, length=64, temperature=0, batch_size=4)
     for j, sample in enumerate(samples):
         assert sample.tokens == expected[f"greedy{j}_ids"].tolist()
+
+
+@pytest.mark.parametrize("name", ["a-clue-l2-h3-e24-p80", "a-bert-l3-h2-e16-p64"])
+def test_greedy_ids_are_those_of_gpt2_ml(golden, name):
+    import gpt2cli
+
+    folder = golden / "gpt2_ml" / name
+    model, expected = gpt2cli.load_model(folder), np.load(folder / "expected.npz")
+    count = int(expected["n_greedy"])
+    prompts = [expected[f"greedy{j}_prompt"].tolist() for j in range(count)]
+    ids = [expected[f"greedy{j}_ids_noban"].tolist() for j in range(count)]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        (sample,) = model.generate(prompt, length=len(tokens), temperature=0)
+        assert sample.tokens == tokens and sample.finish_reason == "length"
+
+
+GPT2_ML = {
+    "a-clue-l2-h3-e24-p80": "clue-vocab.txt",
+    "a-bert-l3-h2-e16-p64": "google_zh_vocab.txt",
+}
+
+
+@pytest.fixture(params=GPT2_ML)
+def gpt2_ml(golden, request, tmp_path):
+    """A golden GPT2_ML model with its vocabulary beside it, and its results."""
+    import gpt2cli
+
+    folder = golden / "gpt2_ml" / request.param
+    vocabulary = SHARED / "data" / "bert-zh" / GPT2_ML[request.param]
+    if not vocabulary.is_file():
+        pytest.skip("../shared/data is not on this machine")
+    for path in [*folder.glob("model.ckpt*"), folder / "config.json"]:
+        shutil.copy(path, tmp_path / path.name)
+    shutil.copy(vocabulary, tmp_path / "vocab.txt")
+    return gpt2cli.load_model(tmp_path), np.load(folder / "expected.npz")
+
+
+def test_greedy_ids_are_those_of_gpt2_ml_where_it_never_writes_padding(gpt2_ml):
+    """With a vocabulary other tokens are banned here as well, which no case needs."""
+    model, expected = gpt2_ml
+    assert model.encoder.end is None and 0 in model.encoder.banned
+    for j in range(int(expected["n_greedy"])):
+        prompt, ids = (expected[f"greedy{j}_{key}"].tolist() for key in ("prompt", "ids_ban0"))
+        assert not {*model.encoder.banned, *range(model.encoder.n_vocab, 2**15)} & {*ids}
+        (sample,) = model.generate(prompt, length=len(ids), temperature=0)
+        assert sample.tokens == ids
+
+
+def test_gpt2_ml_stops_as_the_original_does(gpt2_ml):
+    """At the first eos with which prompt and text together are longer than min_len."""
+    model, expected = gpt2_ml
+    prompt, ids = expected["stop_prompt"].tolist(), expected["stop_ids"].tolist()
+    eos, least = int(expected["stop_eos"]), int(expected["stop_min_len"]) + 1 - len(prompt)
+    stop = model.encoder.decode([eos])
+    settings = dict(length=60, temperature=0, stop=(stop,), min_length=least, keep_stop=True)
+    (sample,) = model.generate(prompt, **settings)
+    assert prompt + sample.tokens == ids and sample.finish_reason == "stop"
+    assert sample.text.endswith(stop) and sample.text.count(stop) == sample.tokens.count(eos) > 1

@@ -43,8 +43,8 @@ def run(config):
                 config = _obey(text, config)
                 continue
             try:
-                for number in range(config.nsamples):
-                    _continue(model, text, config, index, number)
+                for number, pieces in enumerate(_continuations(model, text, config, index)):
+                    _show(text, pieces, config, number)
                     index += 1
             except KeyboardInterrupt:
                 print(flush=True)
@@ -54,13 +54,23 @@ def run(config):
                 _say(f"gpt2cli: {error}")
 
 
-def _continue(model, prompt, config, index, number):
+def _continuations(model, prompt, config, index):
+    """Of each sample the pieces of its text, as they are generated; all at once with beams."""
+    if config.beams > 1:
+        without_prompt = dataclasses.replace(config, include_prefix=False)
+        yield from ([sample.text] for sample in model.samples([prompt], without_prompt, index))
+        return
+    for number in range(config.nsamples):
+        yield model.stream(prompt, config, index + number)
+
+
+def _show(prompt, pieces, config, number):
     """Print one continuation as it is generated."""
     if config.nsamples > 1:
         print(f"{'=' * 40} SAMPLE {number + 1} {'=' * 40}")
     if config.include_prefix:
         print(prompt, end="")
-    for piece in model.stream(prompt, config, index):
+    for piece in pieces:
         if isinstance(piece, str):
             print(piece, end="", flush=True)
     print(flush=True)

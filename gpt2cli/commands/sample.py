@@ -11,10 +11,16 @@ from gpt2cli.errors import UserError
 
 
 def run(config):
-    """Write the samples to standard output, and with --run_name into samples/RUN_NAME/ as well."""
+    """Write the samples to standard output, and with --run_name into samples/RUN_NAME/ as well.
+
+    With --out into that file, or into --nfiles of them, and nowhere else.
+    """
     prefix = files.find_checkpoint(files.source_dir(config))
     files.read_config(prefix.parent)
     prompts = read_prompts(config)
+    for path in out_paths(config):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; --out takes the name of a file")
 
     from gpt2cli import engine, inference  # what can be refused was refused before this import
 
@@ -30,25 +36,42 @@ def run(config):
     if config.seed is None:
         config = dataclasses.replace(config, seed=inference.new_seed())
         print(f"seed {config.seed}", file=sys.stderr)
+    if config.out is None:
+        path = free_path(config, prefix) if config.run_name is not None else None
+        _write(model.samples(prompts, config), config, path)
+    for number, path in enumerate(out_paths(config)):
+        first = number * config.nsamples * len(prompts)
+        _write(model.samples(prompts, config, first), config, path)
+
+
+def out_paths(config):
+    """The files that --out and --nfiles name: NAME-1.txt, ... for NAME.txt, if more than one."""
+    if config.out is None:
+        return []
+    path = Path(config.out)
+    if config.nfiles == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{n + 1}{path.suffix}") for n in range(config.nfiles)]
+
+
+def _write(samples, config, path):
+    """Write samples to a file, if there is a path, and to standard output, if there is no --out."""
     ended = None
     with contextlib.ExitStack() as stack:
-        outputs = []
-        if config.run_name is not None:
-            path = free_path(config, prefix)
-            outputs.append(
-                stack.enter_context(files.replacing(path, "w", encoding="utf-8", errors="replace"))
-            )
-        outputs.append(sys.stdout)
+        outputs = [] if config.out is not None else [sys.stdout]
+        if path is not None:
+            file = files.replacing(path, "w", encoding="utf-8", errors="replace")
+            outputs.insert(0, stack.enter_context(file))
         try:
-            for sample in model.samples(prompts, config):
+            for sample in samples:
                 for output in outputs:
-                    print(sample.show(config.format), file=output, flush=True)
+                    print(sample.show(config.format, config.delimiter), file=output, flush=True)
         except (KeyboardInterrupt, SystemExit, BrokenPipeError) as stop:
             if config.nsamples:
                 raise
             ended = stop  # an endless run is always ended so, and keeps its samples
-    if config.run_name is not None:
-        print(f"also in {path}", file=sys.stderr)
+    if path is not None:
+        print(f"{'also in' if config.out is None else 'wrote'} {path}", file=sys.stderr)
     if ended:
         raise ended
 
