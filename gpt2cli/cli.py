@@ -76,7 +76,8 @@ def main(argv=None):
             raise
         print(
             "gpt2cli: out of memory. Lower --batch_size; for train also --seq_length, or turn on "
-            "--memory_saving_gradients, --only_train_transformer_layers, --optimizer sgd",
+            "--memory_saving_gradients, --optimizer adafactor, --precision bfloat16, "
+            "--only_train_transformer_layers",
             file=sys.stderr,
         )
         sys.exit(1)

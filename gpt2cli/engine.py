@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 from gpt2cli.errors import UserError
 
@@ -71,3 +72,17 @@ def describe_devices():
     built = "this TensorFlow is built without CUDA" if not tf.test.is_built_with_cuda() else ""
     reason = built or "no GPU that TensorFlow can use was found"
     return f"TensorFlow {tf.__version__} on CPU ({reason})"
+
+
+def free_memory():
+    """Bytes of main memory that a process may still take; None where that cannot be told.
+
+    With a GPU, whose memory counts instead, TensorFlow does not say.
+    """
+    if GPUS:
+        return None
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None

@@ -17,7 +17,7 @@ from gpt2cli.config import ModelConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 FAST = ("--model_name", "tiny", "--seq_length", 32, "--learning_rate", 0.001, "--sample_every", 0)
-LINE = re.compile(r"^\[(\d+) \| [\d.]+\] loss=([\d.]+) avg=([\d.]+) \d+ tokens/s$", re.M)
+LINE = re.compile(r"^\[(\d+) \| [\d.]+\] loss=([\d.]+) avg=([\d.]+) acc=[\d.]+ \d+ tokens/s$", re.M)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_in_its_own_folders(cli, text):
              for ending in ("index", "data-00000-of-00001")}  # fmt: skip
     assert names == saved | {
         *("checkpoint", "counter", "hparams.json", "encoder.json", "vocab.bpe", "train.json"),
-        *("state-4.json", "state-6.json", "events.out.tfevents", ".lock"),
+        *("state-4.json", "state-6.json", "events.out.tfevents", ".lock", "log.jsonl"),
     }
     assert (run / "counter").read_text() == "6\n"
     record = json.loads((run / "train.json").read_text())

@@ -14,8 +14,8 @@ def run(config):
     folder = files.source_dir(config)
     prefix = files.find_checkpoint(folder)
     dataset.find(config.dataset)
-    n_vocab, vocabulary = files.read_config(folder).n_vocab, encoder.of_model(folder)
-    tokens = dataset.load(config.dataset, vocabulary, config, n_vocab)
+    vocabulary = encoder.of_model(folder)
+    tokens = dataset.load(config.dataset, vocabulary, config, encoder.ids_of(folder, vocabulary))
 
     from gpt2cli import engine, inference  # what can be refused was refused before this import
 

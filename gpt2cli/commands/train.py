@@ -35,10 +35,11 @@ def run(config):
         )
 
     vocabulary = encoder.of_model(prefix.parent)
-    tokens = dataset.load(config.dataset, vocabulary, config, sizes.n_vocab)
+    n_vocab = encoder.ids_of(prefix.parent, vocabulary)
+    tokens = dataset.load(config.dataset, vocabulary, config, n_vocab)
     held_out = None
     if config.val_every:
-        held_out = dataset.load(config.val_dataset, vocabulary, config, sizes.n_vocab)
+        held_out = dataset.load(config.val_dataset, vocabulary, config, n_vocab)
     elif config.val_dataset is not None:
         _say("--val_dataset is not used: --val_every is 0")
     with files.locked(run_folder, "train"), stop_signals() as stop:
@@ -97,11 +98,16 @@ class Run:
         self.folder, self.source, self.checkpoint = folder, prefix.parent, checkpoint
         self.replaced = () if resumed else files.saved_steps(folder)
         _say(f"{prefix}: {engine.describe_devices()}")
+        _say(memory_line(training.memory_needed(files.read_config(prefix.parent), config)))
         network = checkpoint.load(prefix, config.precision, weights_precision="float32")
         self.model = inference.Model(network, vocabulary)
         tensors, state = checkpoint.load_training(prefix) if resumed else ({}, None)
         if resumed and state is None:
             _say("the checkpoint has no optimizer state beside it; the optimizer starts anew")
+        if not tensors and config.optimizer == "adafactor_gpt2_ml":
+            tensors = checkpoint.load_slots(prefix, config.optimizer)
+            if tensors:
+                _say("the optimizer goes on with the moments in the checkpoint")
         state = state or {"step": _step_of(prefix) if resumed else 0}
         seed = config.seed if config.seed is not None else state.get("seed")
         if seed is None:
@@ -117,12 +123,18 @@ class Run:
 
     def train(self, tokens, held_out, stop):
         """Take steps until --steps or `stop`; save, sample and validate on the way."""
-        config, n_ctx = self.config, self.model.config.n_ctx
-        length = config.seq_length or n_ctx
-        rows = config.batch_size * config.accumulate_gradients
+        length = self.config.seq_length or self.model.config.n_ctx
+        rows = self.config.batch_size * self.config.accumulate_gradients
+        windows = self.sampler(tokens, length, self.config.seed)
+        if self.config.epochs:
+            steps = -(-self.config.epochs * windows.count // rows)
+            self.config = dataclasses.replace(self.config, epochs=0, steps=steps)
+            self.trainer.config = self.config
+        config = self.config
         _say(
-            f"{config.dataset}: {tokens.total:,} tokens; a step reads {rows} x {length}; "
-            f"run {self.folder}, step {self.step}"
+            f"{config.dataset}: {tokens.total:,} tokens; a step reads {rows} x {length}, an epoch "
+            f"takes {windows.count / rows:,.1f} steps; run {self.folder}, step {self.step}"
+            + (f" of {config.steps}" if config.steps else "")
         )
         if config.steps and self.step >= config.steps:
             _say(f"the run is at step {self.step} and --steps is {config.steps}: nothing to do")
@@ -132,9 +144,8 @@ class Run:
         self.began = self.reported = time.monotonic()
         self.reported_step = self.step
         while not stop.received and (not config.steps or self.step < config.steps):
-            batch = tokens.windows(
-                self.step, rows, length, config.seed, config.noise, self.model.config.n_vocab
-            )
+            n_vocab = self.model.config.n_vocab
+            batch = windows.batch(self.step, rows, config.noise, n_vocab)
             loss, accuracy = self.trainer.step(self.step, batch)
             self.count(loss)
             self.batch = batch
@@ -159,6 +170,12 @@ class Run:
             else "stopped before the first step; nothing is saved"
         )
 
+    def sampler(self, tokens, length, seed):
+        """The batches of a text as --sampling asks for."""
+        vocabulary, config = self.model.encoder, self.config
+        end = vocabulary.end if vocabulary else None
+        return tokens.sampler(config.sampling, length, seed, end, config.uer_compat)
+
     def count(self, loss):
         """Take note of a step and its loss; one that is not finite ends the run."""
         self.check(loss)
@@ -175,7 +192,16 @@ class Run:
             f"[{self.step} | {now - self.began:.2f}] loss={loss:.4f} avg={average:.4f} "
             f"acc={accuracy:.3f} {speed:.0f} tokens/s"
         )
-        self.events.write(self.step, loss=loss, accuracy=accuracy, tokens_per_second=speed)
+        values = {"loss": loss, "accuracy": accuracy, "tokens_per_second": speed}
+        self.record(learning_rate=float(self.trainer.optimizer.learning_rate), **values)
+
+    def record(self, **values):
+        """Add numbers of this step to TensorBoard's events and to log.jsonl."""
+        self.events.write(self.step, **values)
+        line = {"step": self.step, "seq_length": self.config.seq_length, **values}
+        with contextlib.suppress(OSError):  # a full disk is met at the next save, with advice
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def check(self, loss):
         """End the run (UserError) where a loss is not finite; what was saved stays."""
@@ -243,18 +269,38 @@ class Run:
     def validate(self, held_out, length, stop):
         """Print the mean loss of --val_batch_count batches, the same ones each time."""
         config = self.config
+        windows = self.sampler(held_out, length, VALIDATION_SEED)
         batches = (
-            held_out.windows(number, config.val_batch_size, length, VALIDATION_SEED)
-            for number in range(config.val_batch_count)
+            windows.batch(number, config.val_batch_size) for number in range(config.val_batch_count)
         )
-        loss = self.model.score(itertools.takewhile(lambda _: not stop.received, batches)).loss
+        score = self.model.score(itertools.takewhile(lambda _: not stop.received, batches))
         if stop.received:
             return
-        _say(f"[{self.step}] validation loss={loss:.4f} perplexity={math.exp(min(loss, 700)):.2f}")
-        self.events.write(self.step, validation_loss=loss)
+        perplexity = math.exp(min(score.loss, 700))
+        _say(
+            f"[{self.step}] validation loss={score.loss:.4f} perplexity={perplexity:.2f} "
+            f"acc={score.accuracy:.3f}"
+        )
+        self.record(validation_loss=score.loss, validation_accuracy=score.accuracy)
 
 
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
+
+
+def memory_line(parts):
+    """The bytes of training.memory_needed, and what is free, in a line."""
+    from gpt2cli import engine
+
+    needed, free = sum(parts.values()), engine.free_memory()
+    named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size > 5e7)
+    line = f"training takes about {needed / 1e9:.1f} GB of memory ({named})"
+    if free is None or needed < free:
+        return line
+    return (
+        f"{line}, and {free / 1e9:.1f} GB are free: the system may end it. Less is taken by "
+        "--memory_saving_gradients, --optimizer adafactor, --precision bfloat16, a smaller "
+        "--batch_size or --seq_length, --only_train_transformer_layers"
+    )
 
 
 def _step_of(prefix):
