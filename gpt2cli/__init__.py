@@ -3,8 +3,12 @@
     model = gpt2cli.load_model("models/tiny")
     model.generate("The import statement", length=40)
 
-TensorFlow is imported when a model is first loaded, not before.
+`download`, `encode`, `train`, `sample`, `convert`, `vocab` and `init` do what the commands of the
+same names do, with the same settings. TensorFlow is imported when a model is first loaded, not
+before.
 """
+
+import importlib
 
 __version__ = "0.1.0"
 
@@ -31,18 +35,56 @@ def load_encoder(folder):
     return encoder.load(folder)
 
 
+def _run(command, settings):
+    """Run a command with the fields of its dataclass in `config`; UsageError for wrong ones."""
+    from gpt2cli.cli import COMMANDS
+    from gpt2cli.errors import UsageError
+
+    config_class, _ = COMMANDS[command]
+    try:
+        config = config_class(**settings)
+    except TypeError as error:
+        raise UsageError(str(error).removeprefix(f"{config_class.__name__}.__init__() ")) from None
+    return importlib.import_module(f"gpt2cli.commands.{command}").run(config)
+
+
+def download(**settings):
+    """Fetch a model as `gpt2cli download` does; the settings are those of `DownloadConfig`."""
+    return _run("download", settings)
+
+
+def encode(**settings):
+    """Text to token ids as `gpt2cli encode` does it; the settings are those of `EncodeConfig`."""
+    return _run("encode", settings)
+
+
 def train(**settings):
-    """Fine-tune as `gpt2cli train` does; the settings are the fields of `config.TrainConfig`.
+    """Train as `gpt2cli train` does; the settings are those of `TrainConfig`.
 
     Returns:
         The run folder (a Path), which `load_model` takes.
     """
-    from gpt2cli.commands import train
-    from gpt2cli.config import TrainConfig
-    from gpt2cli.errors import UsageError
+    return _run("train", settings)
 
-    try:
-        config = TrainConfig(**settings)
-    except TypeError as error:
-        raise UsageError(str(error).removeprefix("TrainConfig.__init__() ")) from None
-    return train.run(config)
+
+def sample(**settings):
+    """Print or write samples as `gpt2cli sample` does; the settings are those of `SampleConfig`.
+
+    `load_model(...).generate(...)` gives them back instead.
+    """
+    return _run("sample", settings)
+
+
+def convert(**settings):
+    """Convert a model as `gpt2cli convert` does; the settings are those of `ConvertConfig`."""
+    return _run("convert", settings)
+
+
+def vocab(**settings):
+    """Train a vocabulary as `gpt2cli vocab` does; the settings are those of `VocabConfig`."""
+    return _run("vocab", settings)
+
+
+def init(**settings):
+    """Make a new model as `gpt2cli init` does; the settings are those of `InitConfig`."""
+    return _run("init", settings)

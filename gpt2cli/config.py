@@ -435,7 +435,7 @@ class GenerateSettings:
             1909.05858).
         no_repeat_ngram: never write the same this many tokens in a row twice; 0 allows it.
         beams: keep this many candidates and return the --nsamples likeliest, instead of drawing at
-            random (beam search, as transformers does it).
+            random (beam search, as transformers does it); one prompt at a time.
         length_penalty: of beams, whose score is their log-probability / length ** this; above 0
             favours long ones.
         logprobs: with each token its log-probability (nats) before temperature and choice, in
@@ -544,6 +544,8 @@ class SampleConfig(SourceSettings, GenerateSettings):
             raise UsageError(f"--nfiles must be at least 1, got {self.nfiles}")
         if self.nfiles > 1 and (self.out is None or not self.nsamples):
             raise UsageError("--nfiles needs --out FILE, and --nsamples above 0")
+        if self.nfiles > 1 and (self.beams > 1 or self.temperature == 0):
+            raise UsageError("--nfiles with --beams or --temperature 0 would write equal files")
         if self.delimiter is not None and self.format == "jsonl":
             raise UsageError("--delimiter is for --format text; a line of jsonl is one sample")
         given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from gpt2cli import beams, checkpoint, dataset, encoder, files, sampling, training
+from gpt2cli import beams, checkpoint, encoder, files, sampling, training, windows
 from gpt2cli.config import GenerateSettings
 from gpt2cli.engine import tf
 from gpt2cli.errors import UsageError, UserError
@@ -157,10 +157,10 @@ class Model:
 
     def loss(self, tokens):
         """Ids of one text, 2 or more -> mean nats a token; see `evaluate`."""
-        return self.evaluate(dataset.Tokens([np.array(self._checked(tokens), np.int32)])).loss
+        return self.evaluate(windows.Tokens([np.array(self._checked(tokens), np.int32)])).loss
 
     def evaluate(self, tokens, batch_size=1):
-        """dataset.Tokens -> training.Score: mean loss in nats a token, accuracy, tokens.
+        """windows.Tokens -> training.Score: mean loss in nats a token, accuracy, tokens.
 
         The text is cut into windows of n_ctx predictions, each beginning with the last token of
         the one before: every token but the first is predicted once.
@@ -168,7 +168,7 @@ class Model:
         return self.score(tokens.evaluation_windows(self.config.n_ctx, batch_size))
 
     def score(self, batches):
-        """Batches of dataset.Batch -> training.Score."""
+        """Batches of windows.Batch -> training.Score."""
         return self._evaluator.score(batches)
 
     def generate(self, prompts=None, **settings):

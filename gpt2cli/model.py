@@ -313,7 +313,10 @@ class GPT2:
         x, position = self.embed(tokens, position, dropout)
         new_cache = []
         for layer, block in enumerate(self.h):
-            x, kept = block(x, cache and cache[layer], position, dropout and dropout.at(layer))
+            with tf.control_dependencies([x] if self.wte.dtype != self.dtype else []):
+                # without it all weights are cast to bfloat16 before the first layer begins
+                drop = dropout and dropout.at(layer)
+                x, kept = block(x, cache and cache[layer], position, drop)
             new_cache.append(kept)
         return self.ln_f(x), new_cache
 

@@ -189,8 +189,7 @@ def layer_by_layer(model, inputs, targets, weight, dropout):
     kept = []
     for layer, block in enumerate(model.h):
         kept.append(x)
-        # otherwise all weights are cast to bfloat16 before the first layer begins
-        with tf.control_dependencies([x]):
+        with tf.control_dependencies([x]):  # as in GPT2.hidden
             x = block(x, None, position, dropout and dropout.at(layer))[0]
     layers = model.layer_weights()
     inside = {id(v) for variables in layers for v in variables} | {id(model.wte), id(model.wpe)}
@@ -300,7 +299,7 @@ class Trainer:
         self._step = step
 
     def step(self, number, batch):
-        """Take step `number` (0, 1, ...) with a dataset.Batch of [A * B, T].
+        """Take step `number` (0, 1, ...) with a windows.Batch of [A * B, T].
 
         Returns:
             The mean loss before the update, and the share of targets that were the likeliest token.
@@ -367,7 +366,7 @@ class Evaluator:
         self._sums = sums
 
     def score(self, batches):
-        """Batches of dataset.Batch -> Score."""
+        """Batches of windows.Batch -> Score."""
         loss, hits, count = 0.0, 0.0, 0
         for batch in batches:
             more = self._sums(*batch)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
-from gpt2cli import dataset, encoder
+from gpt2cli import dataset, encoder, windows
 from gpt2cli.config import TextSettings
 from gpt2cli.errors import UserError
 
@@ -412,7 +412,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, bpe):
 
 
 def test_every_place_of_every_chunk_is_drawn_equally_often():
-    tokens = dataset.Tokens(
+    tokens = windows.Tokens(
         [np.arange(10, 16), np.arange(20, 22), np.arange(30, 31), np.arange(40, 44)]
     )
     drawn = {}
@@ -427,7 +427,7 @@ def test_every_place_of_every_chunk_is_drawn_equally_often():
 
 
 def test_a_window_is_inputs_and_the_tokens_that_follow_them():
-    batch = dataset.Tokens([np.arange(100, 200)]).windows(0, 8, 5, seed=3)
+    batch = windows.Tokens([np.arange(100, 200)]).windows(0, 8, 5, seed=3)
     assert batch.inputs.dtype == batch.targets.dtype == np.int32
     assert batch.mask.dtype == np.float32 and batch.mask.min() == 1
     assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (8, 5)
@@ -435,20 +435,20 @@ def test_a_window_is_inputs_and_the_tokens_that_follow_them():
 
 
 def test_a_chunk_shorter_than_the_window_is_padded_and_masked():
-    batch = dataset.Tokens([np.array([7, 8, 9])]).windows(0, 1, 5, seed=3)
+    batch = windows.Tokens([np.array([7, 8, 9])]).windows(0, 1, 5, seed=3)
     assert batch.inputs.tolist() == [[7, 8, 9, 0, 0]]
     assert batch.targets.tolist() == [[8, 9, 0, 0, 0]]
     assert batch.mask.tolist() == [[1, 1, 0, 0, 0]]
 
 
 def test_the_last_tokens_are_drawn_and_a_chunk_of_just_one_window_works():
-    tokens = dataset.Tokens([np.arange(6)])
+    tokens = windows.Tokens([np.arange(6)])
     assert tokens.windows(0, 1, 5, seed=0).targets.tolist() == [[1, 2, 3, 4, 5]]
     assert tokens.windows(0, 64, 4, seed=0).targets.max() == 5
 
 
 def test_windows_depend_on_seed_and_step_alone():
-    tokens = dataset.Tokens([np.arange(1000)])
+    tokens = windows.Tokens([np.arange(1000)])
     first = tokens.windows(5, 4, 8, seed=2**63 - 1)
     tokens.windows(6, 4, 8, seed=1)
     again = tokens.windows(5, 4, 8, seed=2**63 - 1)
@@ -458,7 +458,7 @@ def test_windows_depend_on_seed_and_step_alone():
 
 
 def test_noise_replaces_that_share_of_the_inputs_and_no_target():
-    tokens = dataset.Tokens([np.arange(1000)])
+    tokens = windows.Tokens([np.arange(1000)])
     clean = tokens.windows(1, 16, 500, seed=1)
     noisy = tokens.windows(1, 16, 500, seed=1, noise=0.25, n_vocab=10_000)
     np.testing.assert_array_equal(clean.targets, noisy.targets)
@@ -478,7 +478,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(sizes, n_ctx, batch_
     if max(sizes) < 2:
         return
     text = np.arange(1, sum(sizes) + 1)
-    tokens = dataset.Tokens(np.split(text, np.cumsum(sizes)[:-1]))
+    tokens = windows.Tokens(np.split(text, np.cumsum(sizes)[:-1]))
     inputs, targets = [], []
     for batch in tokens.evaluation_windows(n_ctx, batch_size):
         rows, length = batch.inputs.shape
@@ -518,7 +518,7 @@ SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(lambda s: ma
 @given(SIZES, st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**63 - 1), st.integers(0, 99))
 def test_random_sampling_draws_what_it_always_drew(sizes, length, rows, seed, step):
     chunks = random_corpus(sizes)
-    tokens = dataset.Tokens(chunks)
+    tokens = windows.Tokens(chunks)
     sampler = tokens.sampler("random", length, seed)
     expected = reference_windows(chunks, step, rows, length, seed)
     assert rows_of(sampler.batch(step, rows)) == expected
@@ -530,16 +530,16 @@ def test_random_sampling_draws_what_it_always_drew(sizes, length, rows, seed, st
 @given(SIZES, st.integers(1, 8), st.integers(1, 7))
 def test_sequential_sampling_predicts_each_token_once_a_pass_in_order(sizes, length, rows):
     chunks = random_corpus(sizes)
-    sampler = dataset.Tokens(chunks).sampler("sequential", length, seed=1)
-    windows = []
+    sampler = windows.Tokens(chunks).sampler("sequential", length, seed=1)
+    found = []
     for step in range(3 * sampler.count // rows + 1):
         batch = sampler.batch(step, rows)
         assert batch.mask.sum(1).tolist() == [len(row) - 1 for row in rows_of(batch)]
-        windows += rows_of(batch)
-    first = windows[: sampler.count]
+        found += rows_of(batch)
+    first = found[: sampler.count]
     assert [token for row in first for token in row[1:]] == [t for c in chunks for t in c[1:]]
     assert all(len(row) <= length + 1 for row in first)
-    again = windows[sampler.count : 2 * sampler.count]  # a batch goes on from the start of the text
+    again = found[sampler.count : 2 * sampler.count]  # a batch goes on from the start of the text
     assert again == first[: len(again)]
 
 
@@ -572,7 +572,7 @@ def test_documents_are_cut_into_pieces_and_each_comes_once_a_pass(
     expected = pieces_by_hand(chunks, length, end, uer_compat)
     if max(map(len, chunks)) < 2:
         return
-    tokens = dataset.Tokens(chunks, "corpus.txt")
+    tokens = windows.Tokens(chunks, "corpus.txt")
     if not expected:
         with pytest.raises(UserError, match="no document of corpus.txt has two tokens"):
             tokens.sampler("documents", length, 1, end)
@@ -595,7 +595,7 @@ def test_pieces_are_found_across_the_parts_in_which_a_corpus_is_read(monkeypatch
     ids = np.random.default_rng(1).integers(1, 50, 2**22 + 1000).astype(np.uint16)
     ids[2**22 - 3 : 2**22 + 200] = 7  # no end here, so that a document lies across
     for corpus in (ids, ids[: 2**22], np.append(ids[: 2**22 - 1], np.uint16(1))):
-        sampler = dataset.Tokens([ids[:9], corpus]).sampler("documents", 16, 1, end=1)
+        sampler = windows.Tokens([ids[:9], corpus]).sampler("documents", 16, 1, end=1)
         assert sampler.starts.nbytes + sampler.sizes.nbytes == 10 * sampler.count
         expected = pieces_by_hand([ids[:9], corpus], 16, 1, False)
         assert sampler.sizes.tolist() == [len(piece) for piece in expected]
@@ -605,7 +605,7 @@ def test_pieces_are_found_across_the_parts_in_which_a_corpus_is_read(monkeypatch
 
 @pytest.mark.parametrize("sampling", ["random", "sequential", "documents"])
 def test_a_batch_depends_on_seed_and_step_alone(sampling):
-    tokens = dataset.Tokens([np.random.default_rng(1).integers(1, 9, 500)])
+    tokens = windows.Tokens([np.random.default_rng(1).integers(1, 9, 500)])
 
     def batches(steps, seed=5):
         sampler = tokens.sampler(sampling, 6, seed, end=1)
@@ -623,7 +623,7 @@ def test_a_batch_depends_on_seed_and_step_alone(sampling):
 
 
 def test_each_pass_over_the_documents_has_an_order_of_its_own():
-    tokens = dataset.Tokens([np.arange(1000)])
+    tokens = windows.Tokens([np.arange(1000)])
     sampler = tokens.sampler("documents", 9, 1)
     passes = [sampler.order(number).tolist() for number in (0, 1, 2)]
     passes += [tokens.sampler("documents", 9, 2).order(0).tolist()]
@@ -636,7 +636,7 @@ def test_each_pass_over_the_documents_has_an_order_of_its_own():
 
 
 def test_many_small_chunks_are_sampled_in_no_time():
-    tokens = dataset.Tokens([np.arange(1, 4)] * 100_000)
+    tokens = windows.Tokens([np.arange(1, 4)] * 100_000)
     for sampling in ("random", "sequential", "documents"):
         sampler = tokens.sampler(sampling, 8, 1, end=3)
         began = time.perf_counter()

@@ -11,7 +11,7 @@ import safetensors.numpy
 from conftest import lively
 from test_model import GOLDEN, check_golden
 
-from gpt2cli import checkpoint, encoder, files, formats, model
+from gpt2cli import checkpoint, encoder, files, formats, model, statedict
 from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
@@ -556,7 +556,7 @@ def test_a_state_dict_of_uer_is_taken_apart_rightly(tmp_path, network, uer_state
 
 
 def test_the_names_before_2022_are_read(tmp_path, network, uer_state):
-    older = {new: old for old, new in formats.UER_OLD.items()}
+    older = {new: old for old, new in statedict.UER_OLD.items()}
     arrays = {older.get(name, name): value for name, value in uer_state.items()}
     assert "embedding.word_embedding.weight" in arrays and "target.output_layer.weight" in arrays
     folder = uer_folder(tmp_path / "m", arrays, embedding="word_pos", target="lm")

@@ -14,14 +14,17 @@ GROUPS = (
     {"flags"},
     {"config"},
     {"files", "engine"},
-    {"encoder", "model", "transfer"},
-    {"dataset", "checkpoint", "sampling", "training", "hub"},
-    {"beams"},
+    {"encoder", "model", "transfer", "windows"},
+    {"dataset", "vocabularies", "checkpoint", "sampling", "training", "hub"},
+    {"beams", "statedict"},
     {"inference", "formats"},
     {"commands"},
     {"cli"},
 )
-WITHOUT_TENSORFLOW = ("errors", "flags", "config", "files", "encoder", "dataset", "cli", "commands")
+WITHOUT_TENSORFLOW = (
+    *("errors", "flags", "config", "files", "encoder", "windows", "dataset", "vocabularies"),
+    *("cli", "commands"),
+)
 
 
 def own_imports(path):

@@ -64,7 +64,7 @@ def test_files_that_the_readme_names_are_there(name):
 def test_the_python_example_runs(workdir, capsys):
     import numpy as np
 
-    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    block = re.search(r"^```python\n(.*?)^```", README, re.M | re.S)[1]
     (workdir / "data").mkdir()
     np.savez(workdir / "data" / "books.npz", np.arange(2000) % 2048)
     exec(compile(block, "README.md", "exec"), {})

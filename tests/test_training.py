@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import lively
 
-from gpt2cli import checkpoint, dataset, files, model, training
+from gpt2cli import checkpoint, files, model, training, windows
 from gpt2cli.config import ModelConfig, TrainConfig
 from gpt2cli.engine import tf
 
@@ -17,7 +17,7 @@ BASE = TrainConfig(dataset="-", learning_rate=0.01)
 
 def batch(rows=4, length=16, seed=0):
     tokens = np.random.default_rng(seed).integers(97, size=[rows, length + 1]).astype(np.int32)
-    return dataset.Batch(tokens[:, :-1], tokens[:, 1:], np.ones([rows, length], np.float32))
+    return windows.Batch(tokens[:, :-1], tokens[:, 1:], np.ones([rows, length], np.float32))
 
 
 def train(steps=3, data=None, **changes):
@@ -97,7 +97,7 @@ def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, recompute):
         inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
         # the rate of each step is the original's; a step's number makes no other difference here
         trainer.config = dataclasses.replace(config, learning_rate=float(trace["lrs"][step]))
-        data = dataset.Batch(inputs, targets, (targets != 0).astype(np.float32))
+        data = windows.Batch(inputs, targets, (targets != 0).astype(np.float32))
         loss, _ = trainer.step(step, data)
         assert loss == pytest.approx(float(trace["losses"][step]), rel=3e-5)
     found = {name: v.numpy() for name, v in network.weights.items()}
@@ -240,7 +240,7 @@ def test_clipping_bounds_the_global_norm():
 def test_masked_targets_do_not_count():
     short = batch(rows=2, length=8)
     pad = np.zeros([2, 8], np.int32)
-    padded = dataset.Batch(
+    padded = windows.Batch(
         np.concatenate([short.inputs, pad], 1),
         np.concatenate([short.targets, pad], 1),
         np.concatenate([short.mask, pad.astype(np.float32)], 1),

@@ -92,11 +92,12 @@ def download_hub(config):
         with requests.Session() as session:
             session.auth = repository.authorize
             hub.fetch(session, repository, hidden, repository.description)
-            from gpt2cli import formats  # brings TensorFlow, but a model of another kind ends here
+            # They bring TensorFlow, but a model of another kind ends here.
+            from gpt2cli import formats, statedict
 
-            formats.check_hf_config(hidden / "config.json")
+            statedict.check_hf_config(hidden / "config.json")
             if not any(name.endswith(".safetensors") for name in repository.weights):
-                formats.torch()  # raises where it is not installed
+                statedict.torch()  # raises where it is not installed
             hub.fetch(session, repository, hidden, repository.weights)
         source = formats.open_source(hidden, "hf")
         transfer.say(f"read {config.model}, {source.describe()}")

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from gpt2cli import dataset, encoder, files
+from gpt2cli import dataset, encoder, files, windows
 from gpt2cli.errors import UserError
 
 
@@ -125,15 +125,15 @@ class Run:
         """Take steps until --steps or `stop`; save, sample and validate on the way."""
         length = self.config.seq_length or self.model.config.n_ctx
         rows = self.config.batch_size * self.config.accumulate_gradients
-        windows = self.sampler(tokens, length, self.config.seed)
+        sampler = self.sampler(tokens, length, self.config.seed)
         if self.config.epochs:
-            steps = -(-self.config.epochs * windows.count // rows)
+            steps = -(-self.config.epochs * sampler.count // rows)
             self.config = dataclasses.replace(self.config, epochs=0, steps=steps)
             self.trainer.config = self.config
         config = self.config
         _say(
             f"{config.dataset}: {tokens.total:,} tokens; a step reads {rows} x {length}, an epoch "
-            f"takes {windows.count / rows:,.1f} steps; run {self.folder}, step {self.step}"
+            f"takes {sampler.count / rows:,.1f} steps; run {self.folder}, step {self.step}"
             + (f" of {config.steps}" if config.steps else "")
         )
         if config.steps and self.step >= config.steps:
@@ -145,7 +145,7 @@ class Run:
         self.reported_step = self.step
         while not stop.received and (not config.steps or self.step < config.steps):
             n_vocab = self.model.config.n_vocab
-            batch = windows.batch(self.step, rows, config.noise, n_vocab)
+            batch = sampler.batch(self.step, rows, config.noise, n_vocab)
             loss, accuracy = self.trainer.step(self.step, batch)
             self.count(loss)
             self.batch = batch
@@ -221,7 +221,7 @@ class Run:
         if self.saved == self.step:
             return
         # The last loss was that before the update: ask once more, of the weights that are saved.
-        first = dataset.Batch(*(field[:1] for field in self.batch))
+        first = windows.Batch(*(field[:1] for field in self.batch))
         self.check(self.model.score([first]).loss)
         if self.source != self.folder:
             files.copy_description(self.source, self.folder, self.model.config)
@@ -269,9 +269,9 @@ class Run:
     def validate(self, held_out, length, stop):
         """Print the mean loss of --val_batch_count batches, the same ones each time."""
         config = self.config
-        windows = self.sampler(held_out, length, VALIDATION_SEED)
+        sampler = self.sampler(held_out, length, VALIDATION_SEED)
         batches = (
-            windows.batch(number, config.val_batch_size) for number in range(config.val_batch_count)
+            sampler.batch(number, config.val_batch_size) for number in range(config.val_batch_count)
         )
         score = self.model.score(itertools.takewhile(lambda _: not stop.received, batches))
         if stop.received:
