@@ -26,7 +26,7 @@ setup(
         "tokenizers>=0.20",  # BERT WordPiece; trains the vocabulary of models/tiny
     ],
     extras_require={
-        "torch": ["torch>=2.1"],  # convert: weights in a .bin of PyTorch's
+        "torch": ["torch>=2.6"],  # convert: weights in a .bin of PyTorch's
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [
             "pytest>=8",

@@ -267,4 +267,4 @@ def load_slots(prefix, optimizer):
         reader = tf.train.load_checkpoint(str(prefix))
         names = [n for n in reader.get_variable_to_shape_map() if "/adafactor_v" in n]
         slots = {f"{optimizer}/{n.replace('/', '_')}": reader.get_tensor(n) for n in names}
-    return slots and {**slots, f"{optimizer}/iteration": np.int64(0)}
+    return slots

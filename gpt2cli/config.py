@@ -299,7 +299,7 @@ class TrainConfig(TextSettings):
         weight_decay: of adamw, on weight matrices only, not gains, biases and embeddings; of
             adafactor_gpt2_ml, on embeddings as well.
         dropout: share of activations dropped in training; OpenAI's code has none, UER-py 0.1.
-        lr_schedule: the rate after the warm-up; linear and cosine reach 0 at --steps.
+        lr_schedule: the rate after the warm-up; linear and cosine reach 0 at the last step.
         warmup_steps: steps over which the rate rises from 0.
         clip_norm: scale gradients down to this global norm; 0 turns it off.
         accumulate_gradients: batches whose gradients are averaged into one step.

@@ -13,7 +13,6 @@ methods below and these attributes:
 
 import codecs
 import collections
-import json
 from pathlib import Path
 
 import numpy as np
@@ -223,20 +222,9 @@ def _token_bytes(token):
         return _without_surrogates(token).encode()
 
 
-def _read_json(path):
-    """The JSON object in a file; UserError for anything else."""
-    try:
-        values = json.loads(files.read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}). Fetch or copy it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold one JSON object. Fetch or copy it again")
-    return values
-
-
 def _read_vocab(path):
     """Token -> id from encoder.json or vocab.json."""
-    vocab = _read_json(path)
+    vocab = files.read_object(path)
     token_of = {}
     for token, index in vocab.items():
         if type(index) is not int or not 0 <= index < 2**31:
@@ -356,7 +344,7 @@ def _options(folder, vocab, start, end):
     """
     lower_case = True
     if (folder / "tokenizer_config.json").is_file():
-        lower_case = _read_json(folder / "tokenizer_config.json").get("do_lower_case", True)
+        lower_case = files.read_object(folder / "tokenizer_config.json").get("do_lower_case", True)
     if files.config_path(folder):
         config = files.read_config(folder)
         lower_case = config.extra.get("lower_case", lower_case)

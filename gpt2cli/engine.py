@@ -81,8 +81,12 @@ def free_memory():
     """
     if GPUS:
         return None
+    free = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return None
+                free.append(1024 * int(line.split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
+        used, most = (Path(f"/sys/fs/cgroup/memory.{n}").read_text() for n in ("current", "max"))
+        free.append(int(most) - int(used))
+    return min(free, default=None)

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import json
 import os
 import re
 import secrets
@@ -75,6 +76,17 @@ def read_text(path):
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} ({error.reason})") from None
+
+
+def read_object(path):
+    """The object in a JSON file; UserError where it cannot be read or is something else."""
+    try:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}). Copy or fetch it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold one JSON object. Copy or fetch it again")
+    return values
 
 
 def names_in(folder):

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from gpt2cli import model
+from gpt2cli import files, model
 from gpt2cli.config import LN_EPSILON, ModelConfig
 from gpt2cli.errors import UserError
-from gpt2cli.vocabularies import read_object
 
 INDEX = ".index.json"  # names the files of a model that is split: weight_map, name -> file
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of transformers
@@ -141,13 +140,13 @@ def read(file):
     """
     if not file.name.endswith(INDEX):
         return _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    placed = read_object(file).get("weight_map")
+    placed = files.read_object(file).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(n, str) for n in placed.values()):
         raise UserError(f"{file} has no weight_map of names and files. Copy or fetch it again")
     stored = {}
     for name in sorted(set(placed.values())):
-        part = file.with_name(name) if Path(name).name == name else None
-        if part is None or not part.is_file():
+        part = file.with_name(name) if name and Path(name).name == name else None
+        if part is None or not part.is_file() or name.endswith(INDEX):
             raise UserError(f"{file} names {name}, which is not beside it. Copy or fetch it again")
         stored |= read(part)
     missing = [name for name in placed if name not in stored]
@@ -181,12 +180,18 @@ def _read_safetensors(file):
 def torch():
     """PyTorch, which only .bin files need; UserError where it is not installed."""
     try:
-        return importlib.import_module("torch")
+        found = importlib.import_module("torch")
     except ImportError:
         raise UserError(
             "a .bin of weights is read with PyTorch, which is not installed. Install it with: "
             "pip install gpt2cli[torch], or get the model as .safetensors"
         ) from None
+    if tuple(map(int, found.__version__.split(".")[:2])) < (2, 6):
+        raise UserError(  # CVE-2025-32434
+            f"PyTorch {found.__version__} may run what is in a .bin even when it is told not to. "
+            "Update it with: pip install -U torch, or get the model as .safetensors"
+        )
+    return found
 
 
 def _read_torch(file):
@@ -212,7 +217,7 @@ def _read_torch(file):
     def tensor(name):
         if not state[name].is_floating_point():
             raise UserError(f"{file}: {name} is {state[name].dtype}, not floating-point")
-        return state[name].float().numpy()
+        return state[name].detach().float().numpy()
 
     return {
         name: Stored(file, tuple(value.shape), functools.partial(tensor, name))
@@ -243,7 +248,7 @@ def open_weights(file, stored, form, config_path=None, n_head=None, as_published
         UserError: a field, name or shape that is not of a network like ours.
     """
     where = config_path or file.parent / "config.json"
-    values = read_object(where) if config_path or where.is_file() else {}
+    values = files.read_object(where) if config_path or where.is_file() else {}
     if form == "uer":
         names = {UER_OLD.get(name, name): value for name, value in stored.items()}
     else:
@@ -273,7 +278,7 @@ def _hf_name_of(name):
 
 def check_hf_config(path):
     """Refuse (UserError) a config.json that our network cannot be, before its weights are had."""
-    _check_fixed(read_object(path), "hf", path, width=None)
+    _check_fixed(files.read_object(path), "hf", path, width=None)
 
 
 def _check_fixed(values, form, where, width):

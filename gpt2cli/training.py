@@ -261,6 +261,15 @@ class Trainer:
             }
             return loss, hits, [found[id(variable)] for variable in self.variables]
 
+        def apply(gradients, variables):
+            """One update, begun when the last of the gradients is there.
+
+            A variable is changed in place: a gradient still being computed would read it half new.
+            """
+            with tf.control_dependencies(gradients):
+                gradients = [tf.identity(gradient) for gradient in gradients]
+            self.optimizer.apply(gradients, variables)
+
         batches = config.accumulate_gradients
         tokens = tf.TensorSpec([batches, None, None], tf.int32)
         masks = tf.TensorSpec([batches, None, None], tf.float32)
@@ -275,7 +284,7 @@ class Trainer:
                 number = tf.identity(self.optimizer.iterations)
                 for variables, gradients in parts:  # each is applied and forgotten at once
                     self.optimizer.iterations.assign(number)
-                    self.optimizer.apply(gradients, variables)
+                    apply(gradients, variables)
                 return loss, hits
             loss, hits, gradients = collected(inputs[0], targets[0], mask[0], total, seeds[0])
 
@@ -293,7 +302,7 @@ class Trainer:
                 )
             if config.clip_norm:
                 gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm)
-            self.optimizer.apply(gradients, self.variables)
+            apply(gradients, self.variables)
             return loss, hits
 
         self._step = step
@@ -315,6 +324,14 @@ class Trainer:
     def state(self):
         """The optimizer's variables by name, the learning rate apart."""
         return {v.path: v.value for v in self.optimizer.variables if "learning_rate" not in v.path}
+
+    def adopt(self, tensors):
+        """Set those of the optimizer's variables that are in {name: array}; how many there were."""
+        ours = self.state()
+        fitting = [n for n in ours if n in tensors and tuple(ours[n].shape) == tensors[n].shape]
+        for name in fitting:
+            ours[name].assign(tensors[name])
+        return len(fitting)
 
     def restore(self, tensors):
         """Set the optimizer's variables to {name: array} of an earlier `state`.

@@ -15,17 +15,6 @@ TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "GPT2Tokenizer", "GPT2Tokeni
 TOKENIZERS += ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def read_object(path):
-    """The object in a JSON file of another program; UserError for anything else."""
-    try:
-        values = json.loads(files.read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}). Copy or fetch it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold one JSON object. Copy or fetch it again")
-    return values
-
-
 def write_object(path, values):
     """Write a JSON file as transformers does."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -46,12 +35,14 @@ def read(path, n_vocab, warnings):
         UserError: a file is damaged, or lacks its companion.
     """
     known = {*encoder.KINDS[0], *encoder.KINDS[1], "tokenizer.json"}
+    if path.name == "vocab.txt" and not (path.parent / "encoder.json").exists():
+        known.add(path.name)  # its folder says how it is read
     if path.is_file() and path.name not in known:
         return {"vocab.txt": files.read_bytes(path)}, {}
     folder = path.parent if path.is_file() else path
     asked = {}
     if (folder / "tokenizer_config.json").is_file():
-        values = read_object(folder / "tokenizer_config.json")
+        values = files.read_object(folder / "tokenizer_config.json")
         if values.get("do_lower_case") is False:
             asked["lower_case"] = False
         if values.get("add_prefix_space") is True:
@@ -100,7 +91,7 @@ def _with_added(text, folder, n_vocab):
         raise UserError(f"{folder}: the vocabulary must be one JSON object. Fetch it again")
     if not (folder / "added_tokens.json").is_file():
         return text
-    added = read_object(folder / "added_tokens.json")
+    added = files.read_object(folder / "added_tokens.json")
     taken = {index for index in vocab.values() if type(index) is int}
     new = {
         token: index
@@ -112,7 +103,7 @@ def _with_added(text, folder, n_vocab):
 
 def _from_tokenizer_json(path, asked, n_vocab, warnings):
     """As `read`, from the one file of the tokenizers library."""
-    values = read_object(path)
+    values = files.read_object(path)
     kind = values.get("model") if isinstance(values.get("model"), dict) else {}
     vocab = kind.get("vocab")
     if kind.get("type") == "BPE" and isinstance(vocab, dict) and _is_byte_level(values):
@@ -170,9 +161,9 @@ def hf_special(home, folder, vocabulary):
     named, ids = {}, {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            named |= read_object(folder / name)
+            named |= files.read_object(folder / name)
     if (home / "config.json").is_file():
-        ids = read_object(home / "config.json")
+        ids = files.read_object(home / "config.json")
     id_of = tokens(vocabulary)
     token_of = {index: token for token, index in id_of.items()}
     keys, found = ("bos_token", "eos_token"), {}

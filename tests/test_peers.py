@@ -16,22 +16,26 @@ from gpt2cli.config import ModelConfig
 SCRIPT = ROOT / "tests" / "peer_gpt_2_simple.py"
 
 
-@pytest.fixture(scope="session")
-def gpt_2_simple():
-    """The Python of a venv with gpt-2-simple 0.8.1; GPT_2_SIMPLE_PYTHON names one that is there."""
-    if os.environ.get("GPT_2_SIMPLE_PYTHON"):
-        return os.environ["GPT_2_SIMPLE_PYTHON"]
-    folder = ROOT / ".venv-gpt-2-simple"
+def python_with(name, *installs):
+    """The Python that NAME_PYTHON names, or that of a venv made with these `pip install`s."""
+    if os.environ.get(f"{name.upper()}_PYTHON"):
+        return os.environ[f"{name.upper()}_PYTHON"]
+    folder = ROOT / f".venv-{name.replace('_', '-')}"
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet"]
-        needs = ["tensorflow==2.21.0", "toposort", "tqdm", "regex", "requests"]
-        subprocess.run([*pip, *needs], check=True)
-        # it asks for a tensorflow below 2.16 on paper, but runs on this one
-        subprocess.run([*pip, "--no-deps", "gpt-2-simple==0.8.1"], check=True)
+        for words in installs:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *words], check=True)
         (folder / "ready").touch()
     return str(python)
+
+
+@pytest.fixture(scope="session")
+def gpt_2_simple():
+    """The Python of a venv with gpt-2-simple 0.8.1; GPT_2_SIMPLE_PYTHON names one that is there."""
+    needs = ["tensorflow==2.21.0", "toposort", "tqdm", "regex", "requests"]
+    # it asks for a tensorflow below 2.16 on paper, but runs on this one
+    return python_with("gpt_2_simple", needs, ["--no-deps", "gpt-2-simple==0.8.1"])
 
 
 @pytest.mark.slow
@@ -77,16 +81,7 @@ def test_gpt_2_simple_reads_our_run_and_we_go_on_from_its(gpt_2_simple, tmp_path
 @pytest.fixture(scope="session")
 def transformers():
     """The Python of a venv with transformers 5.23; TRANSFORMERS_PYTHON names one that is there."""
-    if os.environ.get("TRANSFORMERS_PYTHON"):
-        return os.environ["TRANSFORMERS_PYTHON"]
-    folder = ROOT / ".venv-transformers"
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        needs = ["transformers==5.23.0", "torch", "safetensors"]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *needs], check=True)
-        (folder / "ready").touch()
-    return str(python)
+    return python_with("transformers", ["transformers==5.23.0", "torch", "safetensors"])
 
 
 ENGLISH = ["Hello, world! It's 2026.", "  two spaces\n\nand\ttabs ", "naïve café 😀 你好", ""]

@@ -64,8 +64,10 @@ def test_a_run_leaves_everything_in_its_own_folders(cli, text):
 
 
 def test_two_halves_are_one_whole_run(cli, text):
-    for optimizer in ("adam", "sgd"):
+    for optimizer in ("adam", "sgd", "adafactor"):
         flags = (*FAST, "--optimizer", optimizer, "--save_every", 4, "--lr_schedule", "constant")
+        if optimizer == "adafactor":
+            flags += ("--dropout", 0.1, "--sampling", "sequential", "--memory_saving_gradients")
         names = [f"{optimizer}-{part}" for part in ("whole", "halves")]
         whole = cli("train", "text.txt", *flags, "--steps", 6, "--seed", 3, "--run_name", names[0])
         first = cli("train", "text.txt", *flags, "--steps", 4, "--seed", 3, "--run_name", names[1])
@@ -73,6 +75,37 @@ def test_two_halves_are_one_whole_run(cli, text):
         assert losses(whole) == {**losses(first), **losses(second)}
         a, b = (weights(text.parent / "checkpoint" / name) for name in names)
         assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_epochs_are_so_many_steps_and_a_line_each_goes_to_the_log(cli, text):
+    tokens = cli("encode", "text.txt", "t.npz", "--model_name", "tiny").stderr
+    count = int(re.search(r": ([\d,]+) tokens", tokens)[1].replace(",", ""))
+    steps = -(-2 * -(-(count - 1) // 32) // 3)  # two passes of windows of 32, three a step
+    flags = (*FAST, "--sampling", "sequential", "--epochs", 2, "--batch_size", 3)
+    schedule = ("--lr_schedule", "linear", "--warmup_steps", 2)
+    result = cli("train", "t.npz", *flags, *schedule, "--seed", 1)
+    assert result.returncode == 0, result.stderr
+    assert sorted(losses(result)) == list(range(1, steps + 1))
+    log = (text.parent / "checkpoint" / "run1" / "log.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in log]
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert lines[0]["loss"] == pytest.approx(losses(result)[1], abs=1e-4)
+    assert 0 <= lines[-1]["accuracy"] <= 1 and lines[-1]["learning_rate"] < 0.001
+    short = cli("train", "t.npz", *flags, "--lr_schedule", "linear", "--warmup_steps", 999)
+    assert short.returncode == 2 and "--warmup_steps 999" in short.stderr
+    both = cli("train", "t.npz", *FAST, "--epochs", 1, "--steps", 5)
+    assert both.returncode == 2 and "not both" in both.stderr
+
+
+def test_memory_is_told_before_the_work_and_what_takes_less(cli, text, monkeypatch):
+    from gpt2cli import engine
+
+    monkeypatch.setattr(engine, "free_memory", lambda: 10**12)
+    plenty = cli("train", "text.txt", *FAST, "--steps", 1)
+    assert re.search(r"takes about \d+\.\d GB of memory \(.*TensorFlow 0.6\)\n", plenty.stderr)
+    monkeypatch.setattr(engine, "free_memory", lambda: 10**6)
+    scarce = cli("train", "text.txt", *FAST, "--steps", 2)
+    assert "--optimizer adafactor" in scarce.stderr and scarce.returncode == 0
 
 
 def test_latest_goes_on_and_a_finished_run_says_so(cli, text):

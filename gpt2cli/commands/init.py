@@ -28,6 +28,9 @@ def run(config):
         raise UserError(
             f"{folder} exists already. Name another model, or replace it with --overwrite"
         )
+    is_model = folder.is_dir() and (files.config_path(folder) or not os.listdir(folder))
+    if os.path.lexists(folder) and not is_model:
+        raise UserError(f"{folder} is not a model's folder, so it is not replaced. Name another")
     n_layer, n_head, n_embd = (
         getattr(config, name) or preset
         for name, preset in zip(("n_layer", "n_head", "n_embd"), PRESETS[config.size], strict=True)
@@ -103,6 +106,8 @@ def copy_vocabulary(path, folder):
         UserError: nothing is there, or one file of two.
     """
     path = Path(path)
+    if path.name == "vocab.txt" and not (path.parent / "encoder.json").exists():
+        path = path.parent if path.is_file() else path  # its folder says how it is read
     if path.is_dir():
         encoder.load(path)  # its messages name the user's folder
         files.copy_vocabulary(path, folder)
@@ -117,8 +122,6 @@ def copy_vocabulary(path, folder):
     names = next((kind for kind in encoder.KINDS if len(kind) == 2 and path.name in kind), None)
     if names is None:  # whatever its name, a list of tokens
         copied = {path: "vocab.txt"}
-        if path.name == "vocab.txt":
-            copied[path.with_name("tokenizer_config.json")] = "tokenizer_config.json"
     else:
         copied = {path.with_name(name): name for name in names}
         lacking = [source for source in copied if not source.is_file()]

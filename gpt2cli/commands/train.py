@@ -104,21 +104,23 @@ class Run:
         tensors, state = checkpoint.load_training(prefix) if resumed else ({}, None)
         if resumed and state is None:
             _say("the checkpoint has no optimizer state beside it; the optimizer starts anew")
+        slots = {}
         if not tensors and config.optimizer == "adafactor_gpt2_ml":
-            tensors = checkpoint.load_slots(prefix, config.optimizer)
-            if tensors:
-                _say("the optimizer goes on with the moments in the checkpoint")
+            slots = checkpoint.load_slots(prefix, config.optimizer)
         state = state or {"step": _step_of(prefix) if resumed else 0}
         seed = config.seed if config.seed is not None else state.get("seed")
         if seed is None:
             seed = inference.new_seed()
             _say(f"seed {seed}")
-        self.config = dataclasses.replace(config, seed=seed)
+        self.config = self.given = dataclasses.replace(config, seed=seed)
         self.step = self.saved = state["step"]
+        self.log_of = self.step if resumed else -1  # lines after this step are another run's
         self.running_loss = state.get("running_loss", [0.0, 0.0])
         self.trainer = training.Trainer(network, self.config)
         if tensors:
             self.trainer.restore(tensors)
+        elif slots and self.trainer.adopt(slots):
+            _say("the optimizer goes on with the moments in the checkpoint")
         self.events = training.Events(folder)
 
     def train(self, tokens, held_out, stop):
@@ -174,6 +176,11 @@ class Run:
         """The batches of a text as --sampling asks for."""
         vocabulary, config = self.model.encoder, self.config
         end = vocabulary.end if vocabulary else None
+        if config.sampling == "documents" and end is None:
+            raise UserError(
+                "--sampling documents finds them by the end token, and this model has none. Leave "
+                "it out, or name one that the text has in hparams.json: end_token"
+            )
         return tokens.sampler(config.sampling, length, seed, end, config.uer_compat)
 
     def count(self, loss):
@@ -198,10 +205,18 @@ class Run:
     def record(self, **values):
         """Add numbers of this step to TensorBoard's events and to log.jsonl."""
         self.events.write(self.step, **values)
-        line = {"step": self.step, "seq_length": self.config.seq_length, **values}
-        with contextlib.suppress(OSError):  # a full disk is met at the next save, with advice
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        length = self.config.seq_length or self.model.config.n_ctx
+        plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        line = json.dumps({"step": self.step, "seq_length": length, **plain}) + "\n"
+        path = self.folder / "log.jsonl"
+        with contextlib.suppress(OSError, UserError):  # a full disk is met at the next save
+            if self.log_of is not None and path.exists():
+                kept = [text for text in path.open() if json.loads(text)["step"] <= self.log_of]
+                with files.replacing(path, "w", encoding="utf-8") as file:
+                    file.writelines(kept)
+            self.log_of = None
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line)
 
     def check(self, loss):
         """End the run (UserError) where a loss is not finite; what was saved stays."""
@@ -227,7 +242,7 @@ class Run:
             files.copy_description(self.source, self.folder, self.model.config)
             self.source = self.folder
         with files.replacing(self.folder / "train.json", "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self.config), file, indent=2)
+            json.dump(dataclasses.asdict(self.given), file, indent=2)
         state = {"step": self.step, "seed": self.config.seed, "running_loss": self.running_loss}
         network, optimizer = self.model.network, self.trainer.state()
         self.checkpoint.save_run(
