@@ -312,7 +312,7 @@ def test_the_estimate_of_memory_is_near_what_was_measured():
         (3.36, small, {"memory_saving_gradients": True}),
         (3.21, small, {"memory_saving_gradients": True, "precision": "bfloat16"}),
         (2.34, small, {**SAVING, "precision": "bfloat16"}),
-        (9.2, large, {**SAVING, "precision": "bfloat16"}),
+        (9.8, large, {**SAVING, "precision": "bfloat16"}),
     ):
         config = dataclasses.replace(BASE, **changes)
         parts = training.memory_needed(sizes, config)
