@@ -87,8 +87,8 @@ def test_with_beams_enough_the_likeliest_of_all_texts_are_found(small, penalty):
     same(found, everything)
 
 
-@pytest.mark.parametrize("size", [2, 3, 7])
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("size", [3, 7])
+@pytest.mark.parametrize("penalty", [0.0, 2.5])
 def test_beams_that_end_are_kept_while_others_run_on(small, size, penalty):
     for end in range(7):
         settings = dict(beams=size, length=6)

