@@ -236,7 +236,7 @@ class Trainer:
     """
 
     def __init__(self, model, config):
-        self.config = config
+        self.model, self.config = model, config
         self.variables = [
             variable
             for name, variable in model.weights.items()
@@ -244,68 +244,67 @@ class Trainer:
             if IN_LAYER.match(name) or not config.only_train_transformer_layers
         ]
         self.optimizer = make_optimizer(config, self.variables)
-        trained = {id(variable) for variable in self.variables}
-        gradients_of = layer_by_layer if config.memory_saving_gradients else all_at_once
-
-        def part(inputs, targets, mask, total, seed):
-            """[B, T] each -> this batch's share of mean loss and accuracy, and gradient parts."""
-            dropout = Dropout(config.dropout, seed) if config.dropout else None
-            loss, hits, parts = gradients_of(model, inputs, targets, mask / total, dropout)
-            return loss, hits, _only(parts, trained)
-
-        def collected(inputs, targets, mask, total, seed):
-            """`part` with the gradients of all variables in one list, in order."""
-            loss, hits, parts = part(inputs, targets, mask, total, seed)
-            found = {
-                id(v): g for variables, gs in parts for v, g in zip(variables, gs, strict=True)
-            }
-            return loss, hits, [found[id(variable)] for variable in self.variables]
-
-        def apply(gradients, variables):
-            """One update, begun when the last of the gradients is there.
-
-            A variable is changed in place: a gradient still being computed would read it half new.
-            """
-            with tf.control_dependencies(gradients):
-                gradients = [tf.identity(gradient) for gradient in gradients]
-            self.optimizer.apply(gradients, variables)
-
         batches = config.accumulate_gradients
         tokens = tf.TensorSpec([batches, None, None], tf.int32)
         masks = tf.TensorSpec([batches, None, None], tf.float32)
-        seeds = tf.TensorSpec([batches, 2], tf.int32)
+        self._step = tf.function(
+            self._take_step,
+            input_signature=[tokens, tokens, masks, tf.TensorSpec([batches, 2], tf.int32)],
+            autograph=False,
+        )
 
-        @tf.function(input_signature=[tokens, tokens, masks, seeds], autograph=False)
-        def step(inputs, targets, mask, seeds):
-            """Batches [A, B, T], whose gradients are averaged -> loss [] before the update, hits"""
-            total = tf.maximum(tf.reduce_sum(mask), 1.0)
-            if batches == 1 and not config.clip_norm:
-                loss, hits, parts = part(inputs[0], targets[0], mask[0], total, seeds[0])
-                number = tf.identity(self.optimizer.iterations)
-                for variables, gradients in parts:  # each is applied and forgotten at once
-                    self.optimizer.iterations.assign(number)
-                    apply(gradients, variables)
-                return loss, hits
-            loss, hits, gradients = collected(inputs[0], targets[0], mask[0], total, seeds[0])
+    def _take_step(self, inputs, targets, mask, seeds):
+        """Batches [A, B, T], whose gradients are averaged -> loss [] before the update, hits []."""
+        batches, clip_norm = self.config.accumulate_gradients, self.config.clip_norm
+        total = tf.maximum(tf.reduce_sum(mask), 1.0)
 
-            def add(i, loss, hits, gradients):
-                one = collected(inputs[i], targets[i], mask[i], total, seeds[i])
-                sums = [a + b for a, b in zip(gradients, one[2], strict=True)]
-                return i + 1, loss + one[0], hits + one[1], sums
+        def collected(i):
+            """Loss, hits and all gradients of batch i, in the order of self.variables."""
+            loss, hits, parts = self._parts(inputs[i], targets[i], mask[i] / total, seeds[i])
+            found = {id(v): g for vs, gs in parts for v, g in zip(vs, gs, strict=True)}
+            return loss, hits, [found[id(variable)] for variable in self.variables]
 
-            if batches > 1:
-                _, loss, hits, gradients = tf.while_loop(
-                    lambda i, *_: i < batches,
-                    add,
-                    [tf.constant(1), loss, hits, gradients],
-                    parallel_iterations=1,
-                )
-            if config.clip_norm:
-                gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm)
-            apply(gradients, self.variables)
+        def add(i, loss, hits, gradients):
+            one = collected(i)
+            sums = [a + b for a, b in zip(gradients, one[2], strict=True)]
+            return i + 1, loss + one[0], hits + one[1], sums
+
+        if batches == 1 and not clip_norm:
+            loss, hits, parts = self._parts(inputs[0], targets[0], mask[0] / total, seeds[0])
+            number = tf.identity(self.optimizer.iterations)
+            for variables, gradients in parts:  # each is applied and forgotten at once
+                self.optimizer.iterations.assign(number)
+                self._apply(gradients, variables)
             return loss, hits
+        loss, hits, gradients = collected(0)
+        if batches > 1:
+            _, loss, hits, gradients = tf.while_loop(
+                lambda i, *_: i < batches,
+                add,
+                [tf.constant(1), loss, hits, gradients],
+                parallel_iterations=1,
+            )
+        if clip_norm:
+            gradients, _ = tf.clip_by_global_norm(gradients, clip_norm)
+        self._apply(gradients, self.variables)
+        return loss, hits
 
-        self._step = step
+    def _parts(self, inputs, targets, weight, seed):
+        """[B, T] each -> this batch's share of loss and hits, and parts of what is trained."""
+        config, trained = self.config, {id(variable) for variable in self.variables}
+        gradients_of = layer_by_layer if config.memory_saving_gradients else all_at_once
+        dropout = Dropout(config.dropout, seed) if config.dropout else None
+        loss, hits, parts = gradients_of(self.model, inputs, targets, weight, dropout)
+        return loss, hits, _only(parts, trained)
+
+    def _apply(self, gradients, variables):
+        """One update, begun when the last of the gradients is there.
+
+        A variable is changed in place: a gradient still being computed would read it half new.
+        """
+        with tf.control_dependencies(gradients):
+            gradients = [tf.identity(gradient) for gradient in gradients]
+        self.optimizer.apply(gradients, variables)
 
     def step(self, number, batch):
         """Take step `number` (0, 1, ...) with a windows.Batch of [A * B, T].
