@@ -16,8 +16,16 @@ from gpt2cli import checkpoint, files, model
 from gpt2cli.config import ModelConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
-FAST = ("--model_name", "tiny", "--seq_length", 32, "--learning_rate", 0.001, "--sample_every", 0)
+FAST = ("--model_name", "mini", "--seq_length", 32, "--learning_rate", 0.001, "--sample_every", 0)
 LINE = re.compile(r"^\[(\d+) \| [\d.]+\] loss=([\d.]+) avg=([\d.]+) acc=[\d.]+ \d+ tokens/s$", re.M)
+
+
+@pytest.fixture(autouse=True)
+def mini(workdir):
+    """models/mini beside models/tiny: one layer, so that little is traced."""
+    sizes = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
+    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), workdir / "models" / "mini")
+    files.copy_vocabulary(workdir / "models" / "tiny", workdir / "models" / "mini")
 
 
 @pytest.fixture
@@ -145,7 +153,7 @@ def test_a_run_starts_from_another_runs_weights_or_an_older_step(cli, text):
 def test_a_run_of_nshepperds_program_goes_on(cli, text, network):
     """His folder has model-<step>.*, checkpoint and counter; no optimizer state, no description."""
     run = text.parent / "checkpoint" / "old"
-    checkpoint.write(run / "model-7", checkpoint.load("models/tiny").weights)
+    checkpoint.write(run / "model-7", checkpoint.load("models/mini").weights)
     (run / "checkpoint").write_text('model_checkpoint_path: "model-7"\n')
     (run / "counter").write_text("7\n")
     result = cli("train", "text.txt", *FAST, "--steps", 8, "--run_name", "old")
@@ -237,8 +245,8 @@ def test_a_signal_saves_the_run_and_leaves_with_its_status(cli, text, number, st
 
 
 def test_a_signal_breaks_off_a_long_sample(text):
-    """docker stop waits ten seconds; a sample of 20,000 tokens takes longer."""
-    long = ("--sample_every", 4, "--sample_length", 20000)
+    """docker stop waits ten seconds; a sample of a million tokens takes longer."""
+    long = ("--sample_every", 4, "--sample_length", 1000000)
     process = start("train", "text.txt", *FAST[:-2], *long, cwd=text.parent)
     time.sleep(6)
     process.send_signal(signal.SIGTERM)
