@@ -71,10 +71,6 @@ class Tokens:
             return SequentialWindows(self, length, seed)
         return DocumentPieces(self, length, seed, end, uer_compat)
 
-    def windows(self, step, batch_size, length, seed, noise=0.0, n_vocab=None):
-        """A random Batch of [batch_size, length]: the same for the same step and seed."""
-        return RandomWindows(self, length, seed).batch(step, batch_size, noise, n_vocab)
-
     def evaluation_windows(self, n_ctx, batch_size=1):
         """Batches, up to [batch_size, n_ctx], that predict every token but the first once.
 

@@ -100,6 +100,11 @@ def test_spelled_texts_encode_to_the_very_ids_of_nshepperd():
         assert [gpt2.encode(chunk) for chunk in chunks] == his
 
 
+def draw(tokens, step, rows, length, seed, **noise):
+    """A batch of random windows."""
+    return tokens.sampler("random", length, seed).batch(step, rows, **noise)
+
+
 def test_a_text_is_followed_by_the_end_token_and_short_files_share_a_chunk(tmp_path, bpe):
     paths = [
         write(tmp_path / name, text)
@@ -417,7 +422,7 @@ def test_every_place_of_every_chunk_is_drawn_equally_often():
     )
     drawn = {}
     for step in range(40):
-        for row in tokens.windows(step, 100, 3, seed=1).inputs:
+        for row in draw(tokens, step, 100, 3, seed=1).inputs:
             drawn[tuple(row)] = drawn.get(tuple(row), 0) + 1
     # 3 places in 10..15, the 2 tokens of 20..21 as one, nothing to predict in 30, 1 in 40..43.
     assert set(drawn) == {(10, 11, 12), (11, 12, 13), (12, 13, 14), (20, 21, 0), (40, 41, 42)}
@@ -427,7 +432,7 @@ def test_every_place_of_every_chunk_is_drawn_equally_often():
 
 
 def test_a_window_is_inputs_and_the_tokens_that_follow_them():
-    batch = windows.Tokens([np.arange(100, 200)]).windows(0, 8, 5, seed=3)
+    batch = draw(windows.Tokens([np.arange(100, 200)]), 0, 8, 5, seed=3)
     assert batch.inputs.dtype == batch.targets.dtype == np.int32
     assert batch.mask.dtype == np.float32 and batch.mask.min() == 1
     assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (8, 5)
@@ -435,7 +440,7 @@ def test_a_window_is_inputs_and_the_tokens_that_follow_them():
 
 
 def test_a_chunk_shorter_than_the_window_is_padded_and_masked():
-    batch = windows.Tokens([np.array([7, 8, 9])]).windows(0, 1, 5, seed=3)
+    batch = draw(windows.Tokens([np.array([7, 8, 9])]), 0, 1, 5, seed=3)
     assert batch.inputs.tolist() == [[7, 8, 9, 0, 0]]
     assert batch.targets.tolist() == [[8, 9, 0, 0, 0]]
     assert batch.mask.tolist() == [[1, 1, 0, 0, 0]]
@@ -443,28 +448,28 @@ def test_a_chunk_shorter_than_the_window_is_padded_and_masked():
 
 def test_the_last_tokens_are_drawn_and_a_chunk_of_just_one_window_works():
     tokens = windows.Tokens([np.arange(6)])
-    assert tokens.windows(0, 1, 5, seed=0).targets.tolist() == [[1, 2, 3, 4, 5]]
-    assert tokens.windows(0, 64, 4, seed=0).targets.max() == 5
+    assert draw(tokens, 0, 1, 5, seed=0).targets.tolist() == [[1, 2, 3, 4, 5]]
+    assert draw(tokens, 0, 64, 4, seed=0).targets.max() == 5
 
 
 def test_windows_depend_on_seed_and_step_alone():
     tokens = windows.Tokens([np.arange(1000)])
-    first = tokens.windows(5, 4, 8, seed=2**63 - 1)
-    tokens.windows(6, 4, 8, seed=1)
-    again = tokens.windows(5, 4, 8, seed=2**63 - 1)
+    first = draw(tokens, 5, 4, 8, seed=2**63 - 1)
+    draw(tokens, 6, 4, 8, seed=1)
+    again = draw(tokens, 5, 4, 8, seed=2**63 - 1)
     np.testing.assert_array_equal(first.inputs, again.inputs)
-    assert not np.array_equal(first.inputs, tokens.windows(6, 4, 8, seed=2**63 - 1).inputs)
-    assert not np.array_equal(first.inputs, tokens.windows(5, 4, 8, seed=1).inputs)
+    assert not np.array_equal(first.inputs, draw(tokens, 6, 4, 8, seed=2**63 - 1).inputs)
+    assert not np.array_equal(first.inputs, draw(tokens, 5, 4, 8, seed=1).inputs)
 
 
 def test_noise_replaces_that_share_of_the_inputs_and_no_target():
     tokens = windows.Tokens([np.arange(1000)])
-    clean = tokens.windows(1, 16, 500, seed=1)
-    noisy = tokens.windows(1, 16, 500, seed=1, noise=0.25, n_vocab=10_000)
+    clean = draw(tokens, 1, 16, 500, seed=1)
+    noisy = draw(tokens, 1, 16, 500, seed=1, noise=0.25, n_vocab=10_000)
     np.testing.assert_array_equal(clean.targets, noisy.targets)
     assert abs((clean.inputs != noisy.inputs).mean() - 0.25) < 0.02
     assert noisy.inputs.dtype == np.int32 and 0 <= noisy.inputs.min() < noisy.inputs.max() < 10_000
-    every = tokens.windows(1, 16, 500, seed=1, noise=1.0, n_vocab=3)
+    every = draw(tokens, 1, 16, 500, seed=1, noise=1.0, n_vocab=3)
     assert set(np.unique(every.inputs)) == {0, 1, 2}
 
 
@@ -522,7 +527,7 @@ def test_random_sampling_draws_what_it_always_drew(sizes, length, rows, seed, st
     sampler = tokens.sampler("random", length, seed)
     expected = reference_windows(chunks, step, rows, length, seed)
     assert rows_of(sampler.batch(step, rows)) == expected
-    assert rows_of(tokens.windows(step, rows, length, seed)) == expected
+    assert rows_of(draw(tokens, step, rows, length, seed)) == expected
     assert sampler.count == -(-sum(sizes) // length)
 
 

@@ -78,13 +78,15 @@ def test_dropout_drops_its_share_and_the_same_for_the_same_seed(sizes):
     assert (ones == 0).mean() == pytest.approx(0.25, abs=0.02)
 
 
-ADAFACTOR_TRACES = ("a-clue-l2-h3-e24-p80", "a-bert-l3-h2-e16-p64")
+# The original changes weights while other gradients still read them, in no fixed order: with the
+# order of its embedding norm the first trace is met within 2e-5, that of the second is not known.
+ADAFACTOR_TRACES = (("a-clue-l2-h3-e24-p80", 1e-4), ("a-bert-l3-h2-e16-p64", 3e-4))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ADAFACTOR_TRACES)
-def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, recompute):
-    """Six steps from the released slots: weights and slots within 1e-4, losses of 10 in 3e-4."""
+@pytest.mark.parametrize("name, tolerance", ADAFACTOR_TRACES)
+def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, tolerance, recompute):
+    """Six steps from the released slots: weights and slots within 1e-4, losses as stated."""
     folder = golden / "gpt2_ml" / name
     trace = np.load(folder / "adafactor_trace.npz")
     network = checkpoint.load(folder)
@@ -100,7 +102,7 @@ def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, recompute):
         trainer.config = dataclasses.replace(config, learning_rate=float(trace["lrs"][step]))
         data = windows.Batch(inputs, targets, (targets != 0).astype(np.float32))
         loss, _ = trainer.step(step, data)
-        assert loss == pytest.approx(float(trace["losses"][step]), rel=3e-5)
+        assert loss == pytest.approx(float(trace["losses"][step]), abs=tolerance)
     found = {name: v.numpy() for name, v in network.weights.items()}
     slots = {name.split("/", 1)[1]: value.numpy() for name, value in trainer.state().items()}
     checked = 0

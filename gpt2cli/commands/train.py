@@ -35,6 +35,11 @@ def run(config):
         )
 
     vocabulary = encoder.of_model(prefix.parent)
+    if config.sampling == "documents" and vocabulary and vocabulary.end is None:
+        raise UserError(
+            "--sampling documents finds them by the end token, and this model has none. Leave "
+            "it out, or name one that the text has in hparams.json: end_token"
+        )
     n_vocab = encoder.ids_of(prefix.parent, vocabulary)
     tokens = dataset.load(config.dataset, vocabulary, config, n_vocab)
     held_out = None
@@ -176,11 +181,6 @@ class Run:
         """The batches of a text as --sampling asks for."""
         vocabulary, config = self.model.encoder, self.config
         end = vocabulary.end if vocabulary else None
-        if config.sampling == "documents" and end is None:
-            raise UserError(
-                "--sampling documents finds them by the end token, and this model has none. Leave "
-                "it out, or name one that the text has in hparams.json: end_token"
-            )
         return tokens.sampler(config.sampling, length, seed, end, config.uer_compat)
 
     def count(self, loss):
