@@ -13,12 +13,12 @@ import importlib
 __version__ = "0.1.0"
 
 
-def load_model(path, precision="float32"):
+def load_model(path, precision="auto"):
     """The `inference.Model` of a model folder, a run folder, or a checkpoint's prefix path.
 
     Args:
         path: the folder or prefix; a folder without a vocabulary loads, for ids only.
-        precision: "float32" or "bfloat16".
+        precision: "float32", or "auto", which is the same on the fastest path; "bfloat16"; "int8".
 
     Raises:
         UserError: says what is wrong, where, and what to do.

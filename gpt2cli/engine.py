@@ -16,7 +16,7 @@ QUIET = (2, 21)  # before it XLA announced its first compilation whatever the lo
 
 
 @contextlib.contextmanager
-def _without_noise():
+def without_noise():
     """Keep what native code writes to standard error, and show it only if the block fails.
 
     TensorFlow's libraries log while they are loaded, before any setting of theirs is read.
@@ -41,8 +41,9 @@ def _without_noise():
 
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # a user's setting for other programs would break us
-with _without_noise():
+with without_noise():
     import tensorflow as tf
+    from tensorflow.lite.python import schema_py_generated as lite_schema  # noqa: F401
 
     if not os.environ.get("GPT2CLI_VERBOSE"):
         tf.get_logger().setLevel("ERROR")  # a notebook with several models is told of retracing

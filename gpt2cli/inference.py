@@ -10,12 +10,24 @@ import json
 import operator
 import secrets
 from dataclasses import asdict, dataclass, replace
+from typing import get_args
 
 import numpy as np
 
-from gpt2cli import beams, checkpoint, encoder, files, sampling, training, windows
-from gpt2cli.config import GenerateSettings
-from gpt2cli.engine import tf
+from gpt2cli import (
+    beams,
+    checkpoint,
+    encoder,
+    files,
+    graph,
+    lite,
+    model,
+    sampling,
+    training,
+    windows,
+)
+from gpt2cli.config import GenerateSettings, Precision
+from gpt2cli.engine import GPUS
 from gpt2cli.errors import UsageError, UserError
 
 BANNER = "=" * 40  # openai/gpt-2 src/generate_unconditional_samples.py
@@ -135,25 +147,20 @@ class Model:
     """A GPT-2 and its vocabulary. Made by `load_model`; every method may be called many times.
 
     Attributes:
-        network: the model.GPT2.
+        network: a graph.Graph or a lite.Lite.
         encoder: BPE, WordPiece, or None for a folder without a vocabulary.
         config: ModelConfig.
     """
 
     def __init__(self, network, vocabulary):
         self.network, self.encoder, self.config = network, vocabulary, network.config
-        self._programs = sampling.Programs(network)
-        self._evaluator = training.Evaluator(network)
-        self._logits = tf.function(
-            network, input_signature=[tf.TensorSpec([None, None], tf.int32)], autograph=False
-        )
 
     def logits(self, tokens):
         """Ids of one sequence, 1 to n_ctx -> float32 [T, n_vocab]: scores of what follows each."""
         tokens = self._checked(tokens)
         if not 1 <= len(tokens) <= self.config.n_ctx:
             raise UserError(f"{len(tokens)} tokens; the model reads 1 to {self.config.n_ctx}")
-        return self._logits(np.array([tokens], np.int32))[0].numpy()
+        return self.network.logits(tokens)
 
     def loss(self, tokens):
         """Ids of one text, 2 or more -> mean nats a token; see `evaluate`."""
@@ -169,7 +176,7 @@ class Model:
 
     def score(self, batches):
         """Batches of windows.Batch -> training.Score."""
-        return self._evaluator.score(batches)
+        return training.score(self.network, batches)
 
     def generate(self, prompts=None, **settings):
         """Continue each prompt.
@@ -322,7 +329,6 @@ class Model:
         unknown = range(self.encoder.n_vocab, self.config.n_vocab) if self.encoder else ()
         return sampling.Generation(
             self.network,
-            self._programs,
             ids,
             settings,
             length=length,
@@ -351,19 +357,26 @@ def new_seed():
     return secrets.randbelow(2**31)
 
 
-def load_model(path, precision="float32"):
+def load_model(path, precision="auto"):
     """The Model of a model folder, a run folder, or a checkpoint's path without its ending.
 
     Args:
         path: the folder or prefix; a folder without a vocabulary loads, for ids only.
-        precision: "float32" or "bfloat16", of weights and activations.
+        precision: "float32", or "auto", which is the same; "bfloat16", of weights and activations;
+            "int8", of matrices, on the CPU.
 
     Raises:
         UserError: says which file is wrong and what to do.
     """
-    if precision not in ("float32", "bfloat16"):
-        raise UsageError(f"precision must be float32 or bfloat16, got {precision!r}")
-    folder = files.find_checkpoint(path).parent
-    encoder.of_model(folder)  # what is wrong with it is known before gigabytes are read
-    network = checkpoint.load(path, precision)
-    return Model(network, encoder.of_model(folder, network.config.n_vocab))
+    if precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise UsageError(f"precision must be one of {known}, got {precision!r}")
+    prefix = files.find_checkpoint(path)
+    encoder.of_model(prefix.parent)  # what is wrong with it is known before gigabytes are read
+    config, stored = checkpoint.open_weights(prefix)
+    precision = "float32" if precision == "auto" else precision
+    if precision == "int8" or (precision == "float32" and not GPUS):
+        network = lite.Lite(config, stored, precision)
+    else:
+        network = graph.Graph(model.GPT2(config, stored, precision))
+    return Model(network, encoder.of_model(prefix.parent, config.n_vocab))

@@ -1,7 +1,7 @@
 """GPT-2: token ids in, logits out. The only place that knows the network.
 
 Letters used in every shape comment of this package:
-    B batch    T tokens in this call    S slots of the cache (one a position)
+    B batch    T tokens in this call    S slots of a cache (one a position)
     L layers   H heads   D = E / H      E embedding width   V vocabulary
 
 The equations, names and constants are those of openai/gpt-2 src/model.py, and with
@@ -11,6 +11,7 @@ checkpoint is read and written by a loop over names.
 """
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -142,11 +143,23 @@ class Linear:
         n_in, n_out = self.w.shape[-2:]
         w = tf.reshape(tf.cast(self.w, x.dtype), [n_in, n_out])
         flat = tf.matmul(tf.reshape(x, [-1, n_in]), w) + tf.cast(self.b, x.dtype)
-        return tf.reshape(flat, [tf.shape(x)[0], tf.shape(x)[1], n_out])
+        return tf.reshape(flat, [_rows(x), -1, n_out])
+
+
+class Past(NamedTuple):
+    """What tokens may look at besides each other: each has a cache of its own.
+
+    keys, values: [T, H, S, D], the first axis being the tokens of the only row of x.
+    seen: float32 [T, 1, 1, S], 0 for the slots that count and MASKED for the others.
+    """
+
+    keys: tf.Tensor
+    values: tf.Tensor
+    seen: tf.Tensor
 
 
 class Attention:
-    """Each token looks at the tokens up to itself.
+    """Each token looks at some of the tokens beside it, and at what is in its cache.
 
     Args:
         n_head: heads.
@@ -157,31 +170,66 @@ class Attention:
     def __init__(self, n_head, inner, outer):
         self.n_head, self.inner, self.outer = n_head, inner, outer
 
-    def __call__(self, x, cache, position, dropout=None):
-        """x [B, T, E] -> [B, T, E] and the keys and values [B, S, H, D] that it looked at.
+    def __call__(self, x, beside, past=None, dropout=None):
+        """x [B, T, E] -> [B, T, E] and the keys and values of x [B, H, T, D].
 
-        Without a cache they are those of x, S = T. With one, those of x are written into it at
-        the slots `position` [B, T], and x looks at all slots up to its own.
+        Args:
+            beside: float32 [T, T], 0 where a token (row) looks at another of x, MASKED elsewhere.
+            past: a Past, for B = 1 only.
+            dropout: of the probabilities, in training.
         """
         parts = [linear(x) for linear in self.inner]
         parts = tf.split(parts[0], 3, axis=-1) if len(parts) == 1 else parts
         q, k, v = (self.split_heads(part) for part in parts)
-        if cache is not None:
-            rows = tf.broadcast_to(tf.range(tf.shape(x)[0])[:, None], tf.shape(position))
-            slots = tf.stack([rows, position], axis=-1)  # [B, T, 2]
-            k = tf.tensor_scatter_nd_update(cache[0], slots, k)
-            v = tf.tensor_scatter_nd_update(cache[1], slots, v)
-        scale = tf.cast(1 / np.sqrt(q.shape[-1]), q.dtype)
-        scores = tf.cast(tf.einsum("bthd,bshd->bhts", q * scale, k), tf.float32)
-        seen = tf.range(tf.shape(k)[1]) <= position[:, :, None]  # [B, T, S]
-        probs = tf.cast(tf.nn.softmax(tf.where(seen[:, None], scores, MASKED)), v.dtype)
-        a = tf.einsum("bhts,bshd->bthd", dropout(probs) if dropout else probs, v)
-        return self.outer(tf.reshape(a, tf.shape(x))), (k, v)
+        q = q * tf.cast(1 / np.sqrt(q.shape[-1]), q.dtype)
+        scores = _scores(q, k) + beside  # [B, H, T, T]
+        if past is None:
+            probs = tf.cast(tf.nn.softmax(scores), v.dtype)
+            a = tf.matmul(dropout(probs) if dropout else probs, v)
+        else:
+            a = self.join(scores, v, _scores(_by_token(q), past.keys) + past.seen, past.values)
+        a = tf.transpose(a, [0, 2, 1, 3])  # [B, T, H, D]
+        return self.outer(tf.reshape(a, [_rows(x), -1, x.shape[-1]])), (k, v)
+
+    @staticmethod
+    def join(scores, v, older, values):
+        """One softmax over scores [1, H, T, T] and those of each token's cache, [T, H, 1, S].
+
+        Not over both in one tensor, because a cut at S is a shape that LiteRT cannot foresee.
+        """
+        most = tf.reduce_max(older, -1, keepdims=True)
+        most = tf.maximum(tf.reduce_max(scores, -1, keepdims=True), _by_token(most))  # [1, H, T, 1]
+        scores, older = tf.exp(scores - most), tf.exp(older - _by_token(most))
+        total = tf.reduce_sum(older, -1, keepdims=True)
+        total = tf.reduce_sum(scores, -1, keepdims=True) + _by_token(total)
+        a = tf.matmul(tf.cast(scores, v.dtype), v)
+        a += _by_token(tf.matmul(tf.cast(older, v.dtype), values))
+        return a / tf.cast(total, v.dtype)
 
     def split_heads(self, x):
-        """[B, T, E] -> [B, T, H, D]"""
+        """[B, T, E] -> [B, H, T, D]"""
         head = x.shape[-1] // self.n_head
-        return tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], self.n_head, head])
+        return tf.transpose(tf.reshape(x, [_rows(x), -1, self.n_head, head]), [0, 2, 1, 3])
+
+
+def _rows(x):
+    """The first size of x: a number where it is known when the graph is made."""
+    return x.shape[0] or tf.shape(x)[0]
+
+
+def _scores(q, k):
+    return tf.cast(tf.matmul(q, k, transpose_b=True), tf.float32)
+
+
+def _by_token(x):
+    """[1, H, T, N] -> [T, H, 1, N], and back."""
+    return tf.transpose(x, [2, 1, 0, 3])
+
+
+def causal(length):
+    """The float32 [T, T] with which each token looks at itself and those before it."""
+    seen = tf.linalg.band_part(tf.ones([length, length], tf.bool), -1, 0)
+    return tf.where(seen, 0.0, MASKED)
 
 
 class GPT2Block:
@@ -196,14 +244,14 @@ class GPT2Block:
         self.c_fc = Linear(weight, f"{name}/mlp/c_fc")
         self.c_proj = Linear(weight, f"{name}/mlp/c_proj")
 
-    def __call__(self, x, cache, position, dropout=None):
-        """x [B, T, E] -> [B, T, E] and the new cache; dropout where UER-py and transformers do."""
+    def __call__(self, x, beside, past=None, dropout=None):
+        """As Attention; dropout where UER-py and transformers do."""
         drop = [dropout.at(place) if dropout else _keep for place in range(3)]
-        a, cache = self.attn(self.ln_1(x), cache, position, dropout and drop[0])
+        a, new = self.attn(self.ln_1(x), beside, past, dropout and drop[0])
         x = x + drop[1](a)
         # The tanh form of GELU. The exact form differs by up to 5e-4: another model.
         wide = tf.nn.gelu(self.c_fc(self.ln_2(x)), approximate=True)
-        return x + drop[2](self.c_proj(wide)), cache
+        return x + drop[2](self.c_proj(wide)), new
 
 
 class GPT2MLBlock:
@@ -223,13 +271,13 @@ class GPT2MLBlock:
         self.output = linear("output")
         self.ln1 = norm("LayerNorm_mlp_ln1")
 
-    def __call__(self, x, cache, position, dropout=None):
-        """x [B, T, E] -> [B, T, E] and the new cache; dropout where GPT2_ML does."""
+    def __call__(self, x, beside, past=None, dropout=None):
+        """As Attention; dropout where GPT2_ML does."""
         drop = [dropout.at(place) if dropout else _keep for place in range(2)]
-        a, cache = self.attn(x, cache, position)
+        a, new = self.attn(x, beside, past)
         x = x + drop[0](a)
         wide = tf.nn.gelu(self.intermediate(self.ln0(x)), approximate=False)  # its config's "gelu"
-        return self.ln1(x + drop[1](self.output(wide))), cache
+        return self.ln1(x + drop[1](self.output(wide))), new
 
 
 def _keep(x):
@@ -246,13 +294,16 @@ class GPT2:
             stay float32.
         weights_precision: of the stored weights; by default that of the activations. Training
             keeps float32 weights under bfloat16 activations.
+        hold: function of a value and a weight's name that gives what is kept of it.
 
     Attributes:
         weights: the original's name -> variable.
-        h: the layers, functions of (x, cache, position, dropout).
+        h: the layers, functions of (x, beside, past, dropout).
     """
 
-    def __init__(self, config, initial, precision="float32", weights_precision=None):
+    def __init__(
+        self, config, initial, precision="float32", weights_precision=None, hold=tf.Variable
+    ):
         self.config = config
         self.dtype = tf.dtypes.as_dtype(precision)
         stored = tf.dtypes.as_dtype(weights_precision or precision)
@@ -261,7 +312,7 @@ class GPT2:
 
         def weight(name):
             value = tf.cast(initial(name, shapes[name]), stored)
-            self.weights[name] = tf.Variable(value, name=name, shape=shapes[name])
+            self.weights[name] = hold(value, name=name)
             return self.weights[name]
 
         self.wte, self.wpe = (weight(name) for name in list(shapes)[:2])
@@ -284,55 +335,66 @@ class GPT2:
         return [[v for name, v in self.weights.items() if name.startswith(s)] for s in starts]
 
     def embed(self, tokens, position=None, dropout=None):
-        """Token ids [B, T] -> x [B, T, E], the input of the first layer, and position [B, T].
+        """Token ids [B, T] -> x [B, T, E], the input of the first layer.
 
         Args:
-            position: int32 [B, T], each token's place in its row; 0, 1, ... if not given.
+            position: int32 [T] or [B, T], each token's place in its text; 0, 1, ... if not given.
         """
         if position is None:
-            position = tf.broadcast_to(tf.range(tf.shape(tokens)[1]), tf.shape(tokens))
-        x = tf.gather(self.wte, tokens) + tf.gather(self.wpe, position)
-        x = tf.cast(self.ln_e(x), self.dtype)
+            position = tf.range(tf.shape(tokens)[1])
+        x = self.normed(tf.gather(self.wte, tokens) + tf.gather(self.wpe, position))
         if dropout and self.config.arch == "gpt2":
             x = dropout.at(self.config.n_layer)(x)
-        return x, position
+        return x
 
-    def hidden(self, tokens, cache=None, position=None, dropout=None):
-        """Everything but the last product.
+    def normed(self, x):
+        """The sum of a token's and a position's rows -> the input of the first layer."""
+        return tf.cast(self.ln_e(x), self.dtype)
+
+    def hidden(self, tokens, dropout=None):
+        """Everything but the last product, for rows of their own: int32 [B, T] -> as `layers`."""
+        x = self.embed(tokens, dropout=dropout)
+        return self.layers(x, causal(tf.shape(tokens)[1]), dropout=dropout)
+
+    def layers(self, x, beside, past=None, dropout=None):
+        """All layers and the last layer norm.
 
         Args:
-            tokens: int32 [B, T].
-            cache: for each layer keys and values [B, S, H, D] of the tokens before; None at first.
-            position: int32 [B, T], each token's place in its row, which is also its slot in the
-                cache; 0, 1, ... without a cache.
+            x: [B, T, E] of `embed`.
+            beside: float32 [T, T], 0 where a token looks at another of its row, else MASKED.
+            past: for each layer a Past; B must be 1.
             dropout: a Dropout, in training.
 
         Returns:
-            x [B, T, E] after the last layer norm, and the new cache.
+            x [B, T, E], and for each layer the keys and values [B, H, T, D] of x.
         """
-        x, position = self.embed(tokens, position, dropout)
-        new_cache = []
+        kept = []
         for layer, block in enumerate(self.h):
             with tf.control_dependencies([x] if self.wte.dtype != self.dtype else []):
                 # without it all weights are cast to bfloat16 before the first layer begins
                 drop = dropout and dropout.at(layer)
-                x, kept = block(x, cache and cache[layer], position, drop)
-            new_cache.append(kept)
-        return self.ln_f(x), new_cache
+                x, new = block(x, beside, past and past[layer], drop)
+            kept.append(new)
+        return self.ln_f(x), kept
 
     def head(self, x):
-        """[..., E] -> logits float32 [..., V]; wte is also the output matrix."""
+        """[B, T, E] or [N, E] -> logits float32 [..., V]; wte is also the output matrix."""
         flat = tf.reshape(x, [-1, self.config.n_embd])
         logits = tf.matmul(flat, tf.cast(self.wte, x.dtype), transpose_b=True)
-        shape = tf.concat([tf.shape(x)[:-1], [self.config.n_vocab]], axis=0)
-        return tf.reshape(tf.cast(logits, tf.float32), shape)
+        logits = tf.cast(logits, tf.float32)
+        rank = len(x.shape)
+        return logits if rank == 2 else tf.reshape(logits, [_rows(x), -1, self.config.n_vocab])
 
     def losses(self, x, targets):
         """How well x [B, T, E] of `hidden` predicts targets [B, T]: two float32 [B, T].
 
         The nats by which each was missed, and 1 where it was the likeliest token.
         """
-        logits = self.head(x)
-        hit = tf.argmax(logits, -1, output_type=tf.int32) == targets
-        nats = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-        return nats, tf.cast(hit, tf.float32)
+        return losses(self.head(x), targets)
+
+
+def losses(logits, targets):
+    """Logits [..., V] and ids [...] -> the nats by which each id was missed, and 1 for a hit."""
+    hit = tf.argmax(logits, -1, output_type=tf.int32) == targets
+    nats = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+    return nats, tf.cast(hit, tf.float32)

@@ -1,15 +1,10 @@
-"""Logits -> next token, and the loop that generates.
-
-The loop is one compiled program (XLA): keys and values lie in buffers made once, each row writes
-its next token at its own slot, and a finished mask ends the loop when all rows have ended. Prompts
-are padded at the right, so a token's slot is its position, whatever else is in the batch.
+"""Logits -> next token, and a batch of rows that grow by tokens.
 
 Past n_ctx tokens the window slides: when a row's window is full, its older half is dropped and the
 newer half processed again; or, with `--window last`, its last n_ctx - 1 tokens are read again for
 every token. A row's window depends on that row alone, not on its batch.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +12,7 @@ import numpy as np
 from gpt2cli.engine import tf
 
 CHUNK = 32  # tokens a call of the compiled loop may generate; more would delay --stop
-SMALLEST_CACHE = 64  # slots; caches and histories double from here, one compilation each
+SMALLEST_HISTORY = 64  # tokens; histories double from here, one compilation each
 BLOCK = 256  # about sqrt(50257): the two cumulative sums of `draw` are equally long
 
 
@@ -27,6 +22,7 @@ class Rules(NamedTuple):
     temperature, top_p, repetition_penalty: float32 [B]; top_k, min_length: int32 [B].
     no_repeat_ngram: int32 [], how many tokens in a row must not come twice; 0 allows it.
     end: int32 [], the token that ends a row, or -1.
+    logprobs: bool [], whether anybody asks for the log-probabilities of what is chosen.
     bias: float32 [V], added to the logits; -inf where a token must never be chosen.
     """
 
@@ -37,18 +33,20 @@ class Rules(NamedTuple):
     min_length: tf.Tensor
     no_repeat_ngram: tf.Tensor
     end: tf.Tensor
+    logprobs: tf.Tensor
     bias: tf.Tensor
 
     def of(self, rows):
         """The rules of these rows [N], which may be fewer, more, or in another order."""
-        *own, ngram, end, bias = self
-        return Rules(*(tf.gather(field, rows) for field in own), ngram, end, bias)
+        own, rest = self[:5], self[5:]
+        return Rules(*(tf.gather(field, rows) for field in own), *rest)
 
 
 RULES_SPEC = Rules(
     *(tf.TensorSpec([None], t) for t in (tf.float32, tf.int32, tf.float32, tf.float32, tf.int32)),
     no_repeat_ngram=tf.TensorSpec([], tf.int32),
     end=tf.TensorSpec([], tf.int32),
+    logprobs=tf.TensorSpec([], tf.bool),
     bias=tf.TensorSpec([None], tf.float32),
 )
 
@@ -66,6 +64,10 @@ class Past(NamedTuple):
     history: tf.Tensor
     length: tf.Tensor
     generated: tf.Tensor
+
+    def of(self, rows):
+        """The Past of these rows [N], which may be fewer, more, or in another order."""
+        return Past(*(tf.gather(field, rows) for field in self))
 
     def after(self, chosen):
         """The Past once each row has got one more token, `chosen` [B]."""
@@ -144,14 +146,15 @@ def draw(logits, uniform):
     sum is longer than a few hundred terms and float32 stays exact enough.
     """
     rows, size = tf.shape(logits)[0], tf.shape(logits)[1]
-    padding = -size % BLOCK
-    probs = tf.pad(tf.nn.softmax(logits), [[0, 0], [0, padding]])
-    probs = tf.reshape(probs, [rows, -1, BLOCK])  # [B, V / BLOCK, BLOCK]
-    cumulative = tf.cumsum(tf.reduce_sum(probs, -1), axis=-1)  # [B, V / BLOCK]
+    most = tf.reduce_max(logits, -1, keepdims=True)
+    logits = tf.pad(logits, [[0, 0], [0, -size % BLOCK]], constant_values=-np.inf)
+    mass = tf.reshape(tf.exp(logits - most), [rows, -1, BLOCK])  # [B, V / BLOCK, BLOCK]
+    sums = tf.reduce_sum(mass, -1)
+    cumulative = tf.cumsum(sums, axis=-1)  # [B, V / BLOCK]
     target = uniform * cumulative[:, -1]
-    block = _first_above(cumulative, tf.reduce_max(probs, -1), target)
+    block = _first_above(cumulative, sums, target)
     before = tf.gather(tf.pad(cumulative, [[0, 0], [1, 0]]), block, batch_dims=1)
-    inside = tf.gather(probs, block, batch_dims=1)  # [B, BLOCK]
+    inside = tf.gather(mass, block, batch_dims=1)  # [B, BLOCK]
     return block * BLOCK + _first_above(tf.cumsum(inside, axis=-1), inside, target - before)
 
 
@@ -192,88 +195,65 @@ def forbid_repeats(logits, past, size):
     return tf.where(tf.reduce_max(left, -1, keepdims=True) > -np.inf, left, logits)
 
 
+def _where(any_row, change, logits):
+    """change(logits) if any row asks for it; a pass over [B, V] is a good part of a step."""
+    return tf.cond(tf.reduce_any(any_row), lambda: change(logits), lambda: logits)
+
+
 def apply_rules(logits, past, rules):
     """Logits or log-probabilities [B, V] -> [B, V], before any temperature and cut.
 
     In this order: repetition penalty, banned tokens, minimal length, repeated n-grams.
     """
-    logits = penalize_repetition(logits, past.seen, rules.repetition_penalty) + rules.bias
+    early = past.generated < rules.min_length  # [B]
     is_end = tf.range(tf.shape(logits)[1]) == rules.end
-    too_early = (past.generated < rules.min_length)[:, None] & is_end
-    logits = tf.where(too_early, -np.inf, logits)
-    return tf.cond(
-        rules.no_repeat_ngram > 0,
-        lambda: forbid_repeats(logits, past, rules.no_repeat_ngram),
-        lambda: logits,
-    )
+
+    def penalize(logits):
+        return penalize_repetition(logits, past.seen, rules.repetition_penalty)
+
+    def go_on(logits):
+        return tf.where(early[:, None] & is_end, -np.inf, logits)
+
+    def without_repeats(logits):
+        return forbid_repeats(logits, past, rules.no_repeat_ngram)
+
+    logits = _where(rules.repetition_penalty != 1, penalize, logits)
+    logits = _where(rules.bias != 0, lambda logits: logits + rules.bias, logits)
+    logits = _where(early, go_on, logits)
+    return _where(rules.no_repeat_ngram > 0, without_repeats, logits)
 
 
 def choose(logits, uniform, past, rules):
     """The next token of each row [B] from logits [B, V], its log-probability [B], the new Past.
 
     After apply_rules: temperature, top-k, top-p. The log-probability, in nats, is the model's own,
-    before all of these.
+    before all of these; 0 where nobody asks for it.
     """
     raw, logits = logits, apply_rules(logits, past, rules)
-    greedy = tf.argmax(logits, -1, output_type=tf.int32)
 
-    def sample():
+    def cool(logits):
         cold = tf.maximum(rules.temperature, 1e-6)[:, None]
         # shifted first, so that a small temperature cannot overflow
-        kept = (logits - tf.reduce_max(logits, -1, keepdims=True)) / cold
-        kept = tf.cond(
-            tf.reduce_any(rules.top_k > 0), lambda: keep_top_k(kept, rules.top_k), lambda: kept
-        )
-        narrow = tf.cond(
-            tf.reduce_any(rules.top_p > 0), lambda: keep_top_p(kept, rules.top_p), lambda: kept
-        )
-        return tf.where(rules.temperature > 0, draw(narrow, uniform), greedy)
+        return (logits - tf.reduce_max(logits, -1, keepdims=True)) / cold
 
-    chosen = tf.cond(tf.reduce_any(rules.temperature > 0), sample, lambda: greedy)
-    logprob = tf.gather(raw, chosen, batch_dims=1) - tf.reduce_logsumexp(raw, -1)
+    def sample():
+        kept = _where(rules.temperature != 1, cool, logits)
+        kept = _where(rules.top_k > 0, lambda kept: keep_top_k(kept, rules.top_k), kept)
+        kept = _where(rules.top_p > 0, lambda kept: keep_top_p(kept, rules.top_p), kept)
+        return draw(kept, uniform)
+
+    def greedy():
+        return tf.argmax(logits, -1, output_type=tf.int32)
+
+    cold = rules.temperature <= 0
+    drawn = tf.cond(tf.reduce_all(cold), greedy, sample)
+    chosen = tf.cond(tf.reduce_any(cold), lambda: tf.where(cold, greedy(), drawn), lambda: drawn)
+    logprob = tf.cond(
+        rules.logprobs,
+        lambda: tf.gather(raw, chosen, batch_dims=1) - tf.reduce_logsumexp(raw, -1),
+        lambda: tf.zeros(tf.shape(chosen)),
+    )
     return chosen, logprob, past.after(chosen)
-
-
-def logits_after(model, tokens, lengths):
-    """Rows [B, T], padded at the right -> logits [B, V] after the `lengths` [B] tokens; cache."""
-    x, cache = model.hidden(tokens)
-    return model.head(tf.gather(x, lengths - 1, batch_dims=1)), cache
-
-
-def run(model, cache, token, position, finished, past, noise, steps, rules):
-    """Generate up to `steps` tokens a row.
-
-    Args:
-        model: a GPT2.
-        cache: of each layer [B, S, H, D], filled before `position`.
-        token, position: [B], the token to feed next and its slot.
-        finished: [B], rows that have ended; they write nothing that counts.
-        past: Past, `token` included.
-        noise: [B, N], random numbers in [0, 1); steps <= N.
-        rules: Rules.
-
-    Returns:
-        tokens [B, N] and their log-probabilities [B, N], of which the first `steps done` count,
-        steps done, cache, past.
-    """
-    size = tf.shape(noise)[1]
-
-    def step(i, cache, token, finished, past, tokens, logprobs):
-        x, cache = model.hidden(token[:, None], cache, (position + i)[:, None])
-        uniform = tf.gather(noise, i, axis=1)
-        chosen, logprob, past = choose(model.head(x[:, 0]), uniform, past, rules)
-        here = tf.range(size) == i
-        tokens = tf.where(here, chosen[:, None], tokens)
-        logprobs = tf.where(here, logprob[:, None], logprobs)
-        return i + 1, cache, chosen, finished | (chosen == rules.end), past, tokens, logprobs
-
-    def go_on(i, cache, token, finished, *rest):
-        return (i < steps) & ~tf.reduce_all(finished)
-
-    empty = tf.zeros(tf.shape(noise), tf.int32), tf.zeros(tf.shape(noise))
-    start = [tf.constant(0), cache, token, finished, past, *empty]
-    i, cache, _, _, past, tokens, logprobs = tf.while_loop(go_on, step, start)
-    return tokens, logprobs, i, cache, past
 
 
 def rank(logits, scores, past, rules, count):
@@ -299,47 +279,17 @@ def rank(logits, scores, past, rules, count):
     return best, rows, tokens, tf.gather_nd(log_probs, tf.stack([rows, tokens], axis=1))
 
 
-def extend(model, cache, token, position, scores, past, rules):
-    """Feed `token` [B] at its slot `position` [B]; `rank` of twice as many rows, and the cache."""
-    x, cache = model.hidden(token[:, None], cache, position[:, None])
-    # from the shape, because XLA must know it when it compiles
-    return rank(model.head(x[:, 0]), scores, past, rules, 2 * tf.shape(token)[0]), cache
+def _compiled(function, *signature):
+    return tf.function(function, input_signature=signature, autograph=False)
 
 
-def regroup(cache, past, parents):
-    """The cache and Past of new rows, each a copy of the present one of that number [N]."""
-    return tf.nest.map_structure(lambda kept: tf.gather(kept, parents), (cache, past))
+_ROWS, _MATRIX = tf.TensorSpec([None]), tf.TensorSpec([None, None])
+_IDS = tf.TensorSpec([None], tf.int32)
 
-
-class Programs:
-    """The compiled functions of one model. Each is traced once, whatever shapes follow."""
-
-    def __init__(self, model):
-        def compiled(function, *signature, xla=False):
-            return tf.function(
-                function, input_signature=signature, autograph=False, jit_compile=xla
-            )
-
-        def array(kind, rank):
-            return tf.TensorSpec([None] * rank, kind)
-
-        ints, head = array(tf.int32, 1), model.config.n_embd // model.config.n_head
-        slots = tf.TensorSpec([None, None, model.config.n_head, head], model.dtype)
-        cache, matrix = [(slots, slots)] * model.config.n_layer, array(tf.float32, 2)
-        row, count = array(tf.float32, 1), array(tf.int32, 0)
-        self.logits_after = compiled(partial(logits_after, model), array(tf.int32, 2), ints)
-        self.first = compiled(choose, matrix, row, PAST_SPEC, RULES_SPEC)
-        self.run = compiled(
-            *(partial(run, model), cache, ints, ints, array(tf.bool, 1), PAST_SPEC, matrix, count),
-            RULES_SPEC,
-            xla=True,
-        )
-        self.regroup = compiled(regroup, cache, PAST_SPEC, ints)
-        self.after = compiled(lambda past, chosen: past.after(chosen), PAST_SPEC, ints)
-        self.rank = compiled(rank, matrix, row, PAST_SPEC, RULES_SPEC, count)
-        self.extend = compiled(
-            *(partial(extend, model), cache, ints, ints, row, PAST_SPEC, RULES_SPEC), xla=True
-        )
+pick = _compiled(choose, _MATRIX, _ROWS, PAST_SPEC, RULES_SPEC)
+best = _compiled(rank, _MATRIX, _ROWS, PAST_SPEC, RULES_SPEC, tf.TensorSpec([], tf.int32))
+after = _compiled(lambda past, chosen: past.after(chosen), PAST_SPEC, _IDS)
+of_rows = _compiled(lambda past, rows: past.of(rows), PAST_SPEC, _IDS)
 
 
 class Generation:
@@ -348,8 +298,7 @@ class Generation:
     Or, for beams: `candidates`, then `take` those that are to go on.
 
     Args:
-        model: a GPT2.
-        programs: its Programs.
+        network: what reads and continues rows: a graph.Graph or a lite.Lite.
         prompts: token ids of each row, at least one token each.
         settings: config.GenerateSettings.
         length: tokens to generate in a row.
@@ -364,14 +313,14 @@ class Generation:
         finished: bool [B].
     """
 
-    def __init__(self, model, programs, prompts, settings, length, seed, indices, end, banned):
-        self.model, self.programs, self.length = model, programs, length
+    def __init__(self, network, prompts, settings, length, seed, indices, end, banned):
+        self.network, self.length = network, length
         self.rows = [list(prompt) for prompt in prompts]
         self.prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         self.finished = np.array([index is None for index in indices])
         self.end = -1 if end is None else end
         self.ngram = settings.no_repeat_ngram
-        n_vocab, size = model.config.n_vocab, len(prompts)
+        n_vocab, size = network.config.n_vocab, len(prompts)
         bias = np.zeros(n_vocab, np.float32)
         bias[[token for token in banned if token < n_vocab]] = -np.inf
         self.rules = Rules(
@@ -382,13 +331,14 @@ class Generation:
             min_length=tf.fill([size], np.int32(min(settings.min_length, 2**31 - 1))),
             no_repeat_ngram=tf.constant(np.int32(self.ngram)),
             end=tf.constant(self.end),
+            logprobs=tf.constant(settings.logprobs),
             bias=tf.constant(bias),
         )
         self.noise = [np.random.Generator(np.random.Philox(key=[seed, i or 0])) for i in indices]
         self.logprobs = [[] for _ in prompts]
         self.window = [0] * size  # where the part of each row that the model sees begins
         self.sees_last = settings.window == "last"
-        self.full = model.config.n_ctx - (self.sees_last and model.config.n_ctx > 1)
+        self.full = network.config.n_ctx - (self.sees_last and network.config.n_ctx > 1)
         self.cache = None
         self.past = self._first_past(n_vocab)
 
@@ -421,7 +371,7 @@ class Generation:
 
         Args:
             scores: the log-probability of each row so far.
-            count: how many; must be 2 for each row, but for the first token, when all is one row.
+            count: how many.
 
         Returns:
             Best first; fewer where the rules leave fewer.
@@ -430,12 +380,10 @@ class Generation:
         self._grow_history(1)
         if self._must_read():
             logits = self._read_windows()
-            ranked = self.programs.rank(logits, scores, self.past, self.rules, np.int32(count))
         else:
             token, lengths = self._last()
-            ranked, self.cache = self.programs.extend(
-                self.cache, token, lengths - 1, scores, self.past, self.rules
-            )
+            logits, self.cache = self.network.feed(self.cache, token, lengths - 1)
+        ranked = best(logits, scores, self.past, self.rules, np.int32(count))
         columns = (column.numpy().tolist() for column in ranked)
         return [found for found in zip(*columns, strict=True) if found[0] > -np.inf]
 
@@ -452,8 +400,11 @@ class Generation:
             if len(parents) != len(self.finished):
                 self.rules = self.rules.of(parents)
             self.finished = self.finished[parents]
-            self.cache, self.past = self.programs.regroup(self.cache, self.past, parents)
-        self.past = self.programs.after(self.past, np.array(tokens, np.int32))
+            self.cache, self.past = (
+                self.network.regroup(self.cache, parents),
+                of_rows(self.past, parents),
+            )
+        self.past = after(self.past, np.array(tokens, np.int32))
 
     def finish(self, row):
         """End a row now, because of what its text says."""
@@ -490,39 +441,26 @@ class Generation:
 
     def _read_windows(self):
         """Move the windows that are too long, read all in one pass; logits [B, V] after them."""
-        n_ctx = self.model.config.n_ctx
+        n_ctx = self.network.config.n_ctx
         for row, tokens in enumerate(self.rows):
             if len(tokens) - self.window[row] > self.full:
                 all_of_it = self.cache is None or self.sees_last
                 self.window[row] = len(tokens) - (self.full if all_of_it else max(1, n_ctx // 2))
         lengths = self._seen_lengths()
-        padded = np.zeros([len(self.rows), lengths.max()], np.int32)
-        for row, length in enumerate(lengths):
-            start = self.window[row]
-            padded[row, :length] = self.rows[row][start : start + length]
-        logits, self.cache = self.programs.logits_after(padded, lengths)
-        self._grow_cache(min(n_ctx, int(lengths.max() + self.length - self._generated().min())))
+        slots = int(lengths.max() + self.length - self._generated().min())
+        windows = [
+            np.array(tokens[start : start + length], np.int32)
+            for tokens, start, length in zip(self.rows, self.window, lengths, strict=True)
+        ]
+        logits, self.cache = self.network.read(windows, min(n_ctx, slots))
         return logits
 
     def _choose_first(self):
         """One token a row, after its window."""
         logits, uniform = self._read_windows(), self._uniform(1)
         self._grow_history(1)
-        chosen, logprobs, self.past = self.programs.first(
-            logits, uniform[:, 0], self.past, self.rules
-        )
+        chosen, logprobs, self.past = pick(logits, uniform[:, 0], self.past, self.rules)
         return chosen.numpy()[:, None], logprobs.numpy()[:, None], 1
-
-    def _grow_cache(self, needed):
-        """Give the cache the smallest size that holds `needed` slots."""
-        size, n_ctx = SMALLEST_CACHE, self.model.config.n_ctx
-        while size < needed:
-            size *= 2
-        more = min(size, n_ctx) - self.cache[0][0].shape[1]
-        if more > 0:
-            self.cache = tf.nest.map_structure(
-                lambda kept: tf.pad(kept, [[0, 0], [0, more], [0, 0], [0, 0]]), self.cache
-            )
 
     def _grow_history(self, steps):
         """Give the history room for `steps` more tokens: at once for all that will come, up to
@@ -531,8 +469,8 @@ class Generation:
             return
         longest = max(map(len, self.rows))
         all_of_it = int(self.prompt_lengths.max()) + self.length
-        needed = max(longest + steps, min(all_of_it, self.model.config.n_ctx)) + 1
-        size = max(SMALLEST_CACHE, 1 << (needed - 1).bit_length())
+        needed = max(longest + steps, min(all_of_it, self.network.config.n_ctx)) + 1
+        size = max(SMALLEST_HISTORY, 1 << (needed - 1).bit_length())
         more = size - self.past.history.shape[1]
         if more > 0:
             history = tf.pad(self.past.history, [[0, 0], [0, more]])
@@ -550,14 +488,14 @@ class Generation:
         noise = np.zeros([len(self.rows), CHUNK], np.float32)
         noise[:, :steps] = self._uniform(steps)
         self._grow_history(steps)
-        tokens, logprobs, done, self.cache, self.past = self.programs.run(
+        tokens, logprobs, done, self.cache, self.past = self.network.run(
             self.cache,
             token,
             lengths - 1,
             self.finished,
             self.past,
             noise,
-            np.int32(steps),
+            steps,
             self.rules,
         )
-        return tokens.numpy(), logprobs.numpy(), int(done)
+        return np.array(tokens), np.array(logprobs), int(done)

@@ -7,7 +7,7 @@ import numpy as np
 
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
-from gpt2cli.model import IN_LAYER, MATRIX, Dropout, weight_shapes
+from gpt2cli.model import IN_LAYER, MATRIX, Dropout, causal, weight_shapes
 
 
 def learning_rate(config, step):
@@ -185,12 +185,12 @@ def layer_by_layer(model, inputs, targets, weight, dropout):
     time, the last layer's first: the third result is a generator, and what its consumer does with
     a layer's gradients is done before the layer below is computed again.
     """
-    x, position = model.embed(inputs, dropout=dropout)
+    x, beside = model.embed(inputs, dropout=dropout), causal(tf.shape(inputs)[1])
     kept = []
     for layer, block in enumerate(model.h):
         kept.append(x)
         with tf.control_dependencies([x]):  # as in GPT2.hidden
-            x = block(x, None, position, dropout and dropout.at(layer))[0]
+            x = block(x, beside, dropout=dropout and dropout.at(layer))[0]
     layers = model.layer_weights()
     inside = {id(v) for variables in layers for v in variables} | {id(model.wte), id(model.wpe)}
     norms = [v for v in model.weights.values() if id(v) not in inside]  # ln_f, or that of embed
@@ -211,12 +211,12 @@ def layer_by_layer(model, inputs, targets, weight, dropout):
             with tf.control_dependencies(before), tf.GradientTape() as tape:
                 x = tf.identity(kept[layer])
                 tape.watch(x)
-                y = block(x, None, position, dropout and dropout.at(layer))[0]
+                y = block(x, beside, dropout=dropout and dropout.at(layer))[0]
             dx, *gradients = tape.gradient(y, [x, *variables], output_gradients=dx)
             before = variables
             yield variables, gradients
         with tf.control_dependencies([dx]), tf.GradientTape() as tape:
-            x = model.embed(inputs, dropout=dropout)[0]
+            x = model.embed(inputs, dropout=dropout)
         rest = [model.wte, model.wpe, *norms]
         of_wte, of_wpe, *others = tape.gradient(x, rest, output_gradients=dx)
         others = [a if b is None else b for a, b in zip(of_norms, others, strict=True)]
@@ -365,30 +365,14 @@ class Score(NamedTuple):
     tokens: int
 
 
-class Evaluator:
-    """Sums of losses, for `evaluate` and the validation of `train`; traced once."""
-
-    def __init__(self, model):
-        tokens = tf.TensorSpec([None, None], tf.int32)
-
-        @tf.function(
-            input_signature=[tokens, tokens, tf.TensorSpec([None, None], tf.float32)],
-            autograph=False,
-        )
-        def sums(inputs, targets, mask):
-            nats, hits = model.losses(model.hidden(inputs)[0], targets)
-            return tf.reduce_sum(nats * mask), tf.reduce_sum(hits * mask)
-
-        self._sums = sums
-
-    def score(self, batches):
-        """Batches of windows.Batch -> Score."""
-        loss, hits, count = 0.0, 0.0, 0
-        for batch in batches:
-            more = self._sums(*batch)
-            loss, hits = loss + float(more[0]), hits + float(more[1])
-            count += int(batch.mask.sum())
-        return Score(loss / max(count, 1), hits / max(count, 1), count)
+def score(network, batches):
+    """What a graph.Graph or lite.Lite makes of batches of windows.Batch: a Score."""
+    loss, hits, count = 0.0, 0.0, 0
+    for batch in batches:
+        more = network.sums(*batch)
+        loss, hits = loss + float(more[0]), hits + float(more[1])
+        count += int(batch.mask.sum())
+    return Score(loss / max(count, 1), hits / max(count, 1), count)
 
 
 class Events:

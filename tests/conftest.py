@@ -58,12 +58,27 @@ def network():
     return lively(ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2))
 
 
+def compiled(kind, network):
+    """A GPT2 made ready to generate: "graph", or "lite" with a copy of its weights."""
+    from gpt2cli import graph, lite
+
+    if kind == "graph":
+        return graph.Graph(network)
+    return lite.Lite(network.config, lambda name, _: network.weights[name].numpy())
+
+
+@pytest.fixture(scope="session", params=["lite", "graph"])
+def either(request, network):
+    """`network` compiled in both ways."""
+    return compiled(request.param, network)
+
+
 @pytest.fixture(scope="session")
 def plain_model(network):
     """`network` as a Model, without a vocabulary."""
     from gpt2cli import inference
 
-    return inference.Model(network, None)
+    return inference.Model(compiled("lite", network), None)
 
 
 @pytest.fixture(scope="session")

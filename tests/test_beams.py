@@ -5,7 +5,7 @@ import json
 import numpy as np
 import oracle
 import pytest
-from conftest import TINY, lively
+from conftest import TINY, compiled, lively
 
 from gpt2cli import beams, inference, sampling
 from gpt2cli.config import GenerateSettings, ModelConfig
@@ -18,7 +18,7 @@ def search(model, prompt, end=None, banned=(), **settings):
     """The search's result as (score, generated ids with the end token), best first."""
     settings = GenerateSettings(**settings)
     generation = sampling.Generation(
-        *(model.network, model._programs, [prompt], settings, settings.length, 0, [0]),
+        *(model.network, [prompt], settings, settings.length, 0, [0]),
         *(end, banned),
     )
     found = beams.Search(generation, inference.Continuation(0, None, None, settings), settings)
@@ -54,7 +54,7 @@ def test_beams_are_those_of_transformers(golden, name):
 @pytest.fixture(scope="module")
 def small():
     """Seven tokens, a window of eight; random, lively weights."""
-    return inference.Model(lively(ModelConfig(7, 8, 16, 2, 2), seed=5), None)
+    return inference.Model(compiled("lite", lively(ModelConfig(7, 8, 16, 2, 2), seed=5)), None)
 
 
 def after(model, window="half"):

@@ -16,7 +16,7 @@ GROUPS = (
     {"files", "engine"},
     {"encoder", "model", "transfer", "windows"},
     {"dataset", "vocabularies", "checkpoint", "sampling", "training", "hub"},
-    {"beams", "statedict"},
+    {"beams", "graph", "lite", "statedict"},
     {"inference", "formats"},
     {"commands"},
     {"cli"},

@@ -33,15 +33,15 @@ def test_loss_is_that_of_the_equations(plain_model, network):
     )
 
 
-def test_the_cache_changes_nothing_but_the_speed(network):
-    whole = network(TOKENS[None])
-    _, cache = network.hidden(tf.constant(TOKENS[None, :9]))
-    cache = tf.nest.map_structure(
-        lambda kept: tf.pad(kept, [[0, 0], [0, 7], [0, 0], [0, 0]]), cache
-    )
-    for at in range(9, 13):
-        x, cache = network.hidden(TOKENS[None, at : at + 1], cache, tf.constant([[at]]))
-        np.testing.assert_allclose(network.head(x)[0, 0], whole[0, at], atol=TOLERANCE)
+def test_a_cache_changes_nothing_but_the_speed(network, either):
+    whole = network(TOKENS[None]).numpy()
+    shorter = [TOKENS[:9], TOKENS[:5]]
+    logits, cache = either.read(shorter, 16)
+    np.testing.assert_allclose(logits, [whole[0, 8], whole[0, 4]], atol=TOLERANCE)
+    for at in range(4):
+        position = np.array([9 + at, 5 + at], np.int32)
+        logits, cache = either.feed(cache, TOKENS[position], position)
+        np.testing.assert_allclose(logits, whole[0, position], atol=TOLERANCE)
 
 
 def test_rows_of_a_batch_do_not_see_each_other(network):

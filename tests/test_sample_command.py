@@ -11,9 +11,9 @@ import numpy as np
 import oracle
 import pexpect
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, compiled
 
-from gpt2cli import encoder
+from gpt2cli import checkpoint, encoder
 from gpt2cli.errors import UserError
 
 T = ("--model_name", "tiny", "--models_dir", TINY.parent)
@@ -106,7 +106,7 @@ def chinese(network, tmp_path_factory):
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     sizes = dict(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2, end_token=None)
     (folder / "hparams.json").write_text(json.dumps(sizes))
-    return inference.Model(network, encoder.of_model(folder))
+    return inference.Model(compiled("lite", network), encoder.of_model(folder))
 
 
 @pytest.mark.parametrize("least", [0, 1, 20, 60])
@@ -331,7 +331,7 @@ def test_evaluate_is_the_mean_over_windows_that_overlap_by_one_token(cli, tiny, 
     np.savez(tmp_path / "ids.npz", ids)
     result = cli("evaluate", tmp_path / "ids.npz", *T, "--format", "json", "--batch_size", 2)
     found = json.loads(result.stdout)
-    weights = {n: v.numpy() for n, v in tiny.network.weights.items()}
+    weights = {n: v.numpy() for n, v in checkpoint.load(TINY).weights.items()}
     total = 0.0
     for start in range(0, 699, 256):
         window = ids[start : start + 257]

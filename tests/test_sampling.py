@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import oracle
 import pytest
-from conftest import SHARED, lively
+from conftest import SHARED, compiled, lively
 
-from gpt2cli import config, sampling
+from gpt2cli import config, inference, sampling
 from gpt2cli.config import GenerateSettings
 from gpt2cli.engine import tf
 
@@ -76,7 +76,8 @@ def rules(size, n_vocab, **changes):
         name: np.full([size], value, kinds.get(name, np.float32))
         for name, value in {**values, **changes}.items()
     }
-    shared = dict(no_repeat_ngram=ngram, end=np.int32(-1), bias=np.zeros(n_vocab, np.float32))
+    shared = dict(no_repeat_ngram=ngram, end=np.int32(-1), logprobs=np.True_)
+    shared["bias"] = np.zeros(n_vocab, np.float32)
     return sampling.Rules(**fields, **shared)
 
 
@@ -205,10 +206,9 @@ def test_with_window_last_every_token_follows_the_last_of_them_read_anew(
 
 
 def test_a_window_of_one_token_is_no_special_case():
-    from gpt2cli import inference
 
     sizes = config.ModelConfig(n_vocab=11, n_ctx=1, n_embd=8, n_head=2, n_layer=1)
-    model = inference.Model(lively(sizes), None)
+    model = inference.Model(compiled("lite", lively(sizes)), None)
     for window in ("half", "last"):
         (sample,) = model.generate([3, 4], length=5, temperature=0, window=window)
         row = [4]
@@ -241,18 +241,15 @@ def test_no_ngram_comes_twice_in_a_row_of_any_length(plain_model, network, ngram
         assert sample.tokens[:count] == greedy(network, prompt, count, window, ngram)[0]
 
 
-def test_rows_that_end_do_not_disturb_the_ngrams_of_the_others(network):
-    programs = sampling.Programs(network)
+def test_rows_that_end_do_not_disturb_the_ngrams_of_the_others(either):
     settings = GenerateSettings(temperature=0.9, no_repeat_ngram=2)
     alone = []
     for index, prompt in enumerate(PROMPTS):
-        row = sampling.Generation(network, programs, [prompt], settings, 70, 1, [index], 3, [])
+        row = sampling.Generation(either, [prompt], settings, 70, 1, [index], 3, [])
         while not row.finished.all():
             row.step()
         alone.append(row.rows[0])
-    together = sampling.Generation(
-        network, programs, PROMPTS, settings, 70, 1, range(len(PROMPTS)), 3, []
-    )
+    together = sampling.Generation(either, PROMPTS, settings, 70, 1, range(len(PROMPTS)), 3, [])
     while not together.finished.all():
         together.step()
     assert together.rows == alone
@@ -293,9 +290,8 @@ def test_of_a_prompt_longer_than_the_window_the_end_is_read(plain_model):
 
 
 def test_nothing_is_traced_again_however_many_prompts_follow(network):
-    from gpt2cli import inference
-
-    model = inference.Model(network, None)
+    ready = compiled("graph", network)
+    model = inference.Model(ready, None)
     random = np.random.default_rng(0)
     for n in range(12):
         prompt = random.integers(97, size=random.integers(1, 40)).tolist()
@@ -304,45 +300,44 @@ def test_nothing_is_traced_again_however_many_prompts_follow(network):
         model.generate([prompt] * size, batch_size=size, **settings)
         if n % 3:
             model.generate([prompt], beams=2, **settings)
-    programs = model._programs
-    for program in vars(programs).values():
-        assert program.experimental_get_tracing_count() == 1
-    assert len(vars(programs)) == 7
+    model.loss(prompt * 5)
+    model.logits(prompt[:20])
+    programs = [p for p in vars(ready).values() if hasattr(p, "experimental_get_tracing_count")]
+    programs += [sampling.pick, sampling.best, sampling.after, sampling.of_rows]
+    assert [program.experimental_get_tracing_count() for program in programs] == [1] * 9
 
 
-def test_the_loop_ends_when_every_row_has_ended(network, monkeypatch):
+def test_the_loop_ends_when_every_row_has_ended(either, monkeypatch):
     """With an end token that comes early, far fewer than `length` steps are computed."""
-    programs = sampling.Programs(network)
     settings = GenerateSettings(temperature=0.0)
-    model_rows = sampling.Generation(network, programs, [[5]], settings, 30, 1, [0], None, [])
+    model_rows = sampling.Generation(either, [[5]], settings, 30, 1, [0], None, [])
     while not model_rows.finished.all():
         model_rows.step()
     tokens = model_rows.rows[0][1:]
     at = next(i for i in range(3, 30) if tokens[i] not in tokens[:i])
     end = tokens[at]
     steps = []
-    run = programs.run
+    run = either.run
 
     def counted(*arguments):
         result = run(*arguments)
         steps.append(int(result[2]))
         return result
 
-    monkeypatch.setattr(programs, "run", counted)
-    ended = sampling.Generation(network, programs, [[5], [5]], settings, 30, 1, [0, 1], end, [])
+    monkeypatch.setattr(either, "run", counted)
+    ended = sampling.Generation(either, [[5], [5]], settings, 30, 1, [0, 1], end, [])
     while not ended.finished.all():
         ended.step()
     assert [row[1:] for row in ended.rows] == [tokens[:at], tokens[:at]]
     assert sum(steps) == at  # the first token comes from the prompt's pass
 
 
-def test_before_the_minimal_length_the_end_token_is_not_chosen(network):
-    programs = sampling.Programs(network)
+def test_before_the_minimal_length_the_end_token_is_not_chosen(either):
     for minimum in (0, 5, 9):
         settings = GenerateSettings(seed=1, min_length=minimum, temperature=3.0)
         lengths = []
         for index in range(20):
-            row = sampling.Generation(network, programs, [[5]], settings, 10, 1, [index], 3, [])
+            row = sampling.Generation(either, [[5]], settings, 10, 1, [index], 3, [])
             while not row.finished.all():
                 row.step()
             assert 3 not in row.rows[0]
@@ -350,11 +345,10 @@ def test_before_the_minimal_length_the_end_token_is_not_chosen(network):
         assert min(lengths) >= minimum
 
 
-def test_a_banned_token_is_never_chosen(network):
-    programs = sampling.Programs(network)
+def test_a_banned_token_is_never_chosen(either):
     settings = GenerateSettings(temperature=5.0)
     banned = list(range(0, 97, 2))
-    row = sampling.Generation(network, programs, [[5]], settings, 200, 1, [0], None, banned)
+    row = sampling.Generation(either, [[5]], settings, 200, 1, [0], None, banned)
     while not row.finished.all():
         row.step()
     assert len(row.rows[0]) == 201 and all(token % 2 for token in row.rows[0][1:])

@@ -98,14 +98,14 @@ class Run:
     """
 
     def __init__(self, config, folder, prefix, resumed, vocabulary):
-        from gpt2cli import checkpoint, engine, inference, training
+        from gpt2cli import checkpoint, engine, graph, inference, training
 
         self.folder, self.source, self.checkpoint = folder, prefix.parent, checkpoint
         self.replaced = () if resumed else files.saved_steps(folder)
         _say(f"{prefix}: {engine.describe_devices()}")
         _say(memory_line(training.memory_needed(files.read_config(prefix.parent), config)))
         network = checkpoint.load(prefix, config.precision, weights_precision="float32")
-        self.model = inference.Model(network, vocabulary)
+        self.model = inference.Model(graph.Graph(network), vocabulary)
         tensors, state = checkpoint.load_training(prefix) if resumed else ({}, None)
         if resumed and state is None:
             _say("the checkpoint has no optimizer state beside it; the optimizer starts anew")
@@ -244,7 +244,7 @@ class Run:
         with files.replacing(self.folder / "train.json", "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(self.given), file, indent=2)
         state = {"step": self.step, "seed": self.config.seed, "running_loss": self.running_loss}
-        network, optimizer = self.model.network, self.trainer.state()
+        network, optimizer = self.trainer.model, self.trainer.state()
         self.checkpoint.save_run(
             self.folder, network, optimizer, state, self.config.keep, self.replaced
         )

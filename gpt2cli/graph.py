@@ -1,0 +1,164 @@
+"""The network as TensorFlow runs it: for a GPU, for bfloat16, and for a model in training.
+
+The loop that generates is one compiled program (XLA): keys and values lie in buffers made once,
+each row writes its next token at its own slot, and a finished mask ends the loop when all rows have
+ended. Prompts are padded at the right, so a token's slot is its position, whatever else is in the
+batch.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from gpt2cli import model, sampling
+from gpt2cli.engine import tf
+
+SMALLEST_CACHE = 64  # slots; caches double from here, one compilation each
+
+
+def step(network, cache, token, position):
+    """One token more a row: token [N] at its slot position [N].
+
+    Args:
+        network: a GPT2.
+        cache: of each layer keys and values [N, H, S, D], filled before `position`.
+
+    Returns:
+        Logits [N, V] and the new cache.
+    """
+    rows, slots = tf.shape(token)[0], tf.shape(cache[0][0])[2]
+    x = network.embed(token[None], position)  # [1, N, E]
+    apart = tf.where(tf.eye(rows) > 0, 0.0, model.MASKED)
+    seen = tf.where(tf.range(slots) < position[:, None], 0.0, model.MASKED)[:, None, None]
+    x, new = network.layers(x, apart, [model.Past(*pair, seen) for pair in cache])
+    heads = tf.range(network.config.n_head)
+    places = tf.meshgrid(tf.range(rows), heads, indexing="ij")  # [N, H]
+    places = tf.stack([*places, tf.broadcast_to(position[:, None], tf.shape(places[0]))], -1)
+
+    def store(kept, added):  # [N, H, S, D], [1, H, N, D]
+        return tf.tensor_scatter_nd_update(kept, places, tf.transpose(added[0], [1, 0, 2]))
+
+    return network.head(x[0]), tf.nest.map_structure(store, cache, new)
+
+
+def run(network, cache, token, position, finished, past, noise, steps, rules):
+    """Generate up to `steps` tokens a row.
+
+    Args:
+        network: a GPT2.
+        cache: of each layer [N, H, S, D], filled before `position`.
+        token, position: [N], the token to feed next and its slot.
+        finished: [N], rows that have ended; they write nothing that counts.
+        past: sampling.Past, `token` included.
+        noise: [N, M], random numbers in [0, 1); steps <= M.
+        rules: sampling.Rules.
+
+    Returns:
+        tokens [N, M] and their log-probabilities [N, M], of which the first `steps done` count,
+        steps done, cache, past.
+    """
+    size = tf.shape(noise)[1]
+
+    def one(i, cache, token, finished, past, tokens, logprobs):
+        logits, cache = step(network, cache, token, position + i)
+        uniform = tf.gather(noise, i, axis=1)
+        chosen, logprob, past = sampling.choose(logits, uniform, past, rules)
+        here = tf.range(size) == i
+        tokens = tf.where(here, chosen[:, None], tokens)
+        logprobs = tf.where(here, logprob[:, None], logprobs)
+        return i + 1, cache, chosen, finished | (chosen == rules.end), past, tokens, logprobs
+
+    def go_on(i, cache, token, finished, *rest):
+        return (i < steps) & ~tf.reduce_all(finished)
+
+    empty = tf.zeros(tf.shape(noise), tf.int32), tf.zeros(tf.shape(noise))
+    start = [tf.constant(0), cache, token, finished, past, *empty]
+    i, cache, _, _, past, tokens, logprobs = tf.while_loop(go_on, one, start)
+    return tokens, logprobs, i, cache, past
+
+
+def read(network, tokens, lengths):
+    """Rows [N, T], padded at the right -> logits [N, V] after the `lengths` [N] tokens; cache."""
+    x, cache = network.hidden(tokens)
+    return network.head(tf.gather(x, lengths - 1, batch_dims=1)), cache
+
+
+def sums(network, inputs, targets, mask):
+    """Ids [B, T] and their weights -> the sum of their losses in nats, and of their hits."""
+    nats, hits = network.losses(network.hidden(inputs)[0], targets)
+    return tf.reduce_sum(nats * mask), tf.reduce_sum(hits * mask)
+
+
+class Graph:
+    """A network to read, to continue and to score texts with. Each function is traced once.
+
+    Args:
+        network: a model.GPT2, whose variables may change between two calls.
+    """
+
+    def __init__(self, network):
+        self.config = network.config
+
+        def compiled(function, *signature, xla=False):
+            return tf.function(
+                partial(function, network),
+                input_signature=signature,
+                autograph=False,
+                jit_compile=xla,
+            )
+
+        def array(kind, rank):
+            return tf.TensorSpec([None] * rank, kind)
+
+        ints, batch = array(tf.int32, 1), array(tf.int32, 2)
+        head = self.config.n_embd // self.config.n_head
+        slots = tf.TensorSpec([None, self.config.n_head, None, head], network.dtype)
+        cache = [(slots, slots)] * self.config.n_layer
+        self._call = compiled(lambda network, tokens: network(tokens), batch)
+        self._sums = compiled(sums, batch, batch, array(tf.float32, 2))
+        self._read = compiled(read, batch, ints)
+        self._feed = compiled(step, cache, ints, ints, xla=True)
+        self._run = compiled(
+            *(run, cache, ints, ints, array(tf.bool, 1), sampling.PAST_SPEC),
+            *(array(tf.float32, 2), array(tf.int32, 0), sampling.RULES_SPEC),
+            xla=True,
+        )
+
+    def logits(self, tokens):
+        """Ids of one row, up to n_ctx -> float32 [T, V]."""
+        return self._call(np.array([tokens], np.int32))[0].numpy()
+
+    def sums(self, inputs, targets, mask):
+        """Ids [B, T] and their weights -> the sum of their losses in nats, and of their hits."""
+        return self._sums(inputs, targets, mask)
+
+    def read(self, rows, slots):
+        """Rows of ids -> logits [N, V] after them, and their cache, of at least so many slots."""
+        lengths = np.array([len(row) for row in rows], np.int32)
+        padded = np.zeros([len(rows), lengths.max()], np.int32)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        logits, cache = self._read(padded, lengths)
+        return logits, _wide(cache, slots, self.config.n_ctx)
+
+    def feed(self, cache, token, position):
+        """One token more a row: logits [N, V] and the new cache."""
+        return self._feed(cache, token, position)
+
+    def run(self, cache, token, position, finished, past, noise, steps, rules):
+        """Generate up to `steps` tokens a row; see the function of that name."""
+        return self._run(cache, token, position, finished, past, noise, np.int32(steps), rules)
+
+    def regroup(self, cache, parents):
+        """The cache of new rows, each a copy of the present one of that number [N]."""
+        return tf.nest.map_structure(lambda kept: tf.gather(kept, parents), cache)
+
+
+def _wide(cache, needed, most):
+    """The cache with room for as many slots as are needed, in one of few sizes."""
+    size = max(SMALLEST_CACHE, 1 << (needed - 1).bit_length())
+    more = min(size, most) - cache[0][0].shape[2]
+    if more <= 0:
+        return cache
+    padding = [[0, 0], [0, 0], [0, more], [0, 0]]
+    return tf.nest.map_structure(lambda kept: tf.pad(kept, padding), cache)

@@ -1,0 +1,124 @@
+"""LiteRT's programs against TensorFlow's graph, and int8 against integers multiplied in NumPy."""
+
+import numpy as np
+import pytest
+from conftest import compiled, lively
+
+from gpt2cli import inference, lite
+from gpt2cli.config import ModelConfig
+
+GPT2 = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
+GPT2_ML = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2, arch="gpt2_ml")
+TEXT = np.random.default_rng(0).integers(97, size=300).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=[GPT2, GPT2_ML], ids=lambda config: config.arch)
+def network(request):
+    return lively(request.param)
+
+
+@pytest.fixture(scope="module")
+def ours(network):
+    return compiled("lite", network)
+
+
+def test_logits_and_losses_are_those_of_the_graph(network, ours):
+    expected = network(TEXT[None])[0].numpy()
+    np.testing.assert_allclose(ours.logits(TEXT), expected, atol=2e-4)
+    inputs, targets = np.stack([TEXT[:-1], TEXT[::-1][:-1]]), np.stack([TEXT[1:], TEXT[::-1][1:]])
+    weight = np.random.default_rng(1).random(inputs.shape, np.float32)
+    found = ours.sums(inputs, targets, weight)
+    expected = compiled("graph", network).sums(inputs, targets, weight)
+    np.testing.assert_allclose(found, [float(x) for x in expected], rtol=1e-5)
+
+
+def test_rows_of_any_length_are_read_together_and_go_on_alone(network, ours):
+    """Longer together than n_ctx, and the caches grow twice."""
+    rows = [TEXT[:7], TEXT[50:180], TEXT[:120], TEXT[180:], TEXT[3:4]]
+    logits, cache = ours.read(rows, 300)
+    for at in range(8):
+        position = np.array([len(row) for row in rows], np.int32)
+        expected = [network(row[None])[0, -1] for row in rows]
+        np.testing.assert_allclose(logits, expected, atol=2e-4)
+        token = np.array([row[at] for row in (TEXT[:50],) * len(rows)], np.int32)
+        rows = [np.append(row, t).astype(np.int32) for row, t in zip(rows, token, strict=True)]
+        logits, cache = ours.feed(cache, token, position)
+
+
+def test_two_texts_may_be_continued_in_turn(ours):
+    alone = inference.Model(ours, None)
+    expected = [list(alone.generate([t], length=150, temperature=0)[0].tokens) for t in (3, 4)]
+    settings = inference.GenerateSettings(length=150, temperature=0)
+    streams = [alone.samples([[t]], settings) for t in (3, 4)]
+    growing = [alone._continue([(0, [t])], settings, seed=1, limit=7, width=1) for t in (3, 4)]
+    rows = [None, None]
+    for _ in range(150):
+        for number in (0, 1):
+            for (row,), _finished in growing[number]:
+                rows[number] = row
+                break
+        alone.logits(TEXT[:20])
+    assert [row.tokens for row in rows] == expected
+    assert [next(stream).tokens for stream in streams] == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_rows_numbers_are_the_same_whatever_its_batch(network, precision):
+    """To the last bit."""
+    ours = lite.Lite(network.config, lambda name, _: network.weights[name].numpy(), precision)
+    rows = [TEXT[:9], TEXT[40:190], TEXT[7:8]]
+    logits, cache = ours.read(rows, 200)
+    alone = [ours.read([row], 200) for row in rows]
+    for at in range(3):
+        np.testing.assert_array_equal(logits, [one[0][0] for one in alone])
+        position = np.array([len(row) + at for row in rows], np.int32)
+        logits, cache = ours.feed(cache, TEXT[position], position)
+        alone = [
+            ours.feed(one[1], TEXT[[place]], place[None])
+            for one, place in zip(alone, position, strict=True)
+        ]
+
+
+def eight_bits(x):
+    """x [N, E] as XNNPACK sees it: each row in 255 steps from its least to its largest, with 0."""
+    low, high = np.minimum(x.min(-1), 0)[:, None], np.maximum(x.max(-1), 0)[:, None]
+    step = (high - low) / 255
+    zero = np.rint(-128 - low / step)
+    return (np.clip(np.rint(x / step) + zero, -128, 127) - zero) * step
+
+
+def test_int8_multiplies_what_numpy_does(network):
+    ours = lite.Lite(network.config, lambda name, _: network.weights[name].numpy(), "int8")
+    x = np.random.default_rng(2).normal(0.3, 1, [5, 48]).astype(np.float32)
+    numbers, scale = lite.quantize(network.wte.numpy())
+    expected = eight_bits(x).astype(np.float64) @ (numbers * scale[:, None]).T
+    np.testing.assert_allclose(ours._head(x=x)[0], expected, atol=1e-4)
+    assert np.abs(x @ network.wte.numpy().T - expected).max() > 1e-3  # eight bits are not 32
+
+
+def test_quantized_numbers_are_the_nearest_and_columns_of_zeros_stay():
+    matrix = np.array([[0.5, -1.27, 0.3], [0, 0, 0], [1e-9, 2e-9, 127e-9]], np.float32)
+    numbers, scale = lite.quantize(matrix)
+    assert numbers.tolist() == [[50, -127, 30], [0, 0, 0], [1, 2, 127]]
+    np.testing.assert_allclose(numbers * scale[:, None], matrix, rtol=1e-5)
+
+
+def test_a_damaged_skeleton_on_the_disk_is_made_anew(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compiled("lite", network).logits(TEXT[:20])
+    kept = sorted((tmp_path / "gpt2cli").iterdir())
+    assert len(kept) == 2
+    for path in kept:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
+    monkeypatch.setattr(lite, "trace", None)  # not called again
+    np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
+    for path in kept:
+        path.unlink()
+    (tmp_path / "gpt2cli").rmdir()
+    (tmp_path / "gpt2cli").write_text("a file where the folder should be")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
