@@ -75,6 +75,15 @@ def describe_devices():
     return f"TensorFlow {tf.__version__} on CPU ({reason})"
 
 
+def keep_no_memory():
+    """Have TensorFlow give back what a tensor held, instead of keeping it for the next one.
+
+    Where each weight is seen once that saves as much as the largest of them; in training it would
+    cost time. It only has an effect before TensorFlow's first operation.
+    """
+    os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
+
+
 def free_memory():
     """Bytes of main memory that a process may still take; None where that cannot be told.
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from gpt2cli import model, sampling
+from gpt2cli import graph_rules, model, sampling
 from gpt2cli.engine import tf
 
 SMALLEST_CACHE = 64  # slots; caches double from here, one compilation each
@@ -49,9 +49,9 @@ def run(network, cache, token, position, finished, past, noise, steps, rules):
         cache: of each layer [N, H, S, D], filled before `position`.
         token, position: [N], the token to feed next and its slot.
         finished: [N], rows that have ended; they write nothing that counts.
-        past: sampling.Past, `token` included.
+        past: graph_rules.Past, `token` included.
         noise: [N, M], random numbers in [0, 1); steps <= M.
-        rules: sampling.Rules.
+        rules: graph_rules.Rules.
 
     Returns:
         tokens [N, M] and their log-probabilities [N, M], of which the first `steps done` count,
@@ -62,7 +62,7 @@ def run(network, cache, token, position, finished, past, noise, steps, rules):
     def one(i, cache, token, finished, past, tokens, logprobs):
         logits, cache = step(network, cache, token, position + i)
         uniform = tf.gather(noise, i, axis=1)
-        chosen, logprob, past = sampling.choose(logits, uniform, past, rules)
+        chosen, logprob, past = graph_rules.choose(logits, uniform, past, rules)
         here = tf.range(size) == i
         tokens = tf.where(here, chosen[:, None], tokens)
         logprobs = tf.where(here, logprob[:, None], logprobs)
@@ -119,8 +119,8 @@ class Graph:
         self._read = compiled(read, batch, ints)
         self._feed = compiled(step, cache, ints, ints, xla=True)
         self._run = compiled(
-            *(run, cache, ints, ints, array(tf.bool, 1), sampling.PAST_SPEC),
-            *(array(tf.float32, 2), array(tf.int32, 0), sampling.RULES_SPEC),
+            *(run, cache, ints, ints, array(tf.bool, 1), graph_rules.PAST_SPEC),
+            *(array(tf.float32, 2), array(tf.int32, 0), graph_rules.RULES_SPEC),
             xla=True,
         )
 
@@ -145,9 +145,23 @@ class Graph:
         """One token more a row: logits [N, V] and the new cache."""
         return self._feed(cache, token, position)
 
-    def run(self, cache, token, position, finished, past, noise, steps, rules):
-        """Generate up to `steps` tokens a row; see the function of that name."""
-        return self._run(cache, token, position, finished, past, noise, np.int32(steps), rules)
+    def run(self, cache, rows, position, finished, generated, noise, rules, logprobs):
+        """As `sampling.run`, in one compiled loop."""
+        steps, n_vocab = noise.shape[1], self.config.n_vocab
+        ngrams = any(row.no_repeat_ngram for row in rules)
+        padded = np.zeros([len(rows), sampling.CHUNK], np.float32)  # one shape, one compilation
+        padded[:, :steps] = noise
+        tokens, found, done, cache, _ = self._run(
+            cache,
+            np.array([row[-1] for row in rows], np.int32),
+            position,
+            finished,
+            graph_rules.past_of(rows, generated, n_vocab, steps, ngrams and self.config.n_ctx),
+            padded,
+            np.int32(steps),
+            graph_rules.tensors_of(rules, logprobs, n_vocab),
+        )
+        return tokens.numpy()[:, : int(done)], found.numpy()[:, : int(done)], cache
 
     def regroup(self, cache, parents):
         """The cache of new rows, each a copy of the present one of that number [N]."""

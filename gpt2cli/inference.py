@@ -27,7 +27,7 @@ from gpt2cli import (
     windows,
 )
 from gpt2cli.config import GenerateSettings, Precision
-from gpt2cli.engine import GPUS
+from gpt2cli.engine import GPUS, keep_no_memory
 from gpt2cli.errors import UsageError, UserError
 
 BANNER = "=" * 40  # openai/gpt-2 src/generate_unconditional_samples.py
@@ -376,6 +376,7 @@ def load_model(path, precision="auto"):
     config, stored = checkpoint.open_weights(prefix)
     precision = "float32" if precision == "auto" else precision
     if precision == "int8" or (precision == "float32" and not GPUS):
+        keep_no_memory()
         network = lite.Lite(config, stored, precision)
     else:
         network = graph.Graph(model.GPT2(config, stored, precision))

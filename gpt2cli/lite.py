@@ -10,10 +10,13 @@ arguments have become the weights of a checkpoint.
 """
 
 import contextlib
+import ctypes
 import hashlib
+import mmap
 import os
 import tempfile
 import warnings
+import weakref
 from pathlib import Path
 
 import flatbuffers
@@ -26,6 +29,7 @@ from gpt2cli.errors import UserError
 SLOTS = 128  # a cache grows by so many
 ALIGNMENT = 64  # bytes, of a weight in the file; a cache line
 ROWS = 256  # tokens whose logits exist at once when a text is scored
+BLOCK = 256  # rows of a matrix that are quantized at once
 WEIGHT = "weight"  # what the names of the arguments that become weights begin with
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -107,7 +111,11 @@ def quantize(matrix):
     """float32 [n_out, n_in] -> int8 of the same shape and the float32 [n_out] that it counts in."""
     scale = np.maximum(matrix.max(-1), -matrix.min(-1)) / 127
     scale[scale == 0] = 1
-    return np.rint(matrix / scale[:, None]).astype(np.int8), scale
+    numbers = np.empty(matrix.shape, np.int8)
+    for start in range(0, len(matrix), BLOCK):  # no temporary as large as the matrix
+        rows = slice(start, start + BLOCK)
+        np.rint(matrix[rows] / scale[rows, None], out=numbers[rows], casting="unsafe")
+    return numbers, scale
 
 
 class Program:
@@ -128,6 +136,8 @@ class Program:
             with warnings.catch_warnings(), without_noise():
                 warnings.simplefilter("ignore")  # it is to move to a package of its own
                 self._interpreter = tf.lite.Interpreter(str(path), num_threads=THREADS)
+                self._interpreter.allocate_tensors()  # packs the weights
+            _forget(path)
         self._inputs = {d["name"]: d["index"] for d in self._interpreter.get_input_details()}
         self._outputs = [d["index"] for d in self._interpreter.get_output_details()]
         self._shapes = {}
@@ -192,16 +202,33 @@ def _assemble(skeleton, weights, path):
     ]
 
 
+def _forget(path):
+    """Drop the pages of a mapped file from memory; one that is read again comes back from it.
+
+    XNNPACK has packed copies of the weights. Where this does nothing, the system drops the pages
+    when it needs room.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        libc = ctypes.CDLL(None)
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith(str(path)):
+                start, end = (int(place, 16) for place in line.split()[0].split("-"))
+                libc.madvise(
+                    ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+                )
+
+
 class Cache:
-    """The keys and values of N rows in S slots; in arrays, or in the memory of a Program.
+    """The keys and values of N rows; in arrays, or in the memory of a Program.
 
     Attributes:
         seen: float32 [N, 1, 1, S], 0 for the slots that hold a token, else model.MASKED.
-        arrays: input's name -> [N, H, S, D]; None while the program holds them.
+        used: slots from which on no row holds a token.
+        arrays: input's name -> [N, H, used, D]; None while the program holds them.
     """
 
-    def __init__(self, seen, arrays):
-        self.seen, self.arrays = seen, arrays
+    def __init__(self, seen, used, arrays):
+        self.seen, self.used, self.arrays = seen, used, arrays
 
 
 class Lite:
@@ -227,13 +254,13 @@ class Lite:
             return quantize(matrix) if precision == "int8" else (matrix, None)
 
         self._layers = Program(skeleton(config, tuple(names), "layers"), map(values, names))
-        self._head = Program(skeleton(config, (wte,), "head"), [values(wte)])
+        self._head = Program(skeleton(config, (wte,), "head"), map(values, [wte]))
         self._table = self._head.weights[0]
         self._positions = np.asarray(stored(wpe, shapes[wpe]), np.float32)
         depth = range(config.n_layer)
         # in the order of the outputs
         self._halves = [f"{half}{layer}" for layer in depth for half in ("keys", "values")]
-        self._resident = None  # the Cache that the program holds
+        self._resident = _nothing  # gives the Cache that the program holds, while it is wanted
 
     def logits(self, tokens):
         """Ids of one row, up to n_ctx -> float32 [T, V]."""
@@ -260,10 +287,10 @@ class Lite:
         Args:
             slots: not used; a cache grows with its rows.
         """
-        head = self.config.n_embd // self.config.n_head
-        shape = len(rows), self.config.n_head, _room(max(map(len, rows))), head
+        head, used = self.config.n_embd // self.config.n_head, max(map(len, rows))
+        shape = len(rows), self.config.n_head, used, head
         arrays = {half: np.zeros(shape, np.float32) for half in self._halves}
-        seen = np.full([len(rows), 1, 1, shape[2]], model.MASKED, np.float32)
+        seen = np.full([len(rows), 1, 1, _room(used + 1)], model.MASKED, np.float32)
         equal = {}
         for number, row in enumerate(rows):
             equal.setdefault(tuple(row), []).append(number)
@@ -274,7 +301,7 @@ class Lite:
             for half, array in zip(self._halves, new, strict=True):
                 arrays[half][numbers, :, : len(row)] = array
             seen[numbers, ..., : len(row)] = 0
-        return self._head(x=last)[0], Cache(seen, arrays)
+        return self._head(x=last)[0], Cache(seen, used, arrays)
 
     def feed(self, cache, tokens, position):
         """One token [N] more a row, at its slot position [N]; logits [N, V] and the Cache."""
@@ -288,27 +315,25 @@ class Lite:
         for half, array in zip(self._halves, new, strict=True):
             self._layers.input(half)[rows, :, position] = array[0].swapaxes(0, 1)
         cache.seen[rows, 0, 0, position] = 0
+        cache.used = max(cache.used, int(position.max()) + 1)
         return self._head(x=x[0])[0], cache
 
     def regroup(self, cache, parents):
         """The Cache of new rows, each a copy of the present one of that number [N]."""
-        self._leave()
-        arrays = {half: array[parents] for half, array in cache.arrays.items()}
-        return Cache(cache.seen[parents], arrays)
+        used, seen = cache.used, cache.seen[parents]
+        if self._resident() is cache and len(parents) == len(cache.seen):
+            for half in self._halves:
+                memory = self._layers.input(half)
+                memory[:, :, :used] = memory[parents, :, :used]
+            cache.seen = seen
+            return cache
+        if self._resident() is cache:
+            self._leave()
+        return Cache(seen, used, {half: a[parents] for half, a in cache.arrays.items()})
 
-    def run(self, cache, token, position, finished, past, noise, steps, rules):
-        """As `graph.run`, one token after another."""
-        tokens, logprobs = np.zeros(noise.shape, np.int32), np.zeros(noise.shape, np.float32)
-        end, finished = int(rules.end), finished.copy()
-        for i in range(steps):
-            logits, cache = self.feed(cache, token, position + i)
-            token, logprob, past = sampling.pick(logits, noise[:, i], past, rules)
-            token = token.numpy()
-            tokens[:, i], logprobs[:, i] = token, logprob
-            finished |= token == end
-            if finished.all():
-                break
-        return tokens, logprobs, i + 1, cache, past
+    def run(self, *arguments):
+        """As `sampling.run`."""
+        return sampling.run(self, *arguments)
 
     def _embed(self, tokens, position):
         """[N], [N] -> [1, N, E], the sum of their rows."""
@@ -334,32 +359,39 @@ class Lite:
 
     def _enter(self, cache, needed):
         """Have the program hold this cache, with room for as many slots as are needed."""
-        if self._resident is cache and needed <= cache.seen.shape[-1]:
+        if self._resident() is cache and needed <= cache.seen.shape[-1]:
             return
         self._leave()
         more = _room(needed) - cache.seen.shape[-1]
         if more > 0:
             wider = [(0, 0), (0, 0), (0, 0), (0, more)]
             cache.seen = np.pad(cache.seen, wider, constant_values=model.MASKED)
-        slots = cache.seen.shape[-1]
-        n, heads, held, head = cache.arrays[self._halves[0]].shape
+        rows, *_, slots = cache.seen.shape
+        shape = rows, self.config.n_head, slots, self.config.n_embd // self.config.n_head
         self._layers.reshape(
-            x=(1, n, self.config.n_embd),
-            beside=(n, n),
+            x=(1, rows, self.config.n_embd),
+            beside=(rows, rows),
             seen=cache.seen.shape,
-            **dict.fromkeys(self._halves, (n, heads, slots, head)),
+            **dict.fromkeys(self._halves, shape),
         )
         for half in self._halves:
             memory = self._layers.input(half)
-            memory[:, :, held:] = 0
-            memory[:, :, :held] = cache.arrays.pop(half)
-        cache.arrays, self._resident = None, cache
+            memory[:, :, : cache.used] = cache.arrays.pop(half)
+            memory[:, :, cache.used :] = 0  # what lies there may be no number
+        cache.arrays, self._resident = None, weakref.ref(cache)
 
     def _leave(self):
         """Take the cache that the program holds out of it, before the program does other work."""
-        if self._resident is not None:
-            self._resident.arrays = {h: self._layers.input(h).copy() for h in self._halves}
-            self._resident = None
+        cache = self._resident()
+        if cache is not None:
+            cache.arrays = {
+                half: self._layers.input(half)[:, :, : cache.used].copy() for half in self._halves
+            }
+        self._resident = _nothing
+
+
+def _nothing():
+    return None
 
 
 def _room(slots):

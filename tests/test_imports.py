@@ -14,7 +14,7 @@ GROUPS = (
     {"flags"},
     {"config"},
     {"files", "engine"},
-    {"encoder", "model", "transfer", "windows"},
+    {"encoder", "graph_rules", "model", "transfer", "windows"},
     {"dataset", "vocabularies", "checkpoint", "sampling", "training", "hub"},
     {"beams", "graph", "lite", "statedict"},
     {"inference", "formats"},

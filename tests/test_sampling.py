@@ -7,101 +7,118 @@ import oracle
 import pytest
 from conftest import SHARED, compiled, lively
 
-from gpt2cli import config, inference, sampling
+from gpt2cli import config, graph_rules, inference, sampling
 from gpt2cli.config import GenerateSettings
 from gpt2cli.engine import tf
 
 ROWS = np.random.default_rng(0).normal(0, 3, [4, 300]).astype(np.float32)
 
 
-def kept(logits):
-    return np.isfinite(np.array(logits))
+def keep(how, logits, top_k=0, top_p=0.0):
+    """bool [B, V]: what is left of each row; top_k and top_p may be one a row."""
+    ks, ps = np.broadcast_to(top_k, len(logits)), np.broadcast_to(top_p, len(logits))
+    if how == "tensorflow":
+        logits = graph_rules.keep_top_k(logits, tf.constant(ks, tf.int32))
+        return np.isfinite(graph_rules.keep_top_p(logits, tf.constant(ps, tf.float32)))
+    left = np.zeros(logits.shape, bool)
+    for row, k, p, found in zip(logits, ks, ps, left, strict=True):
+        tokens = sampling.keep_top_k(row, k) if k else np.arange(len(row))
+        mass = np.exp(row[tokens] - row.max())
+        found[tokens[sampling.keep_top_p(mass, p)] if 0 < p < 1 else tokens] = True
+    return left
 
 
+both = pytest.mark.parametrize("how", ["numpy", "tensorflow"])
+
+
+@both
 @pytest.mark.parametrize("k", [1, 2, 17, 299, 300, 5000])
-def test_top_k_keeps_the_k_likeliest_of_each_row(k):
+def test_top_k_keeps_the_k_likeliest_of_each_row(how, k):
     expected = [oracle.next_probs(row, top_k=k) > 0 for row in ROWS]
-    np.testing.assert_array_equal(kept(sampling.keep_top_k(ROWS, tf.fill([4], k))), expected)
+    np.testing.assert_array_equal(keep(how, ROWS, top_k=k), expected)
 
 
-def test_rules_may_differ_from_row_to_row():
+@both
+def test_rules_may_differ_from_row_to_row(how):
     ks, ps = [0, 1, 5, 300], [0.0, 0.3, 0.9, 0.999]
     expected = [oracle.next_probs(row, top_k=k) > 0 for row, k in zip(ROWS, ks, strict=True)]
-    np.testing.assert_array_equal(kept(sampling.keep_top_k(ROWS, tf.constant(ks))), expected)
+    np.testing.assert_array_equal(keep(how, ROWS, top_k=ks), expected)
     expected = [oracle.next_probs(row, top_p=p) > 0 for row, p in zip(ROWS, ps, strict=True)]
-    np.testing.assert_array_equal(kept(sampling.keep_top_p(ROWS, tf.constant(ps))), expected)
+    np.testing.assert_array_equal(keep(how, ROWS, top_p=ps), expected)
 
 
+@both
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.99])
-def test_top_p_keeps_the_token_that_crosses_p(p):
+def test_top_p_keeps_the_token_that_crosses_p(how, p):
     expected = [oracle.next_probs(row, top_p=p) > 0 for row in ROWS]
-    np.testing.assert_array_equal(kept(sampling.keep_top_p(ROWS, tf.fill([4], p))), expected)
+    np.testing.assert_array_equal(keep(how, ROWS, top_p=p), expected)
 
 
-def test_the_nucleus_of_the_known_example_has_four_tokens():
+@both
+def test_the_nucleus_of_the_known_example_has_four_tokens(how):
     # probabilities .4 .3 .2 .06 .04 at p = .95: openai/gpt-2 keeps 3, nshepperd/gpt-2 keeps 4
     logits = np.log(np.array([[0.2, 0.04, 0.4, 0.06, 0.3]], np.float32))
-    assert kept(sampling.keep_top_p(logits, tf.constant([0.95]))).tolist() == [
-        [True, False, True, True, True]
-    ]
+    assert keep(how, logits, top_p=0.95).tolist() == [[True, False, True, True, True]]
 
 
-def test_top_p_of_one_keeps_everything_and_zero_turns_it_off():
+@both
+def test_top_p_of_one_keeps_everything_and_zero_turns_it_off(how):
     for p in (0.0, 1.0):
-        assert kept(sampling.keep_top_p(ROWS, tf.fill([4], p))).all()
+        assert keep(how, ROWS, top_p=p).all()
 
 
-def test_top_k_is_applied_before_top_p():
-    rules = dict(top_k=3, top_p=0.6)
-    logits = sampling.keep_top_p(
-        sampling.keep_top_k(ROWS, tf.fill([4], 3)), tf.fill([4], rules["top_p"])
-    )
-    expected = [oracle.next_probs(row, **rules) > 0 for row in ROWS]
-    np.testing.assert_array_equal(kept(logits), expected)
+@both
+def test_top_k_is_applied_before_top_p(how):
+    expected = [oracle.next_probs(row, top_k=3, top_p=0.6) > 0 for row in ROWS]
+    np.testing.assert_array_equal(keep(how, ROWS, top_k=3, top_p=0.6), expected)
 
 
-def test_repetition_penalty_is_that_of_the_paper():
-    seen = np.zeros(ROWS.shape, bool)
-    seen[:, [1, 7, 250]] = True
-    got = sampling.penalize_repetition(ROWS, seen, tf.fill([4], 1.3))
+@both
+def test_tokens_that_tie_are_kept_together(how):
+    logits = np.array([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]], np.float32)
+    expected = [[False, True, True, True, True, False]]
+    assert keep(how, logits, top_k=2).tolist() == keep(how, logits, top_p=0.5).tolist() == expected
+
+
+@both
+def test_repetition_penalty_is_that_of_the_paper(how):
+    if how == "numpy":
+        rule = sampling.Rules(repetition_penalty=1.3)
+        got = np.stack([sampling.apply_rules(row, [1, 7, 250, 7], 0, rule) for row in ROWS])
+    else:
+        seen = np.zeros(ROWS.shape, bool)
+        seen[:, [1, 7, 250]] = True
+        got = graph_rules.penalize_repetition(ROWS, seen, tf.fill([4], 1.3))
     expected = [oracle.next_probs(r, seen=[1, 7, 250], repetition_penalty=1.3) for r in ROWS]
     np.testing.assert_allclose(tf.nn.softmax(got), expected, atol=1e-6)
 
 
-def rules(size, n_vocab, **changes):
-    values = dict(temperature=1.0, top_k=0, top_p=0.0, repetition_penalty=1.0, min_length=0)
-    ngram = np.int32(changes.pop("no_repeat_ngram", 0))
-    kinds = dict(top_k=np.int32, min_length=np.int32)
-    fields = {
-        name: np.full([size], value, kinds.get(name, np.float32))
-        for name, value in {**values, **changes}.items()
-    }
-    shared = dict(no_repeat_ngram=ngram, end=np.int32(-1), logprobs=np.True_)
-    shared["bias"] = np.zeros(n_vocab, np.float32)
-    return sampling.Rules(**fields, **shared)
+def choose(how, logits, uniform, **settings):
+    """The next token of each row; nothing came before."""
+    if how == "numpy":
+        rule = sampling.Rules(**settings)
+        drawn = zip(logits, uniform, strict=True)
+        return np.array([sampling.choose(row, u, [], 0, rule) for row, u in drawn])
+    rows = [[]] * len(logits)
+    rule = graph_rules.tensors_of([sampling.Rules(**settings)] * len(rows), False, logits.shape[1])
+    generated = np.zeros(len(rows), np.int32)
+    past = graph_rules.past_of(rows, generated, logits.shape[1], 1, 0)
+    return graph_rules.choose(logits, uniform, past, rule)[0].numpy()
 
 
-def nothing_before(logits):
-    """The Past of rows that hold nothing."""
-    rows, n_vocab = logits.shape
-    zeros = np.zeros(rows, np.int32)
-    return sampling.Past(np.zeros([rows, n_vocab], bool), zeros[:, None], zeros, zeros)
-
-
+@both
 @pytest.mark.parametrize(
     "settings",
     [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.7}],
 )
-def test_draws_follow_the_distribution_in_every_row_of_a_batch(settings):
-    rows, draws = 4, 4000
-    from_to = {row: oracle.next_probs(ROWS[row, :60], **settings) for row in range(rows)}
-    logits = np.tile(ROWS[:, :60], [draws, 1])  # row after row, draw after draw, in one batch
+def test_draws_follow_the_distribution_in_every_row_of_a_batch(how, settings):
+    rows, draws, tokens = 4, 4000, (60 if settings else 300)  # of one block of `draw`, and of two
+    logits = np.tile(ROWS[:, :tokens], [draws, 1])  # row after row, draw after draw, in one batch
     uniform = np.random.default_rng(5).random(rows * draws, np.float32)
-    settings = rules(rows * draws, 60, **settings)
-    chosen, *_ = sampling.choose(logits, uniform, nothing_before(logits), settings)
-    chosen = np.reshape(chosen, [draws, rows])
-    for row, probs in from_to.items():
-        counts = np.bincount(chosen[:, row], minlength=60)
+    chosen = np.reshape(choose(how, logits, uniform, **settings), [draws, rows])
+    for row in range(rows):
+        probs = oracle.next_probs(ROWS[row, :tokens], **settings)
+        counts = np.bincount(chosen[:, row], minlength=tokens)
         assert counts[probs == 0].sum() == 0
         often = probs * draws >= 5
         expected = np.append(probs[often], max(probs[~often].sum(), 1e-9)) * draws
@@ -111,23 +128,20 @@ def test_draws_follow_the_distribution_in_every_row_of_a_batch(settings):
         assert chi_square < freedom + 5 * np.sqrt(2 * max(freedom, 1)), (settings, row)
 
 
-def test_a_draw_never_falls_on_a_token_without_probability():
-    logits = np.full([3, 1000], -np.inf, np.float32)
+@both
+def test_a_draw_never_falls_on_a_token_without_probability(how):
+    logits = np.full([8, 1000], -np.inf, np.float32)
     logits[:, [3, 700]] = 0.0
-    for number in (0.0, 0.25, 0.5, 0.75, 1 - 2**-24):
-        assert set(np.array(sampling.draw(logits, tf.fill([3], np.float32(number))))) <= {3, 700}
-    assert np.array(sampling.draw(logits, tf.constant([0.0, 0.4999, 0.5001]))).tolist() == [
-        3,
-        3,
-        700,
-    ]
+    numbers = np.array([0, 0.25, 0.5, 0.75, 1 - 2**-24, 0.0, 0.4999, 0.5001], np.float32)
+    chosen = choose(how, logits, numbers).tolist()
+    assert set(chosen) == {3, 700}
+    assert chosen[-3:] == [3, 3, 700]
 
 
-def test_temperature_zero_takes_the_likeliest_and_tiny_ones_do_not_overflow():
-    uniform, past = tf.fill([4], 0.99), nothing_before(ROWS)
+@both
+def test_temperature_zero_takes_the_likeliest_and_tiny_ones_do_not_overflow(how):
     for temperature in (0.0, 1e-9, 1e-4):
-        r = rules(4, 300, temperature=temperature)
-        chosen, *_ = sampling.choose(ROWS, uniform, past, r)
+        chosen = choose(how, ROWS, np.full(4, 0.99, np.float32), temperature=temperature)
         np.testing.assert_array_equal(chosen, ROWS.argmax(-1))
 
 
@@ -217,15 +231,21 @@ def test_a_window_of_one_token_is_no_special_case():
         assert sample.tokens == row[1:]
 
 
+@both
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 40, 2**31 - 1])
-def test_repeated_ngrams_are_found_wherever_they_are(size):
+def test_repeated_ngrams_are_found_wherever_they_are(how, size):
     random = np.random.default_rng(size % 1000)
     lengths = np.array([1, 2, 5, 17, 31], np.int32)
     for room in (32, 64):
         rows = random.integers(4, size=[5, room]).astype(np.int32)
-        past = sampling.Past(None, rows, lengths, None)
+        past = graph_rules.Past(None, rows, lengths, None)
         logits = random.normal(size=[5, 7]).astype(np.float32)
-        found = np.array(sampling.forbid_repeats(logits, past, tf.constant(size)))
+        if how == "tensorflow":
+            found = np.array(graph_rules.forbid_repeats(logits, past, tf.constant(size)))
+        else:
+            rule = sampling.Rules(no_repeat_ngram=size)
+            before = zip(logits, rows, lengths, strict=True)
+            found = [sampling.apply_rules(one, row[:n], 0, rule) for one, row, n in before]
         for row, length, left, before in zip(rows, lengths, found, logits, strict=True):
             banned = sorted(oracle.repeats(row[:length].tolist(), size))
             assert np.flatnonzero(np.isinf(left)).tolist() == banned
@@ -303,8 +323,7 @@ def test_nothing_is_traced_again_however_many_prompts_follow(network):
     model.loss(prompt * 5)
     model.logits(prompt[:20])
     programs = [p for p in vars(ready).values() if hasattr(p, "experimental_get_tracing_count")]
-    programs += [sampling.pick, sampling.best, sampling.after, sampling.of_rows]
-    assert [program.experimental_get_tracing_count() for program in programs] == [1] * 9
+    assert [program.experimental_get_tracing_count() for program in programs] == [1] * 5
 
 
 def test_the_loop_ends_when_every_row_has_ended(either, monkeypatch):
@@ -321,7 +340,7 @@ def test_the_loop_ends_when_every_row_has_ended(either, monkeypatch):
 
     def counted(*arguments):
         result = run(*arguments)
-        steps.append(int(result[2]))
+        steps.append(result[0].shape[1])
         return result
 
     monkeypatch.setattr(either, "run", counted)
