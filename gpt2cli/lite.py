@@ -347,12 +347,12 @@ class Lite:
         """Ids [T] of one row -> x [T, E], and its keys and values, each [1, H, T, D]."""
         self._leave()
         head = self.config.n_embd // self.config.n_head
-        nothing = np.zeros([len(row), self.config.n_head, 1, head], np.float32)
+        nothing = np.zeros([1, self.config.n_head, 1, head], np.float32)  # one for all tokens
         place = np.arange(len(row))
         x, *new = self._layers(
             x=self._embed(row, place),
             beside=_mask(place[:, None] >= place),
-            seen=_mask(np.zeros([len(row), 1, 1, 1], bool)),
+            seen=_mask(np.zeros([1, 1, 1, 1], bool)),
             **dict.fromkeys(self._halves, nothing),
         )
         return x[0], new

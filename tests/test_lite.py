@@ -1,8 +1,13 @@
 """LiteRT's programs against TensorFlow's graph, and int8 against integers multiplied in NumPy."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import compiled, lively
+from conftest import ROOT, TINY, compiled, lively
 
 from gpt2cli import inference, lite
 from gpt2cli.config import ModelConfig
@@ -122,3 +127,47 @@ def test_a_damaged_skeleton_on_the_disk_is_made_anew(network, tmp_path, monkeypa
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
+
+
+PROMPTS = """
+import sys
+import numpy as np
+import gpt2cli
+
+model, random = gpt2cli.load_model(sys.argv[1]), np.random.default_rng(0)
+
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+
+for number in range(220):
+    prompt = random.integers(2000, size=random.integers(1, 120)).tolist()
+    model.generate([prompt] * random.integers(1, 4), length=3, batch_size=3, top_k=40)
+    if number in (19, 219):
+        print(resident())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_stays_flat_over_two_hundred_prompts():
+    command = [sys.executable, "-c", PROMPTS, str(TINY)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    early, late = map(int, result.stdout.split())
+    assert late - early < 4000  # kB
+
+
+def test_int8_and_bfloat16_cost_little_on_a_real_text(cli, tmp_path):
+    """The price that README names: half a per cent of the loss."""
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "README.md").read_text(encoding="utf-8")[:12000], encoding="utf-8")
+    losses = {}
+    for precision in ("auto", "float32", "bfloat16", "int8"):
+        words = ("evaluate", text, "--model_name", "tiny", "--models_dir", TINY.parent)
+        result = cli(*words, "--precision", precision, "--format", "json")
+        losses[precision] = json.loads(result.stdout)["loss"]
+    assert losses["auto"] == losses["float32"]
+    for precision in ("bfloat16", "int8"):
+        assert losses[precision] != losses["float32"]
+        assert losses[precision] == pytest.approx(losses["float32"], rel=0.005)
