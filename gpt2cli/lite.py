@@ -1,221 +1,17 @@
-"""The network compiled for a CPU by LiteRT, which is a part of TensorFlow.
+"""The network on a CPU, by the programs of program.py: texts are read, continued and scored.
 
-XNNPACK, LiteRT's kernels, packs weights that never change in the order in which the processor reads
-them, and multiplies them as float32 or, in eight bits, as integers. On a CPU that generates two to
-five times faster than XLA, and nothing is compiled for a batch or a length.
-
-The graph is that of model.py, traced with its weights as arguments and converted once for each
-ModelConfig: a skeleton of some hundred kilobytes, kept on disk. A program is a skeleton whose
-arguments have become the weights of a checkpoint.
+Two to five times faster than XLA there, and nothing is compiled for a batch or a length.
 """
 
-import contextlib
-import ctypes
-import hashlib
-import mmap
-import os
-import tempfile
-import warnings
 import weakref
-from pathlib import Path
 
-import flatbuffers
 import numpy as np
 
-from gpt2cli import files, model, sampling
-from gpt2cli.engine import lite_schema, tf, without_noise
-from gpt2cli.errors import UserError
+from gpt2cli import model, program, sampling
+from gpt2cli.program import Program
 
 SLOTS = 128  # a cache grows by so many
-ALIGNMENT = 64  # bytes, of a weight in the file; a cache line
 ROWS = 256  # tokens whose logits exist at once when a text is scored
-BLOCK = 256  # rows of a matrix that are quantized at once
-WEIGHT = "weight"  # what the names of the arguments that become weights begin with
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def trace(config, names, part):
-    """The concrete function of a `part` of the network, with the weights `names` as arguments.
-
-    A matrix is an argument of [n_out, n_in], XNNPACK's order.
-
-    Args:
-        part: "layers", what follows the embedding up to the last norm, or "head".
-    """
-    shapes = model.weight_shapes(config)
-    head, depth = config.n_embd // config.n_head, range(config.n_layer)
-
-    def network(weights):
-        given = dict(zip(names, weights, strict=True))
-
-        def weight(name, shape):
-            if name not in given:
-                return tf.zeros(shape)  # of another part
-            return given[name] if name == names[0] and part == "head" else tf.transpose(given[name])
-
-        return model.GPT2(config, weight, hold=lambda value, name: value)
-
-    def layers(x, beside, seen, keys, values, weights):
-        ours = network(weights)
-        past = [model.Past(*pair, seen) for pair in zip(keys, values, strict=True)]
-        x, new = ours.layers(ours.normed(x), beside, past)
-        return x, *(half for pair in new for half in pair)
-
-    def logits(x, weights):
-        return network(weights).head(x)
-
-    def argument(name, *shape):
-        return tf.TensorSpec(shape, name=name)
-
-    slots = (None, config.n_head, None, head)
-    inputs = {
-        "layers": [
-            argument("x", 1, None, config.n_embd),
-            argument("beside", None, None),
-            argument("seen", None, 1, 1, None),
-            [argument(f"keys{layer}", *slots) for layer in depth],
-            [argument(f"values{layer}", *slots) for layer in depth],
-        ],
-        "head": [argument("x", None, config.n_embd)],
-    }[part]
-    turned = [shapes[n] if part == "head" else shapes[n][-2:][::-1] for n in names]
-    inputs.append([argument(f"{WEIGHT}{i}", *shape) for i, shape in enumerate(turned)])
-    function = tf.function(
-        layers if part == "layers" else logits, input_signature=inputs, autograph=False
-    )
-    return function.get_concrete_function()
-
-
-def skeleton(config, names, part):
-    """`trace` converted, or taken from the disk where that was done before; bytes."""
-    sources = [Path(model.__file__).read_bytes(), Path(__file__).read_bytes()]
-    made_of = repr((config, names, part, tf.__version__)).encode()
-    key = hashlib.sha256(b"\0".join([made_of, *sources])).hexdigest()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base) / "gpt2cli" / f"{key[:32]}.tflite"
-    with contextlib.suppress(OSError):
-        digest, kept = path.read_bytes()[:32], path.read_bytes()[32:]
-        if hashlib.sha256(kept).digest() == digest:
-            return kept
-    with without_noise():
-        traced = trace(config, names, part)
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([traced], tf.Module())
-        converter.experimental_lower_to_saved_model = False  # three times slower, same result
-        made = converter.convert()
-    with contextlib.suppress(UserError), files.replacing(path) as file:
-        file.write(hashlib.sha256(made).digest() + made)
-    return made
-
-
-def quantize(matrix):
-    """float32 [n_out, n_in] -> int8 of the same shape and the float32 [n_out] that it counts in."""
-    scale = np.maximum(matrix.max(-1), -matrix.min(-1)) / 127
-    scale[scale == 0] = 1
-    numbers = np.empty(matrix.shape, np.int8)
-    for start in range(0, len(matrix), BLOCK):  # no temporary as large as the matrix
-        rows = slice(start, start + BLOCK)
-        np.rint(matrix[rows] / scale[rows, None], out=numbers[rows], casting="unsafe")
-    return numbers, scale
-
-
-class Program:
-    """A skeleton with its weights, ready to run.
-
-    Args:
-        skeleton: bytes.
-        weights: arrays in the order of its arguments; matrices are float32 or a `quantize` pair.
-
-    Attributes:
-        weights: the same as they lie in the file, mapped.
-    """
-
-    def __init__(self, skeleton, weights):
-        with tempfile.TemporaryDirectory(prefix="gpt2cli-") as folder:
-            path = Path(folder) / "program.tflite"
-            self.weights = _assemble(skeleton, weights, path)
-            with warnings.catch_warnings(), without_noise():
-                warnings.simplefilter("ignore")  # it is to move to a package of its own
-                self._interpreter = tf.lite.Interpreter(str(path), num_threads=THREADS)
-                self._interpreter.allocate_tensors()  # packs the weights
-            _forget(path)
-        self._inputs = {d["name"]: d["index"] for d in self._interpreter.get_input_details()}
-        self._outputs = [d["index"] for d in self._interpreter.get_output_details()]
-        self._shapes = {}
-
-    def __call__(self, **inputs):
-        """Run with these arrays; inputs that are not given are as they were. Returns arrays."""
-        self.reshape(**{name: array.shape for name, array in inputs.items()})
-        for name, array in inputs.items():
-            self._interpreter.set_tensor(self._inputs[name], array)
-        self._interpreter.invoke()
-        return [self._interpreter.get_tensor(index) for index in self._outputs]
-
-    def reshape(self, **shapes):
-        """Give inputs new shapes; what they held is lost unless the shapes are as they were."""
-        changed = {name: s for name, s in shapes.items() if self._shapes.get(name) != s}
-        if not changed:
-            return
-        for name, shape in changed.items():
-            self._interpreter.resize_tensor_input(self._inputs[name], shape)
-        with without_noise():
-            self._interpreter.allocate_tensors()
-        self._shapes |= changed
-
-    def input(self, name):
-        """The memory of an input, to change in place; nothing may run while it is held."""
-        return self._interpreter.tensor(self._inputs[name])()
-
-
-def _assemble(skeleton, weights, path):
-    """Write the file of a Program: a skeleton whose arguments have become constants."""
-    program = lite_schema.ModelT.InitFromPackedBuf(skeleton)
-    graph = program.subgraphs[0]
-    arguments = {graph.tensors[index].name.decode(): index for index in graph.inputs}
-    constants = {name: i for name, i in arguments.items() if name.startswith(WEIGHT)}
-    graph.inputs = np.array([i for i in graph.inputs if i not in constants.values()], np.int32)
-    # the weights begin behind the room for what describes them
-    place = len(skeleton) + sum(256 + 16 * graph.tensors[i].shape[0] for i in constants.values())
-    mapped = []
-    with open(path, "wb") as file:
-        for number, (values, scale) in enumerate(weights):
-            tensor = graph.tensors[constants[f"{WEIGHT}{number}"]]
-            place += -place % ALIGNMENT
-            file.seek(place)
-            file.write(np.ascontiguousarray(values))
-            mapped.append((place, values.dtype, values.shape, scale))
-            buffer = lite_schema.BufferT()
-            buffer.offset, buffer.size = place, values.nbytes
-            place += values.nbytes
-            tensor.buffer = len(program.buffers)
-            program.buffers.append(buffer)
-            if scale is not None:
-                tensor.type = lite_schema.TensorType.INT8
-                tensor.quantization = lite_schema.QuantizationParametersT()
-                tensor.quantization.scale = scale
-                tensor.quantization.zeroPoint = np.zeros(len(scale), np.int64)
-        builder = flatbuffers.Builder(len(skeleton))
-        builder.Finish(program.Pack(builder), b"TFL3")
-        file.seek(0)
-        file.write(builder.Output())
-    return [
-        (np.memmap(path, kind, "r", start, shape), scale) for start, kind, shape, scale in mapped
-    ]
-
-
-def _forget(path):
-    """Drop the pages of a mapped file from memory; one that is read again comes back from it.
-
-    XNNPACK has packed copies of the weights. Where this does nothing, the system drops the pages
-    when it needs room.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # no Linux
-        libc = ctypes.CDLL(None)
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            if line.endswith(str(path)):
-                start, end = (int(place, 16) for place in line.split()[0].split("-"))
-                libc.madvise(
-                    ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
-                )
 
 
 class Cache:
@@ -243,20 +39,10 @@ class Lite:
 
     def __init__(self, config, stored, precision="float32"):
         self.config = config
-        shapes = model.weight_shapes(config)
-        wte, wpe, *names = shapes
-
-        def values(name):
-            array = np.asarray(stored(name, shapes[name]), np.float32)
-            if array.ndim == 1:
-                return array, None
-            matrix = array if name == wte else array.reshape(array.shape[-2:]).T
-            return quantize(matrix) if precision == "int8" else (matrix, None)
-
-        self._layers = Program(skeleton(config, tuple(names), "layers"), map(values, names))
-        self._head = Program(skeleton(config, (wte,), "head"), map(values, [wte]))
-        self._table = self._head.weights[0]
-        self._positions = np.asarray(stored(wpe, shapes[wpe]), np.float32)
+        self._layers = Program(program.layers, config, stored, precision)
+        self._head = Program(program.head, config, stored, precision)
+        wpe = list(model.weight_shapes(config).items())[1]
+        self._positions = np.asarray(stored(*wpe), np.float32)
         depth = range(config.n_layer)
         # in the order of the outputs
         self._halves = [f"{half}{layer}" for layer in depth for half in ("keys", "values")]
@@ -337,7 +123,7 @@ class Lite:
 
     def _embed(self, tokens, position):
         """[N], [N] -> [1, N, E], the sum of their rows."""
-        (values, scale) = self._table
+        values, scale = self._head.first  # wte
         x = values[tokens].astype(np.float32)
         if scale is not None:
             x *= scale[tokens, None]

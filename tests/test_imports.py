@@ -15,7 +15,7 @@ GROUPS = (
     {"config"},
     {"files", "engine"},
     {"encoder", "graph_rules", "model", "transfer", "windows"},
-    {"dataset", "vocabularies", "checkpoint", "sampling", "training", "hub"},
+    {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
     {"beams", "graph", "lite", "statedict"},
     {"inference", "formats"},
     {"commands"},

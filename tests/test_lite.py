@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import inference, lite
+from gpt2cli import inference, lite, program
 from gpt2cli.config import ModelConfig
 
 GPT2 = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
@@ -95,7 +95,7 @@ def eight_bits(x):
 def test_int8_multiplies_what_numpy_does(network):
     ours = lite.Lite(network.config, lambda name, _: network.weights[name].numpy(), "int8")
     x = np.random.default_rng(2).normal(0.3, 1, [5, 48]).astype(np.float32)
-    numbers, scale = lite.quantize(network.wte.numpy())
+    numbers, scale = program.quantize(network.wte.numpy())
     expected = eight_bits(x).astype(np.float64) @ (numbers * scale[:, None]).T
     np.testing.assert_allclose(ours._head(x=x)[0], expected, atol=1e-4)
     assert np.abs(x @ network.wte.numpy().T - expected).max() > 1e-3  # eight bits are not 32
@@ -103,7 +103,7 @@ def test_int8_multiplies_what_numpy_does(network):
 
 def test_quantized_numbers_are_the_nearest_and_columns_of_zeros_stay():
     matrix = np.array([[0.5, -1.27, 0.3], [0, 0, 0], [1e-9, 2e-9, 127e-9]], np.float32)
-    numbers, scale = lite.quantize(matrix)
+    numbers, scale = program.quantize(matrix)
     assert numbers.tolist() == [[50, -127, 30], [0, 0, 0], [1, 2, 127]]
     np.testing.assert_allclose(numbers * scale[:, None], matrix, rtol=1e-5)
 
@@ -118,7 +118,7 @@ def test_a_damaged_skeleton_on_the_disk_is_made_anew(network, tmp_path, monkeypa
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
-    monkeypatch.setattr(lite, "trace", None)  # not called again
+    monkeypatch.setattr(program, "_trace", None)  # not called again
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
     for path in kept:
         path.unlink()
