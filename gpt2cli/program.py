@@ -72,6 +72,7 @@ def _is_turned(name, shape):
 def _trace(part, config):
     """The concrete function of a part, with its weights as the last arguments."""
     names, shapes = weights_of(part, config), model.weight_shapes(config)
+    turned = {n: shapes[n][-2:][::-1] if _is_turned(n, shapes[n]) else shapes[n] for n in names}
 
     def traced(*inputs):
         *inputs, weights = inputs
@@ -79,13 +80,17 @@ def _trace(part, config):
 
         def weight(name, shape):
             if name not in given:
-                return tf.zeros(shape)
+                return tf.zeros([])  # of another part
+            given[name].set_shape(turned[name])
             return tf.transpose(given[name]) if _is_turned(name, shape) else given[name]
 
         return part(model.GPT2(config, weight, hold=lambda value, name: value), *inputs)
 
-    turned = [shapes[n][-2:][::-1] if _is_turned(n, shapes[n]) else shapes[n] for n in names]
-    arguments = [tf.TensorSpec(s, name=f"{WEIGHT}{number}") for number, s in enumerate(turned)]
+    # Without sizes, for which the converter would make arrays of zeros: the whole model's.
+    arguments = [
+        tf.TensorSpec([None] * len(turned[name]), name=f"{WEIGHT}{number}")
+        for number, name in enumerate(names)
+    ]
     signature = [*_inputs(part, config), arguments]
     return tf.function(traced, input_signature=signature, autograph=False).get_concrete_function()
 
@@ -152,10 +157,12 @@ class Program:
                 array = array.reshape(array.shape[-2:]).T
             return quantize(array) if array.ndim > 1 and precision == "int8" else (array, None)
 
+        names = weights_of(part, config)
+        room = sum(256 + 16 * max(shapes[name]) for name in names)
         with _nameless_file() as (file, path):
             try:
                 place, kind, shape, scale = _assemble(
-                    skeleton(part, config), map(values, weights_of(part, config)), file
+                    skeleton(part, config), room, map(values, names), file
                 )
             except OSError as error:
                 raise UserError(
@@ -213,8 +220,11 @@ def _nameless_file():
             os.unlink(file.name)
 
 
-def _assemble(skeleton, weights, file):
+def _assemble(skeleton, room, weights, file):
     """Write a skeleton whose arguments have become constants: pairs of values and scale or None.
+
+    Args:
+        room: bytes, at the least, for what describes the weights; they lie behind it.
 
     Returns:
         Of the first of them its place in the file, its type, its shape and its scale.
@@ -224,8 +234,7 @@ def _assemble(skeleton, weights, file):
     arguments = {graph.tensors[index].name.decode(): index for index in graph.inputs}
     constants = {name: i for name, i in arguments.items() if name.startswith(WEIGHT)}
     graph.inputs = np.array([i for i in graph.inputs if i not in constants.values()], np.int32)
-    # the weights begin behind the room for what describes them
-    place = len(skeleton) + sum(256 + 16 * graph.tensors[i].shape[0] for i in constants.values())
+    place = len(skeleton) + room
     first = None
     for number, (values, scale) in enumerate(weights):
         tensor, buffer = graph.tensors[constants[f"{WEIGHT}{number}"]], lite_schema.BufferT()
@@ -235,6 +244,7 @@ def _assemble(skeleton, weights, file):
         first = first or (place, values.dtype, values.shape, scale)
         buffer.offset, buffer.size = place, values.nbytes
         place += values.nbytes
+        tensor.shape, tensor.shapeSignature = np.array(values.shape, np.int32), None
         tensor.buffer = len(program.buffers)
         program.buffers.append(buffer)
         if scale is not None:

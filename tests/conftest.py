@@ -15,6 +15,8 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
+# what the programs of program.py leave there is no business of the user's own cache
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache" / "home")
 SHARED = ROOT.parent / "shared"
 TINY = ROOT / "models" / "tiny"
 
