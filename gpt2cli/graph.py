@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from gpt2cli import graph_rules, model, sampling
+from gpt2cli import graph_rules, kernels, model, sampling
 from gpt2cli.engine import tf
 
 SMALLEST_CACHE = 64  # slots; caches double from here, one compilation each
@@ -28,9 +28,9 @@ def step(network, cache, token, position):
     """
     rows, slots = tf.shape(token)[0], tf.shape(cache[0][0])[2]
     x = network.embed(token[None], position)  # [1, N, E]
-    apart = tf.where(tf.eye(rows) > 0, 0.0, model.MASKED)
-    seen = tf.where(tf.range(slots) < position[:, None], 0.0, model.MASKED)[:, None, None]
-    x, new = network.layers(x, apart, [model.Past(*pair, seen) for pair in cache])
+    apart = tf.where(tf.eye(rows) > 0, 0.0, kernels.MASKED)
+    seen = tf.where(tf.range(slots) < position[:, None], 0.0, kernels.MASKED)[:, None, None]
+    x, new = network.layers(x, [model.Past(apart, seen, *pair) for pair in cache])
     heads = tf.range(network.config.n_head)
     places = tf.meshgrid(tf.range(rows), heads, indexing="ij")  # [N, H]
     places = tf.stack([*places, tf.broadcast_to(position[:, None], tf.shape(places[0]))], -1)

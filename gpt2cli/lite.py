@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 
-from gpt2cli import model, program, sampling
+from gpt2cli import kernels, model, program, sampling
 from gpt2cli.program import Program
 
 SLOTS = 128  # a cache grows by so many
@@ -18,7 +18,7 @@ class Cache:
     """The keys and values of N rows; in arrays, or in the memory of a Program.
 
     Attributes:
-        seen: float32 [N, 1, 1, S], 0 for the slots that hold a token, else model.MASKED.
+        seen: float32 [N, 1, 1, S], 0 for the slots that hold a token, else kernels.MASKED.
         used: slots from which on no row holds a token.
         arrays: input's name -> [N, H, used, D]; None while the program holds them.
     """
@@ -76,7 +76,7 @@ class Lite:
         head, used = self.config.n_embd // self.config.n_head, max(map(len, rows))
         shape = len(rows), self.config.n_head, used, head
         arrays = {half: np.zeros(shape, np.float32) for half in self._halves}
-        seen = np.full([len(rows), 1, 1, _room(used + 1)], model.MASKED, np.float32)
+        seen = np.full([len(rows), 1, 1, _room(used + 1)], kernels.MASKED, np.float32)
         equal = {}
         for number, row in enumerate(rows):
             equal.setdefault(tuple(row), []).append(number)
@@ -151,7 +151,7 @@ class Lite:
         more = _room(needed) - cache.seen.shape[-1]
         if more > 0:
             wider = [(0, 0), (0, 0), (0, 0), (0, more)]
-            cache.seen = np.pad(cache.seen, wider, constant_values=model.MASKED)
+            cache.seen = np.pad(cache.seen, wider, constant_values=kernels.MASKED)
         rows, *_, slots = cache.seen.shape
         shape = rows, self.config.n_head, slots, self.config.n_embd // self.config.n_head
         self._layers.reshape(
@@ -187,4 +187,4 @@ def _room(slots):
 
 def _mask(looks):
     """bool -> float32: 0 where one token looks at another, else MASKED."""
-    return np.where(looks, 0, model.MASKED).astype(np.float32)
+    return np.where(looks, 0, kernels.MASKED).astype(np.float32)

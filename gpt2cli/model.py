@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2cli import kernels
 from gpt2cli.engine import tf
 
-MASKED = -1e10  # openai/gpt-2 src/model.py, mask_attn_weights
+LOGIT_ROWS = 1024  # of as many tokens training has the logits at once
 
 WTE_STDDEV = 0.02  # openai/gpt-2 src/model.py, wte
 WPE_STDDEV = 0.01  # openai/gpt-2 src/model.py, wpe: half of wte, easy to swap
@@ -122,15 +123,10 @@ class LayerNorm:
 
     def __init__(self, weight, name, epsilon, leaves=("g", "b")):
         self.g, self.b = (weight(f"{name}/{leaf}") for leaf in leaves)
-        self.epsilon = epsilon
+        self.normalize = kernels.layer_norm(epsilon)
 
     def __call__(self, x):  # [..., E] -> [..., E]
-        wide = tf.cast(x, tf.float32)
-        mean = tf.reduce_mean(wide, -1, keepdims=True)
-        centred = wide - mean
-        variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
-        normal = centred * tf.math.rsqrt(variance + self.epsilon)
-        return tf.cast(normal * tf.cast(self.g, tf.float32) + tf.cast(self.b, tf.float32), x.dtype)
+        return self.normalize(x, tf.convert_to_tensor(self.g), tf.convert_to_tensor(self.b))
 
 
 class Linear:
@@ -147,19 +143,21 @@ class Linear:
 
 
 class Past(NamedTuple):
-    """What tokens may look at besides each other: each has a cache of its own.
+    """What the tokens of the only row of x may look at: each has a cache of its own.
 
-    keys, values: [T, H, S, D], the first axis being the tokens of the only row of x.
-    seen: float32 [T, 1, 1, S], 0 for the slots that count and MASKED for the others.
+    beside: float32 [T, T], 0 where a token (row) looks at another of x, MASKED elsewhere.
+    seen: float32 [T, 1, 1, S], 0 for the slots of its cache that count, MASKED for the others.
+    keys, values: [T, H, S, D], the caches; or [1, H, S, D], the same for all.
     """
 
+    beside: tf.Tensor
+    seen: tf.Tensor
     keys: tf.Tensor
     values: tf.Tensor
-    seen: tf.Tensor
 
 
 class Attention:
-    """Each token looks at some of the tokens beside it, and at what is in its cache.
+    """Each token looks at itself and those before it, or at what a Past says.
 
     Args:
         n_head: heads.
@@ -170,11 +168,10 @@ class Attention:
     def __init__(self, n_head, inner, outer):
         self.n_head, self.inner, self.outer = n_head, inner, outer
 
-    def __call__(self, x, beside, past=None, dropout=None):
+    def __call__(self, x, past=None, dropout=None):
         """x [B, T, E] -> [B, T, E] and the keys and values of x [B, H, T, D].
 
         Args:
-            beside: float32 [T, T], 0 where a token (row) looks at another of x, MASKED elsewhere.
             past: a Past, for B = 1 only.
             dropout: of the probabilities, in training.
         """
@@ -182,28 +179,25 @@ class Attention:
         parts = tf.split(parts[0], 3, axis=-1) if len(parts) == 1 else parts
         q, k, v = (self.split_heads(part) for part in parts)
         q = q * tf.cast(1 / np.sqrt(q.shape[-1]), q.dtype)
-        scores = _scores(q, k) + beside  # [B, H, T, T]
-        if past is None:
-            probs = tf.cast(tf.nn.softmax(scores), v.dtype)
-            a = tf.matmul(dropout(probs) if dropout else probs, v)
-        else:
-            a = self.join(scores, v, _scores(_by_token(q), past.keys) + past.seen, past.values)
+        a = self.join(q, k, v, past) if past else kernels.attend(q, k, v, dropout)
         a = tf.transpose(a, [0, 2, 1, 3])  # [B, T, H, D]
         return self.outer(tf.reshape(a, [_rows(x), -1, x.shape[-1]])), (k, v)
 
     @staticmethod
-    def join(scores, v, older, values):
-        """One softmax over scores [1, H, T, T] and those of each token's cache, [T, H, 1, S].
+    def join(q, k, v, past):
+        """One softmax over the tokens beside each other [1, H, T, T] and each one's cache.
 
         Not over both in one tensor, because a cut at S is a shape that LiteRT cannot foresee.
         """
+        scores = _scores(q, k) + past.beside  # [1, H, T, T]
+        older = _scores(_by_token(q), past.keys) + past.seen  # [T, H, 1, S]
         most = tf.reduce_max(older, -1, keepdims=True)
         most = tf.maximum(tf.reduce_max(scores, -1, keepdims=True), _by_token(most))  # [1, H, T, 1]
         scores, older = tf.exp(scores - most), tf.exp(older - _by_token(most))
         total = tf.reduce_sum(older, -1, keepdims=True)
         total = tf.reduce_sum(scores, -1, keepdims=True) + _by_token(total)
         a = tf.matmul(tf.cast(scores, v.dtype), v)
-        a += _by_token(tf.matmul(tf.cast(older, v.dtype), values))
+        a += _by_token(tf.matmul(tf.cast(older, v.dtype), past.values))
         return a / tf.cast(total, v.dtype)
 
     def split_heads(self, x):
@@ -226,12 +220,6 @@ def _by_token(x):
     return tf.transpose(x, [2, 1, 0, 3])
 
 
-def causal(length):
-    """The float32 [T, T] with which each token looks at itself and those before it."""
-    seen = tf.linalg.band_part(tf.ones([length, length], tf.bool), -1, 0)
-    return tf.where(seen, 0.0, MASKED)
-
-
 class GPT2Block:
     """OpenAI's layer: attention, then MLP, each behind a layer norm and added to x."""
 
@@ -244,14 +232,12 @@ class GPT2Block:
         self.c_fc = Linear(weight, f"{name}/mlp/c_fc")
         self.c_proj = Linear(weight, f"{name}/mlp/c_proj")
 
-    def __call__(self, x, beside, past=None, dropout=None):
+    def __call__(self, x, past=None, dropout=None):
         """As Attention; dropout where UER-py and transformers do."""
         drop = [dropout.at(place) if dropout else _keep for place in range(3)]
-        a, new = self.attn(self.ln_1(x), beside, past, dropout and drop[0])
+        a, new = self.attn(self.ln_1(x), past, dropout and drop[0])
         x = x + drop[1](a)
-        # The tanh form of GELU. The exact form differs by up to 5e-4: another model.
-        wide = tf.nn.gelu(self.c_fc(self.ln_2(x)), approximate=True)
-        return x + drop[2](self.c_proj(wide)), new
+        return x + drop[2](self.c_proj(kernels.gelu(self.c_fc(self.ln_2(x))))), new
 
 
 class GPT2MLBlock:
@@ -271,12 +257,12 @@ class GPT2MLBlock:
         self.output = linear("output")
         self.ln1 = norm("LayerNorm_mlp_ln1")
 
-    def __call__(self, x, beside, past=None, dropout=None):
+    def __call__(self, x, past=None, dropout=None):
         """As Attention; dropout where GPT2_ML does."""
         drop = [dropout.at(place) if dropout else _keep for place in range(2)]
-        a, new = self.attn(x, beside, past)
+        a, new = self.attn(x, past)
         x = x + drop[0](a)
-        wide = tf.nn.gelu(self.intermediate(self.ln0(x)), approximate=False)  # its config's "gelu"
+        wide = kernels.exact_gelu(self.intermediate(self.ln0(x)))  # its config's "gelu"
         return self.ln1(x + drop[1](self.output(wide))), new
 
 
@@ -298,7 +284,7 @@ class GPT2:
 
     Attributes:
         weights: the original's name -> variable.
-        h: the layers, functions of (x, beside, past, dropout).
+        h: the layers, functions of (x, past, dropout).
     """
 
     def __init__(
@@ -353,16 +339,14 @@ class GPT2:
 
     def hidden(self, tokens, dropout=None):
         """Everything but the last product, for rows of their own: int32 [B, T] -> as `layers`."""
-        x = self.embed(tokens, dropout=dropout)
-        return self.layers(x, causal(tf.shape(tokens)[1]), dropout=dropout)
+        return self.layers(self.embed(tokens, dropout=dropout), dropout=dropout)
 
-    def layers(self, x, beside, past=None, dropout=None):
+    def layers(self, x, past=None, dropout=None):
         """All layers and the last layer norm.
 
         Args:
             x: [B, T, E] of `embed`.
-            beside: float32 [T, T], 0 where a token looks at another of its row, else MASKED.
-            past: for each layer a Past; B must be 1.
+            past: for each layer a Past; B must be 1. Without, each token looks at those before it.
             dropout: a Dropout, in training.
 
         Returns:
@@ -373,7 +357,7 @@ class GPT2:
             with tf.control_dependencies([x] if self.wte.dtype != self.dtype else []):
                 # without it all weights are cast to bfloat16 before the first layer begins
                 drop = dropout and dropout.at(layer)
-                x, new = block(x, beside, past and past[layer], drop)
+                x, new = block(x, past and past[layer], drop)
             kept.append(new)
         return self.ln_f(x), kept
 
@@ -391,6 +375,44 @@ class GPT2:
         The nats by which each was missed, and 1 where it was the likeliest token.
         """
         return losses(self.head(x), targets)
+
+    def loss_gradients(self, x, targets, weight):
+        """What training needs of `losses`, of some rows of logits at a time.
+
+        Args:
+            x, targets: as in `losses`.
+            weight: float32 [B, T], by which each loss and hit counts.
+
+        Returns:
+            The weighted sum of losses and that of hits, and the loss's gradients: that of x, and
+            that of wte as the output matrix, float32.
+        """
+        flat = tf.reshape(x, [-1, x.shape[-1]])
+        targets, weight = (tf.reshape(field, [-1]) for field in (targets, weight))
+        wte = tf.cast(self.wte, x.dtype)
+
+        def part(start):
+            rows = slice(start, start + LOGIT_ROWS)
+            logits = tf.matmul(flat[rows], wte, transpose_b=True)
+            loss, hits, slope = kernels.cross_entropy(logits, targets[rows], weight[rows])
+            dw = tf.matmul(slope, flat[rows], transpose_a=True)
+            return loss, hits, tf.matmul(slope, wte), tf.cast(dw, tf.float32)
+
+        def add(start, loss, hits, dx, dw):
+            one = part(start)
+            dx = tf.concat([dx, one[2]], axis=0)
+            return start + LOGIT_ROWS, loss + one[0], hits + one[1], dx, dw + one[3]
+
+        first = [tf.constant(LOGIT_ROWS), *part(0)]
+        shapes = [[], [], [], [None, x.shape[-1]], self.wte.shape]
+        _, loss, hits, dx, dw = tf.while_loop(
+            lambda start, *_: start < tf.shape(flat)[0],
+            add,
+            first,
+            [tf.TensorShape(shape) for shape in shapes],
+            parallel_iterations=1,
+        )
+        return loss, hits, tf.reshape(dx, tf.shape(x)), dw
 
 
 def losses(logits, targets):

@@ -20,7 +20,7 @@ from pathlib import Path
 import flatbuffers
 import numpy as np
 
-from gpt2cli import files, model
+from gpt2cli import files, kernels, model
 from gpt2cli.engine import lite_schema, tf, without_noise
 from gpt2cli.errors import UserError
 
@@ -32,8 +32,8 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 
 def layers(network, x, beside, seen, keys, values):
     """What follows the embedding up to the last norm, of a GPT2: x, and new keys and values."""
-    past = [model.Past(*pair, seen) for pair in zip(keys, values, strict=True)]
-    x, new = network.layers(network.normed(x), beside, past)
+    past = [model.Past(beside, seen, *pair) for pair in zip(keys, values, strict=True)]
+    x, new = network.layers(network.normed(x), past)
     return x, *(half for pair in new for half in pair)
 
 
@@ -102,7 +102,8 @@ def cache_folder():
 
 def skeleton(part, config):
     """The bytes of a part, converted, or taken from the disk where that was done before."""
-    sources = [Path(model.__file__).read_bytes(), Path(__file__).read_bytes()]
+    sources = [Path(of.__file__).read_bytes() for of in (model, kernels)]
+    sources.append(Path(__file__).read_bytes())
     made_of = repr((part.__name__, config, tf.__version__)).encode()
     key = hashlib.sha256(b"\0".join([made_of, *sources])).hexdigest()
     path = cache_folder() / f"{key[:32]}.tflite"

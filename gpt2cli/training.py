@@ -7,7 +7,7 @@ import numpy as np
 
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
-from gpt2cli.model import IN_LAYER, MATRIX, Dropout, causal, weight_shapes
+from gpt2cli.model import IN_LAYER, LOGIT_ROWS, MATRIX, Dropout, weight_shapes
 
 
 def learning_rate(config, step):
@@ -37,8 +37,8 @@ def memory_needed(sizes, config):
     count = {name: math.prod(shape) for name, shape in shapes.items()}
     trained = [n for n in count if IN_LAYER.match(n) or not config.only_train_transformer_layers]
     weights, changed = 4 * sum(count.values()), 4 * sum(count[name] for name in trained)
-    # 21 rows as wide as the model, and the attention scores before and after the softmax
-    layer = tokens * (21 * width * number + sizes.n_head * length * (4 + number))
+    # 21 rows as wide as the model, and what is computed of the attention's probabilities
+    layer = tokens * number * (21 * width + sizes.n_head * length * 5 / 8)
     if config.memory_saving_gradients:
         kept = layer + tokens * sizes.n_layer * width * number
     else:
@@ -52,8 +52,8 @@ def memory_needed(sizes, config):
         "weights": weights,
         "optimizer": 2 * changed if config.optimizer in ("adam", "adamw") else 0,
         "gradients": gradients,
-        "activations": kept + 10 * tokens * sizes.n_vocab,
-        "TensorFlow": 600_000_000,
+        "activations": int(kept) + 2 * number * min(tokens, LOGIT_ROWS) * sizes.n_vocab,
+        "TensorFlow": 800_000_000,  # with what XLA needs to compile
     }
 
 
@@ -121,6 +121,27 @@ class Adafactor(tf.keras.optimizers.Optimizer):
         variable.assign_sub(tf.cast(tf.reshape(rate * update, shape), variable.dtype))
 
 
+class Adam(tf.keras.optimizers.Adam):
+    """Keras' Adam, each weight changed in one pass; Keras makes arrays as large for every step."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Change one variable; Keras calls this for each of them."""
+        index = self._get_variable_index(variable)
+        slots = {"m": self._momentums[index].value, "v": self._velocities[index].value}
+        step = tf.cast(self.iterations + 1, tf.float32)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            **{name: slot.handle for name, slot in slots.items()},
+            beta1_power=tf.pow(self.beta_1, step),
+            beta2_power=tf.pow(self.beta_2, step),
+            lr=tf.cast(learning_rate, tf.float32),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
+
+
 def slot_name(name):
     """A weight's name in the names of Keras' variables, which hold no slash."""
     return name.replace("/", "_")
@@ -142,15 +163,14 @@ def make_optimizer(config, variables):
     if config.optimizer == "sgd":
         optimizer = tf.keras.optimizers.SGD(**common)
     elif config.optimizer == "adam":
-        optimizer = tf.keras.optimizers.Adam(**common, **moments)
+        optimizer = Adam(**common, **moments)
     elif config.optimizer == "adafactor":
         optimizer = Adafactor(**common)
     elif config.optimizer == "adafactor_gpt2_ml":
         vectors = [name for name, v in names.items() if len(v.shape) == 1]
         optimizer = Adafactor(**common, gpt2_ml=True, decay=config.weight_decay, spared=vectors)
     else:
-        decay = config.weight_decay
-        optimizer = tf.keras.optimizers.AdamW(**common, **moments, weight_decay=decay)
+        optimizer = Adam(**common, **moments, weight_decay=config.weight_decay)
         spared = [v for name, v in names.items() if not MATRIX.search(name)]
         optimizer.exclude_from_weight_decay(var_list=spared)
     optimizer.build(variables)
@@ -171,11 +191,16 @@ def all_at_once(model, inputs, targets, weight, dropout):
     variables = list(model.weights.values())
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(variables)
-        nats, hits = model.losses(model.hidden(inputs, dropout=dropout)[0], targets)
-        loss = tf.reduce_sum(nats * weight)
-    gradients = tape.gradient(loss, variables)
-    hits = tf.reduce_sum(hits * weight)
-    return loss, hits, [(variables, [tf.convert_to_tensor(gradient) for gradient in gradients])]
+        x = model.hidden(inputs, dropout=dropout)[0]
+    loss, hits, dx, from_head = model.loss_gradients(x, targets, weight)
+    of_wte, *gradients = tape.gradient(x, variables, output_gradients=dx)
+    gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+    return loss, hits, [(variables, [_both(from_head, of_wte), *gradients])]
+
+
+def _both(from_head, of_embedding):
+    """The gradient of wte, without a second array as large: what the head adds to, and embed's."""
+    return tf.tensor_scatter_nd_add(from_head, of_embedding.indices[:, None], of_embedding.values)
 
 
 def layer_by_layer(model, inputs, targets, weight, dropout):
@@ -185,20 +210,20 @@ def layer_by_layer(model, inputs, targets, weight, dropout):
     time, the last layer's first: the third result is a generator, and what its consumer does with
     a layer's gradients is done before the layer below is computed again.
     """
-    x, beside = model.embed(inputs, dropout=dropout), causal(tf.shape(inputs)[1])
+    x = model.embed(inputs, dropout=dropout)
     kept = []
     for layer, block in enumerate(model.h):
         kept.append(x)
         with tf.control_dependencies([x]):  # as in GPT2.hidden
-            x = block(x, beside, dropout=dropout and dropout.at(layer))[0]
+            x = block(x, dropout=dropout and dropout.at(layer))[0]
     layers = model.layer_weights()
     inside = {id(v) for variables in layers for v in variables} | {id(model.wte), id(model.wpe)}
     norms = [v for v in model.weights.values() if id(v) not in inside]  # ln_f, or that of embed
     with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch([x, model.wte, *norms])
-        nats, hits = model.losses(model.ln_f(x), targets)
-        loss = tf.reduce_sum(nats * weight)
-    dx, from_head, *of_norms = tape.gradient(loss, [x, model.wte, *norms])
+        tape.watch([x, *norms])
+        y = model.ln_f(x)
+    loss, hits, dy, from_head = model.loss_gradients(y, targets, weight)
+    dx, *of_norms = tape.gradient(y, [x, *norms], output_gradients=dy)
 
     def parts():
         nonlocal dx
@@ -211,7 +236,7 @@ def layer_by_layer(model, inputs, targets, weight, dropout):
             with tf.control_dependencies(before), tf.GradientTape() as tape:
                 x = tf.identity(kept[layer])
                 tape.watch(x)
-                y = block(x, beside, dropout=dropout and dropout.at(layer))[0]
+                y = block(x, dropout=dropout and dropout.at(layer))[0]
             dx, *gradients = tape.gradient(y, [x, *variables], output_gradients=dx)
             before = variables
             yield variables, gradients
@@ -220,11 +245,9 @@ def layer_by_layer(model, inputs, targets, weight, dropout):
         rest = [model.wte, model.wpe, *norms]
         of_wte, of_wpe, *others = tape.gradient(x, rest, output_gradients=dx)
         others = [a if b is None else b for a, b in zip(of_norms, others, strict=True)]
-        # without a second array as large as wte
-        of_wte = tf.tensor_scatter_nd_add(from_head, of_wte.indices[:, None], of_wte.values)
-        yield rest, [of_wte, tf.convert_to_tensor(of_wpe), *others]
+        yield rest, [_both(from_head, of_wte), tf.convert_to_tensor(of_wpe), *others]
 
-    return loss, tf.reduce_sum(hits * weight), parts()
+    return loss, hits, parts()
 
 
 class Trainer:

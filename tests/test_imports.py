@@ -14,6 +14,7 @@ GROUPS = (
     {"flags"},
     {"config"},
     {"files", "engine"},
+    {"kernels"},
     {"encoder", "graph_rules", "model", "transfer", "windows"},
     {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
     {"beams", "graph", "lite", "statedict"},

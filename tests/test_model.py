@@ -120,3 +120,19 @@ def check_golden(network, expected):
             nats, _ = network.losses(network.hidden(tokens[None, :-1])[0], tokens[None, 1:])
             loss = float(tf.reduce_mean(nats))
             assert loss == pytest.approx(float(expected[f"seq{i}_loss"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1024, 24, 7])
+def test_the_loss_in_parts_has_the_gradients_of_the_whole(network, monkeypatch, rows):
+    monkeypatch.setattr(model, "LOGIT_ROWS", rows)
+    tokens = np.stack([TOKENS, np.roll(TOKENS, 3)])
+    x, targets = network.hidden(tokens[:, :-1])[0], tokens[:, 1:]
+    weight = tf.random.stateless_uniform(targets.shape, [1, 2])
+    with tf.GradientTape() as tape:
+        tape.watch([x, network.wte])
+        nats, hits = network.losses(x, targets)
+        loss = tf.reduce_sum(nats * weight)
+    expected = [loss, tf.reduce_sum(hits * weight), *tape.gradient(loss, [x, network.wte])]
+    found = tf.function(network.loss_gradients)(x, targets, weight)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)

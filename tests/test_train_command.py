@@ -110,7 +110,7 @@ def test_memory_is_told_before_the_work_and_what_takes_less(cli, text, monkeypat
 
     monkeypatch.setattr(engine, "free_memory", lambda: 10**12)
     plenty = cli("train", "text.txt", *FAST, "--steps", 1)
-    assert re.search(r"takes about \d+\.\d GB of memory \(.*TensorFlow 0.6\)\n", plenty.stderr)
+    assert re.search(r"takes about \d+\.\d GB of memory \(.*TensorFlow 0.8\)\n", plenty.stderr)
     monkeypatch.setattr(engine, "free_memory", lambda: 10**6)
     scarce = cli("train", "text.txt", *FAST, "--steps", 2)
     assert "--optimizer adafactor" in scarce.stderr and scarce.returncode == 0

@@ -1,0 +1,69 @@
+"""Functions whose gradient is written out against their plain forms and TensorFlow's gradient."""
+
+import numpy as np
+import pytest
+
+from gpt2cli import kernels, model
+from gpt2cli.engine import tf
+
+
+def both_gradients(ours, plain, *arguments):
+    """The gradients of a function and of its plain form, for an upstream that is not all ones."""
+    found = []
+    for function in (ours, plain):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            y = function(*arguments)
+            loss = tf.reduce_sum(tf.sin(tf.cast(y, tf.float32) + 1))
+        found.append((y, *tape.gradient(loss, arguments)))
+    return found
+
+
+def normal(*shape, seed):
+    return tf.random.stateless_normal(shape, [seed, 7])
+
+
+def plain_norm(x, g, b):
+    mean, variance = tf.nn.moments(x, [-1], keepdims=True)
+    return (x - mean) / tf.sqrt(variance + 1e-5) * g + b
+
+
+def plain_attention(dropout=None):
+    def attend(q, k, v):
+        scores = tf.einsum("bhtd,bhsd->bhts", q, k)
+        seen = tf.linalg.band_part(tf.ones(scores.shape[-2:], tf.bool), -1, 0)
+        probs = tf.nn.softmax(tf.where(seen, scores, -np.inf))
+        return tf.einsum("bhts,bhsd->bhtd", dropout * probs if dropout is not None else probs, v)
+
+    return attend
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 64])
+def test_gradients_written_out_are_those_of_the_plain_functions(length):
+    wide, part = normal(2, length, 40, seed=1), [normal(2, 4, length, 5, seed=i) for i in (2, 3, 4)]
+    norm = [3 * wide + 2, 1 + normal(40, seed=5), normal(40, seed=6)]
+    for ours, plain, arguments in (
+        (kernels.gelu, lambda x: tf.nn.gelu(x, approximate=True), [2 * wide]),
+        (kernels.exact_gelu, lambda x: tf.nn.gelu(x, approximate=False), [2 * wide]),
+        (kernels.layer_norm(1e-5), plain_norm, norm),
+        (kernels.attend, plain_attention(), part),
+    ):
+        for a, b in zip(*both_gradients(ours, plain, *arguments), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_dropout_of_attention_has_the_gradient_of_its_mask():
+    length, dropout = 8, model.Dropout(0.4, [1, 2])
+    parts = [normal(2, 4, length, 5, seed=i) for i in (2, 3, 4)]
+    size = length // kernels.BLOCKS
+    mask = tf.concat(  # of each block of queries; the columns beyond are not seen
+        [
+            tf.pad(dropout.at(i)(tf.ones([2, 4, size, end])), [[0, 0]] * 3 + [[0, length - end]])
+            for i, end in enumerate(range(size, length + 1, size))
+        ],
+        axis=2,
+    )
+    assert 0.2 < np.mean(mask[..., :size] == 0) < 0.6
+    both = both_gradients(lambda *qkv: kernels.attend(*qkv, dropout), plain_attention(mask), *parts)
+    for a, b in zip(*both, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
