@@ -15,9 +15,9 @@ lint:  ## ruff's rules and format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-bench:  ## training and sampling speed of a random 124M model
+bench:  ## speed and memory of a random 124M model, beside other programs; ARGS="--rounds 1"
 	bin/install
-	.venv/bin/python benchmarks/run.py
+	.venv/bin/python benchmarks/run.py $(ARGS)
 
 tiny:  ## train models/tiny anew, about a quarter of an hour
 	bin/install

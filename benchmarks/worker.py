@@ -1,0 +1,138 @@
+"""Both ends of the pipe between run.py and the process of one tool: a line of JSON each way.
+
+A tool's process loads one model in one precision and then answers requests until its input ends, so
+that several tools stay loaded while the rounds of a job go from one to the next.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIMIT = 1800  # seconds after which an answer is not waited for any more
+
+
+class Failed(Exception):
+    """A tool did not do what it was asked; the text says why, in a line."""
+
+
+def serve(make):
+    """Be a tool's process: make(folder, kind, cores), then call its methods as asked.
+
+    Args:
+        make: gives an object with `versions` and methods such as `generate` and `train`.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def answer(work):
+        begun = time.perf_counter()
+        try:
+            value = work()
+            reply = {"value": value, "seconds": time.perf_counter() - begun}
+        except (Exception, SystemExit) as error:  # gpt-2-simple ends the process with a message
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=answers, flush=True)
+        return reply.get("value")
+
+    folder, kind, cores = sys.argv[1:]
+    tool = None
+
+    def load():
+        nonlocal tool
+        tool = make(Path(folder), kind, int(cores))
+        return tool.versions
+
+    if answer(load) is None:
+        return
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer(lambda request=request: getattr(tool, request.pop("do"))(**request))
+
+
+def versions(*packages):
+    """{package: version} of what is installed here."""
+    return {name: metadata.version(name) for name in packages}
+
+
+class Worker:
+    """run.py's end: the process of a tool, ready when this returns.
+
+    Attributes:
+        versions: of the tool and of what it runs on.
+    """
+
+    def __init__(self, python, script, folder, kind, cores, environment):
+        self._log = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [python, HERE / script, folder, kind, str(cores)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            cwd=folder,
+        )
+        try:
+            self.versions = self._answer()["value"]
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, do, **request):
+        """Call a method of the tool: {"value": what it returned, "seconds": how long it took}.
+
+        Raises:
+            Failed: it raised something, or the process has ended.
+        """
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise Failed(self._last_words()) from None
+        return self._answer()
+
+    def peak(self):
+        """The most memory that the process has held so far, in GB, loading included."""
+        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+        raise Failed(self._last_words())
+
+    def close(self):
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._log.close()
+
+    def _answer(self):
+        ready, _, _ = select.select([self._process.stdout], [], [], LIMIT)
+        if not ready:
+            self._process.kill()
+            raise Failed(f"no answer in {LIMIT} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise Failed(self._last_words())
+        reply = json.loads(line)
+        if "error" in reply:
+            raise Failed(one_line(reply["error"]))
+        return reply
+
+    def _last_words(self):
+        status = self._process.wait()
+        self._log.seek(0)
+        return one_line((self._log.read().strip().splitlines() or ["nothing said"])[-1], status)
+
+
+def one_line(text, status=None):
+    """A message short enough for a table, with the exit status of its process."""
+    text = " ".join(text.replace("|", "/").split())
+    return (f"exit status {status}: " if status is not None else "") + text[:160]
