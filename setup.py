@@ -15,6 +15,7 @@ setup(
     python_requires=">=3.10,<3.14",  # the Pythons that TensorFlow has wheels for
     install_requires=[
         "tensorflow>=2.18,<2.22",  # the graph; the suite was run on both ends
+        "flatbuffers>=24.3",  # LiteRT's files; TensorFlow's too
         "numpy>=1.26",  # arrays of ids, random numbers of samples
         "regex>=2023.12",  # where a long text may be cut before it is encoded
         "fire>=0.7,<0.8",  # command lines; pinned, its parsing hook is called experimental

@@ -3,15 +3,19 @@
 import worker
 
 import gpt2cli
-from gpt2cli import checkpoint, graph, inference
+from gpt2cli import checkpoint, engine, graph, inference
 
 
 class Ours:
-    """A model in float32, bfloat16 or int8."""
+    """A model in float32, bfloat16 or int8, or the float32 graph."""
 
     def __init__(self, folder, kind, cores):
-        self.folder = folder / "models/random"
-        self.model = gpt2cli.load_model(self.folder, kind)
+        folder /= "models/random"
+        if kind == "graph":  # TensorFlow's in float32, by which the others are checked
+            self.model = inference.Model(graph.Graph(checkpoint.load(folder)), None)
+        else:
+            engine.keep_no_memory()  # as the commands do
+            self.model = gpt2cli.load_model(folder, kind)
         self.versions = worker.versions("tensorflow")
 
     def generate(self, prompts, length, greedy, seed):
@@ -25,10 +29,6 @@ class Ours:
     def loss(self, ids):
         """Nats a token."""
         return self.model.loss(ids)
-
-    def graph_loss(self, ids):
-        """The same by TensorFlow's float32 graph, which no precision here generates with."""
-        return inference.Model(graph.Graph(checkpoint.load(self.folder)), None).loss(ids)
 
 
 if __name__ == "__main__":

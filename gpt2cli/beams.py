@@ -74,7 +74,7 @@ class Search:
         return kept_all and best / self.count**self.penalty <= self.kept[-1].score
 
     def _go_on(self, running, parents):
-        # The step is compiled for so many rows; what fills them up has no continuation.
+        # The step is made for so many rows; what fills them up has no continuation.
         spare = self.beams - len(running)
         self.running = running + [Beam(float("-inf"), running[0].row)] * spare
         parents = parents + parents[:1] * spare

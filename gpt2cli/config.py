@@ -515,8 +515,8 @@ class SampleConfig(SourceSettings, GenerateSettings):
             "prompt" or "tokens".
         run_name: use the newest checkpoint of this run instead; also writes to samples/RUN_NAME/.
         format: OpenAI's banner and the text, or one JSON object a sample.
-        precision: auto is float32 on the device's fastest path; bfloat16 halves the memory, int8
-            quarters it and is the fastest on a CPU, at a small loss of exactness.
+        precision: auto is float32; bfloat16 is for GPUs (a CPU rounds the weights to it, no more);
+            int8 is the fastest on a CPU, where it always runs, in a quarter of the memory.
         nsamples: samples of each prompt; 0 runs until Ctrl-C.
         delimiter: a line to print after each sample, instead of OpenAI's banner before it.
         out: write to this file, replaced as a whole, instead of standard output.
@@ -561,8 +561,8 @@ class InteractiveConfig(SourceSettings, GenerateSettings):
     """Type a prompt, watch it being continued; settings can be changed in the session.
 
     Args:
-        precision: auto is float32 on the device's fastest path; bfloat16 halves the memory, int8
-            quarters it and is the fastest on a CPU, at a small loss of exactness.
+        precision: auto is float32; bfloat16 is for GPUs (a CPU rounds the weights to it, no more);
+            int8 is the fastest on a CPU, where it always runs, in a quarter of the memory.
     """
 
     precision: Precision = "auto"
@@ -580,10 +580,10 @@ class EvaluateConfig(SourceSettings, TextSettings):
 
     Args:
         dataset: text, .csv or .jsonl file, folder or glob of them, or an encoded .npz/.npy.
-        batch_size: windows of n_ctx tokens in one pass.
+        batch_size: windows of n_ctx tokens in one pass, on a GPU; a CPU takes one after another.
         format: a line to read, or one JSON object.
-        precision: auto is float32 on the device's fastest path; bfloat16 halves the memory, int8
-            quarters it and is the fastest on a CPU, at a small loss of exactness.
+        precision: auto is float32; bfloat16 is for GPUs (a CPU rounds the weights to it, no more);
+            int8 is the fastest on a CPU, where it always runs, in a quarter of the memory.
     """
 
     dataset: str

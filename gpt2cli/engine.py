@@ -43,6 +43,8 @@ def without_noise():
 os.environ["KERAS_BACKEND"] = "tensorflow"  # a user's setting for other programs would break us
 with without_noise():
     import tensorflow as tf
+
+    # the format of LiteRT's files, which TensorFlow's own flatbuffer_utils takes from here too
     from tensorflow.lite.python import schema_py_generated as lite_schema  # noqa: F401
 
     if not os.environ.get("GPT2CLI_VERBOSE"):
@@ -73,6 +75,15 @@ def describe_devices():
     built = "this TensorFlow is built without CUDA" if not tf.test.is_built_with_cuda() else ""
     reason = built or "no GPU that TensorFlow can use was found"
     return f"TensorFlow {tf.__version__} on CPU ({reason})"
+
+
+def cores():
+    """Processors that this process may use, by its affinity and by a container's limit."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no limit
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, -(-quota // period))
+    return max(count, 1)
 
 
 def keep_no_memory():

@@ -1,4 +1,4 @@
-"""The network as TensorFlow runs it: for a GPU, for bfloat16, and for a model in training.
+"""The network as TensorFlow runs it: on a GPU, and of a model in training.
 
 The loop that generates is one compiled program (XLA): keys and values lie in buffers made once,
 each row writes its next token at its own slot, and a finished mask ends the loop when all rows have
@@ -95,6 +95,8 @@ class Graph:
     Args:
         network: a model.GPT2, whose variables may change between two calls.
     """
+
+    needs_full_batches = True  # the loop is compiled for each number of rows
 
     def __init__(self, network):
         self.config = network.config

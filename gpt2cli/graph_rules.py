@@ -6,7 +6,7 @@ import numpy as np
 
 from gpt2cli.engine import tf
 
-BLOCK = 256  # about sqrt(50257): the two cumulative sums of `draw` are equally long
+BLOCK = 256  # as in sampling.py, so that the same number draws the same token
 
 
 class Rules(NamedTuple):

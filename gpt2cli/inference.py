@@ -27,7 +27,7 @@ from gpt2cli import (
     windows,
 )
 from gpt2cli.config import GenerateSettings, Precision
-from gpt2cli.engine import GPUS, keep_no_memory
+from gpt2cli.engine import GPUS
 from gpt2cli.errors import UsageError, UserError
 
 BANNER = "=" * 40  # openai/gpt-2 src/generate_unconditional_samples.py
@@ -213,6 +213,7 @@ class Model:
             return
         width = 0
         for batch in self._batches(prompts, settings, first_index):
+            width = width if self.network.needs_full_batches else 0
             width = width or len(batch)
             growing = self._continue(batch, settings, seed, sampling.CHUNK, width)
             for rows, finished in growing:
@@ -282,7 +283,7 @@ class Model:
     def _continue(self, batch, settings, seed, limit, width):
         """Generate a batch of (index, prompt); yields (Continuations, all finished) as they grow.
 
-        Rows are filled up to `width`: the loop is compiled for that many.
+        Rows are filled up to `width`.
         """
         ids = [self.check_prompt(prompt) for _, prompt in batch]
         rows = [Continuation(i, prompt, self.encoder, settings) for i, prompt in batch]
@@ -375,9 +376,8 @@ def load_model(path, precision="auto"):
     encoder.of_model(prefix.parent)  # what is wrong with it is known before gigabytes are read
     config, stored = checkpoint.open_weights(prefix)
     precision = "float32" if precision == "auto" else precision
-    if precision == "int8" or (precision == "float32" and not GPUS):
-        keep_no_memory()
-        network = lite.Lite(config, stored, precision)
-    else:
+    if GPUS and precision != "int8":
         network = graph.Graph(model.GPT2(config, stored, precision))
+    else:
+        network = lite.Lite(config, stored, precision)
     return Model(network, encoder.of_model(prefix.parent, config.n_vocab))

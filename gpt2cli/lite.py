@@ -1,17 +1,31 @@
 """The network on a CPU, by the programs of program.py: texts are read, continued and scored.
 
-Two to five times faster than XLA there, and nothing is compiled for a batch or a length.
+Faster than XLA there (benchmarks/README.md), and nothing is compiled for a batch or a length.
 """
 
+import functools
+import threading
 import weakref
 
 import numpy as np
 
 from gpt2cli import kernels, model, program, sampling
+from gpt2cli.engine import tf
 from gpt2cli.program import Program
 
 SLOTS = 128  # a cache grows by so many
 ROWS = 256  # tokens whose logits exist at once when a text is scored
+
+
+def _alone(method):
+    """One call at a time, from whichever thread: a program has one memory."""
+
+    @functools.wraps(method)
+    def locked(self, *arguments):
+        with self._lock:
+            return method(self, *arguments)
+
+    return locked
 
 
 class Cache:
@@ -33,12 +47,17 @@ class Lite:
     Args:
         config: ModelConfig.
         stored: function of a weight's name and shape that gives its values.
-        precision: "float32"; or "int8": matrices in eight bits with a scale a column, multiplied as
-            integers with activations that get eight bits a token; all else float32.
+        precision: "float32"; "bfloat16": weights rounded to it, computed with in float32, because
+            XNNPACK has no such product; "int8": matrices in eight bits with a scale a column,
+            multiplied as integers with activations that get eight bits a token, all else float32.
     """
+
+    needs_full_batches = False  # any number of rows is as good as another
 
     def __init__(self, config, stored, precision="float32"):
         self.config = config
+        if precision == "bfloat16":
+            stored = _rounded(stored)
         self._layers = Program(program.layers, config, stored, precision)
         self._head = Program(program.head, config, stored, precision)
         wpe = list(model.weight_shapes(config).items())[1]
@@ -46,12 +65,20 @@ class Lite:
         depth = range(config.n_layer)
         # in the order of the outputs
         self._halves = [f"{half}{layer}" for layer in depth for half in ("keys", "values")]
+        self._lock = threading.RLock()
         self._resident = _nothing  # gives the Cache that the program holds, while it is wanted
 
+    @_alone
     def logits(self, tokens):
         """Ids of one row, up to n_ctx -> float32 [T, V]."""
-        return self._head(x=self._read(np.asarray(tokens))[0])[0]
+        x = self._read(np.asarray(tokens))[0]
+        logits = np.empty([len(x), self.config.n_vocab], np.float32)
+        for start in range(0, len(x), ROWS):
+            part = slice(start, start + ROWS)
+            logits[part] = self._head(x=x[part])[0]
+        return logits
 
+    @_alone
     def sums(self, inputs, targets, mask):
         """Ids [B, T] and their weights -> the sum of their losses in nats, and of their hits."""
         loss, hits = 0.0, 0.0
@@ -64,6 +91,7 @@ class Lite:
                 hits += float(np.sum(found[1] * weight[part]))
         return loss, hits
 
+    @_alone
     def read(self, rows, slots):
         """Rows of ids -> logits [N, V] after them, and their Cache.
 
@@ -89,6 +117,7 @@ class Lite:
             seen[numbers, ..., : len(row)] = 0
         return self._head(x=last)[0], Cache(seen, used, arrays)
 
+    @_alone
     def feed(self, cache, tokens, position):
         """One token [N] more a row, at its slot position [N]; logits [N, V] and the Cache."""
         self._enter(cache, int(position.max()) + 1)
@@ -104,6 +133,7 @@ class Lite:
         cache.used = max(cache.used, int(position.max()) + 1)
         return self._head(x=x[0])[0], cache
 
+    @_alone
     def regroup(self, cache, parents):
         """The Cache of new rows, each a copy of the present one of that number [N]."""
         used, seen = cache.used, cache.seen[parents]
@@ -123,10 +153,7 @@ class Lite:
 
     def _embed(self, tokens, position):
         """[N], [N] -> [1, N, E], the sum of their rows."""
-        values, scale = self._head.first  # wte
-        x = values[tokens].astype(np.float32)
-        if scale is not None:
-            x *= scale[tokens, None]
+        x = self._head.rows(tokens)  # of wte
         return (x + self._positions[position])[None]
 
     def _read(self, row):
@@ -178,6 +205,12 @@ class Lite:
 
 def _nothing():
     return None
+
+
+def _rounded(stored):
+    """The same function, of weights rounded to bfloat16."""
+    short = tf.bfloat16.as_numpy_dtype
+    return lambda name, shape: np.asarray(stored(name, shape)).astype(short).astype(np.float32)
 
 
 def _room(slots):

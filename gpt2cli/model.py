@@ -1,5 +1,7 @@
 """GPT-2: token ids in, logits out. The only place that knows the network.
 
+The functions whose gradient is written out are in kernels.py.
+
 Letters used in every shape comment of this package:
     B batch    T tokens in this call    S slots of a cache (one a position)
     L layers   H heads   D = E / H      E embedding width   V vocabulary

@@ -21,13 +21,12 @@ import flatbuffers
 import numpy as np
 
 from gpt2cli import files, kernels, model
-from gpt2cli.engine import lite_schema, tf, without_noise
+from gpt2cli.engine import cores, lite_schema, tf, without_noise
 from gpt2cli.errors import UserError
 
 ALIGNMENT = 64  # bytes, of a weight in the file; a cache line
 BLOCK = 256  # rows of a matrix that are quantized at once
 WEIGHT = "weight"  # what the names of the arguments that become weights begin with
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def layers(network, x, beside, seen, keys, values):
@@ -43,7 +42,11 @@ def head(network, x):
 
 
 def _inputs(part, config):
-    """The TensorSpecs of a part's inputs; a program has no other than static sizes and one -1."""
+    """The TensorSpecs of a part's inputs.
+
+    Sizes that are open here must not meet in one reshape: LiteRT hands a graph to XNNPACK whole
+    only if no shape is computed while it runs.
+    """
     if part is head:
         return [tf.TensorSpec([None, config.n_embd], name="x")]
     slots = [None, config.n_head, None, config.n_embd // config.n_head]
@@ -96,8 +99,9 @@ def _trace(part, config):
 
 
 def cache_folder():
-    """Where skeletons are kept, and the file of a Program lies while it is made."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2cli"
+    """Where skeletons are kept, and the nameless files of Programs lie; None without a home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "gpt2cli" if os.path.isabs(home) else None
 
 
 def skeleton(part, config):
@@ -106,9 +110,9 @@ def skeleton(part, config):
     sources.append(Path(__file__).read_bytes())
     made_of = repr((part.__name__, config, tf.__version__)).encode()
     key = hashlib.sha256(b"\0".join([made_of, *sources])).hexdigest()
-    path = cache_folder() / f"{key[:32]}.tflite"
+    path = cache_folder() and cache_folder() / f"{key[:32]}.tflite"
     with contextlib.suppress(OSError):
-        kept = path.read_bytes()
+        kept = path.read_bytes() if path else b""
         if hashlib.sha256(kept[32:]).digest() == kept[:32]:
             return kept[32:]
     with without_noise():
@@ -117,8 +121,10 @@ def skeleton(part, config):
         )
         converter.experimental_lower_to_saved_model = False  # three times slower, same result
         made = converter.convert()
-    with contextlib.suppress(UserError), files.replacing(path) as file:
-        file.write(hashlib.sha256(made).digest() + made)
+    with contextlib.suppress(UserError):
+        if path:
+            with files.replacing(path) as file:
+                file.write(hashlib.sha256(made).digest() + made)
     return made
 
 
@@ -142,9 +148,6 @@ class Program:
         stored: function of a weight's name and shape that gives its values.
         precision: "float32", or "int8" for the matrices.
 
-    Attributes:
-        first: its first weight as it lies in the file, and the scale of its rows or None.
-
     Raises:
         UserError: there is no room for the file, which is as large as the weights.
     """
@@ -160,22 +163,21 @@ class Program:
 
         names = weights_of(part, config)
         room = sum(256 + 16 * max(shapes[name]) for name in names)
-        with _nameless_file() as (file, path):
-            try:
-                place, kind, shape, scale = _assemble(
-                    skeleton(part, config), room, map(values, names), file
-                )
-            except OSError as error:
-                raise UserError(
-                    f"no room for the packed weights in {cache_folder()} ({error.strerror}). "
-                    "Free some, or set XDG_CACHE_HOME to a folder on another disk"
-                ) from error
-            self.first = np.memmap(file, kind, "r", place, shape), scale
-            with warnings.catch_warnings(), without_noise():
-                warnings.simplefilter("ignore")  # it is to move to a package of its own
-                self._interpreter = tf.lite.Interpreter(str(path), num_threads=THREADS)
-                self._interpreter.allocate_tensors()  # packs the weights
-            _forget(file)
+        made = skeleton(part, config)
+        try:
+            self._file, path = _nameless_file()
+            self._first = _assemble(made, room, map(values, names), self._file)
+        except OSError as error:
+            raise UserError(
+                f"no room for a file as large as the weights ({error.strerror}) in "
+                f"{cache_folder()} or, if that cannot be written to, {tempfile.gettempdir()}. "
+                "Free some, or set XDG_CACHE_HOME to a folder on another disk"
+            ) from error
+        with warnings.catch_warnings(), without_noise():
+            warnings.simplefilter("ignore")  # it is to move to a package of its own
+            self._interpreter = tf.lite.Interpreter(path, num_threads=cores())
+            self._interpreter.allocate_tensors()  # packs the weights
+        _forget(self._file)
         self._inputs = {d["name"]: d["index"] for d in self._interpreter.get_input_details()}
         self._outputs = [d["index"] for d in self._interpreter.get_output_details()]
         self._shapes = {}
@@ -194,31 +196,37 @@ class Program:
         if not changed:
             return
         for name, shape in changed.items():
+            self._shapes.pop(name, None)  # Ctrl-C may come before it has its new one
             self._interpreter.resize_tensor_input(self._inputs[name], shape)
-        with without_noise():
-            self._interpreter.allocate_tensors()
+        self._interpreter.allocate_tensors()
         self._shapes |= changed
+
+    def rows(self, indices):
+        """These rows of the first weight, float32 [N, n_in], read from the file."""
+        place, kind, (_, width), scale = self._first
+        found = np.empty([len(indices), width], kind)
+        for row, index in zip(found, indices, strict=True):
+            self._file.seek(place + int(index) * row.nbytes)
+            self._file.readinto(row)
+        return found if scale is None else found * scale[indices, None]
 
     def input(self, name):
         """The memory of an input, to change in place; nothing may run while it is held."""
         return self._interpreter.tensor(self._inputs[name])()
 
 
-@contextlib.contextmanager
 def _nameless_file():
-    """A file of which nothing is left when this process has ended, however it ends: file, path."""
-    with contextlib.suppress(OSError):
-        cache_folder().mkdir(parents=True, exist_ok=True)
+    """A file of which nothing is left when it is closed, however that happens, and a path to it."""
+    linux = Path("/proc/self/fd").exists()
+    make = tempfile.TemporaryFile if linux else tempfile.NamedTemporaryFile
     folder = cache_folder()
-    folder = folder if folder.is_dir() and os.access(folder, os.W_OK) else None  # the system's
-    if Path("/proc/self/fd").exists():
-        with tempfile.TemporaryFile(dir=folder) as file:
-            yield file, f"/proc/self/fd/{file.fileno()}"
-    else:
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            yield file, file.name
-        with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
-            os.unlink(file.name)
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        file = make(dir=folder)
+    except OSError:  # a home that is read only: in the system's folder
+        file = make()
+    return file, f"/proc/self/fd/{file.fileno()}" if linux else file.name
 
 
 def _assemble(skeleton, room, weights, file):
@@ -255,8 +263,10 @@ def _assemble(skeleton, room, weights, file):
             tensor.quantization.zeroPoint = np.zeros(len(scale), np.int64)
     builder = flatbuffers.Builder(len(skeleton))
     builder.Finish(program.Pack(builder), b"TFL3")
+    described = builder.Output()
+    assert len(described) <= first[0], "the weights begin inside what describes them"
     file.seek(0)
-    file.write(builder.Output())
+    file.write(described)
     file.flush()
     return first
 
@@ -267,11 +277,13 @@ def _forget(file):
     XNNPACK has packed copies of the weights. Where this does nothing, the system drops the pages
     when it needs room.
     """
-    with contextlib.suppress(OSError, AttributeError):  # no Linux
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no Linux
         libc, inode = ctypes.CDLL(None), str(os.fstat(file.fileno()).st_ino)
         for line in Path("/proc/self/maps").read_text().splitlines():
-            addresses, _, _, _, of, *_ = line.split()
-            if of == inode:
+            addresses, allowed, _, _, of, *_ = line.split()
+            # the number may be that of another disk's file too: of a shared one that is only
+            # read, dropping pages loses nothing
+            if of == inode and allowed == "r--s":
                 start, end = (int(address, 16) for address in addresses.split("-"))
                 size = ctypes.c_size_t(end - start)
                 libc.madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)

@@ -331,6 +331,7 @@ class Generation:
             np.array(tokens[start : start + length], np.int32)
             for tokens, start, length in zip(self.rows, self.window, lengths, strict=True)
         ]
+        self.cache = None  # its memory is free for the new one
         logits, self.cache = self.network.read(windows, min(n_ctx, slots))
         return logits
 

@@ -111,8 +111,8 @@ def cli(capsys, monkeypatch, tiny):
 
     load_model = inference.load_model
 
-    def load_once(path, precision="float32"):
-        is_tiny = str(path) == str(TINY / "model.ckpt") and precision == "float32"
+    def load_once(path, precision="auto"):
+        is_tiny = str(path) == str(TINY / "model.ckpt") and precision == "auto"
         return tiny if is_tiny else load_model(path, precision)
 
     monkeypatch.setattr(inference, "load_model", load_once)

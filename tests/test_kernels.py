@@ -67,3 +67,22 @@ def test_dropout_of_attention_has_the_gradient_of_its_mask():
     both = both_gradients(lambda *qkv: kernels.attend(*qkv, dropout), plain_attention(mask), *parts)
     for a, b in zip(*both, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_in_bfloat16_are_close_to_those_in_float32():
+    parts = [normal(2, 4, 24, 5, seed=i) for i in (2, 3, 4)]
+    wide = [3 * normal(2, 24, 40, seed=1) + 2, 1 + normal(40, seed=5), normal(40, seed=6)]
+    for function, arguments in (
+        (kernels.gelu, wide[:1]),
+        (kernels.exact_gelu, wide[:1]),
+        (kernels.layer_norm(1e-5), wide),
+        (kernels.attend, parts),
+    ):
+        small = [tf.cast(argument, tf.bfloat16) for argument in arguments]
+        exact = [tf.cast(argument, tf.float32) for argument in small]
+        found = both_gradients(function, function, *small)[0]
+        expected = both_gradients(function, function, *exact)[0]
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == tf.bfloat16
+            error = np.abs(tf.cast(a, tf.float32) - b).max()
+            assert error < 0.03 * np.abs(b).max() + 0.03

@@ -1,16 +1,20 @@
 """LiteRT's programs against TensorFlow's graph, and int8 against integers multiplied in NumPy."""
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import inference, lite, program
+from gpt2cli import graph, inference, lite, model, program
 from gpt2cli.config import ModelConfig
+from gpt2cli.engine import tf
+from gpt2cli.errors import UserError
 
 GPT2 = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
 GPT2_ML = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2, arch="gpt2_ml")
@@ -38,8 +42,8 @@ def test_logits_and_losses_are_those_of_the_graph(network, ours):
 
 
 def test_rows_of_any_length_are_read_together_and_go_on_alone(network, ours):
-    """Longer together than n_ctx, and the caches grow twice."""
-    rows = [TEXT[:7], TEXT[50:180], TEXT[:120], TEXT[180:], TEXT[3:4]]
+    """The caches grow on the way."""
+    rows = [TEXT[:7], TEXT[50:176], TEXT[:120], TEXT[3:4]]
     logits, cache = ours.read(rows, 300)
     for at in range(8):
         position = np.array([len(row) for row in rows], np.int32)
@@ -167,7 +171,93 @@ def test_int8_and_bfloat16_cost_little_on_a_real_text(cli, tmp_path):
         words = ("evaluate", text, "--model_name", "tiny", "--models_dir", TINY.parent)
         result = cli(*words, "--precision", precision, "--format", "json")
         losses[precision] = json.loads(result.stdout)["loss"]
-    assert losses["auto"] == losses["float32"]
+    assert losses["auto"] == losses["float32"]  # another Model, loaded anew
     for precision in ("bfloat16", "int8"):
         assert losses[precision] != losses["float32"]
         assert losses[precision] == pytest.approx(losses["float32"], rel=0.005)
+
+
+@pytest.mark.parametrize("home", [None, "relative", "/proc/nobody"])
+def test_without_a_home_to_write_to_nothing_is_kept(tmp_path, monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", home or "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home or "~"))
+    monkeypatch.chdir(tmp_path)
+    config = ModelConfig(n_vocab=11, n_ctx=8, n_embd=8, n_head=2, n_layer=1)
+    assert compiled("lite", lively(config)).logits(np.array([3, 4])).shape == (2, 11)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    class Full:
+        def fileno(self):
+            return 0
+
+        def seek(self, place):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(program, "_nameless_file", lambda: (Full(), ""))
+    config = ModelConfig(n_vocab=11, n_ctx=8, n_embd=8, n_head=2, n_layer=1)
+    with pytest.raises(UserError, match="no room .*No space left on device.*XDG_CACHE_HOME"):
+        compiled("lite", lively(config))
+
+
+def test_ctrl_c_between_two_shapes_leaves_a_model_that_works(network, monkeypatch):
+    ours = compiled("lite", network)
+    ours.logits(TEXT[:9])
+    expected = ours.logits(TEXT[:20])
+    interpreter = ours._layers._interpreter
+    allocate = interpreter.allocate_tensors
+
+    def interrupted():
+        allocate()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interpreter, "allocate_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours.read([TEXT[:30]], 64)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(ours.logits(TEXT[:20]), expected)
+
+
+def test_threads_take_turns(network):
+    plain = inference.Model(compiled("lite", network), None)
+    jobs = [dict(prompts=[[n]], length=20 + n, seed=n, nsamples=1 + n % 3) for n in range(12)]
+    alone = [[s.tokens for s in plain.generate(**job)] for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda job: [s.tokens for s in plain.generate(**job)], jobs)
+        assert list(found) == alone
+
+
+def test_the_device_and_the_precision_choose_how_a_model_runs(monkeypatch):
+    for gpus, precision, kind in (
+        ([], "auto", lite.Lite),
+        ([], "float32", lite.Lite),
+        ([], "bfloat16", lite.Lite),
+        ([], "int8", lite.Lite),
+        (["a card"], "bfloat16", graph.Graph),
+        (["a card"], "auto", graph.Graph),
+        (["a card"], "int8", lite.Lite),
+    ):
+        monkeypatch.setattr(inference, "GPUS", gpus)
+        assert type(inference.load_model(TINY, precision).network) is kind
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_sample_writes_in_every_precision(cli, precision):
+    words = ["sample", "--model_name", "tiny", "--models_dir", TINY.parent, "--prompt", "The"]
+    words += ["--length", 12, "--temperature", 0, "--format", "jsonl"]
+    plain, small = (
+        json.loads(cli(*words, *more).stdout)["tokens"] for more in ([], ["--precision", precision])
+    )
+    assert len(small) == 12 and small[:3] == plain[:3]
+
+
+def test_bfloat16_on_a_cpu_is_float32_with_rounded_weights(network):
+    exact = {name: variable.numpy() for name, variable in network.weights.items()}
+    short = tf.bfloat16.as_numpy_dtype
+    rounded = model.GPT2(network.config, lambda name, _: exact[name].astype(short))
+    rounded = model.GPT2(network.config, lambda name, _: tf.cast(rounded.weights[name], tf.float32))
+    ours = lite.Lite(network.config, lambda name, _: exact[name], "bfloat16").logits(TEXT[:30])
+    np.testing.assert_allclose(ours, rounded(TEXT[None, :30])[0], atol=2e-4)
+    assert np.abs(ours - network(TEXT[None, :30])[0]).max() > 1e-3

@@ -29,6 +29,7 @@ def run(config):
 
     from gpt2cli import engine, inference  # what can be refused was refused before this import
 
+    engine.keep_no_memory()
     model = inference.load_model(prefix, config.precision)
     _say(f"{prefix}: {engine.describe_devices()}\n{HELP}")
     if config.seed is None:

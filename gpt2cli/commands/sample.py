@@ -24,6 +24,7 @@ def run(config):
 
     from gpt2cli import engine, inference  # what can be refused was refused before this import
 
+    engine.keep_no_memory()
     model = inference.load_model(prefix, config.precision)
     print(f"{prefix}: {engine.describe_devices()}", file=sys.stderr)
     for number, prompt in enumerate(prompts, 1):
