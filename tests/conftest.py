@@ -84,6 +84,14 @@ def plain_model(network):
 
 
 @pytest.fixture(scope="session")
+def either_model(either):
+    """`either` as a Model, without a vocabulary."""
+    from gpt2cli import inference
+
+    return inference.Model(either, None)
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """models/tiny as a Model, with its vocabulary."""
     import gpt2cli

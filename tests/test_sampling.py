@@ -148,21 +148,21 @@ def test_temperature_zero_takes_the_likeliest_and_tiny_ones_do_not_overflow(how)
 PROMPTS = [[5, 6, 7], [90], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [33, 44]]
 
 
-def test_greedy_generation_follows_the_equations(plain_model, network):
+def test_greedy_generation_follows_the_equations(either_model, network):
     weights = {name: v.numpy() for name, v in network.weights.items()}
     tokens = [5, 6, 7]
     for _ in range(12):
         tokens.append(int(oracle.logits(weights, 4, np.array(tokens))[-1].argmax()))
-    (sample,) = plain_model.generate([5, 6, 7], length=12, temperature=0)
+    (sample,) = either_model.generate([5, 6, 7], length=12, temperature=0)
     assert sample.tokens == tokens[3:] and sample.finish_reason == "length"
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 9}, {"top_p": 0.8, "repetition_penalty": 1.4}])
-def test_a_sample_does_not_depend_on_its_batch(plain_model, settings):
+def test_a_sample_does_not_depend_on_its_batch(either_model, settings):
     settings = dict(length=40, seed=11, **settings)  # 40 is past the window of 24
-    alone = plain_model.generate(PROMPTS, batch_size=1, **settings)
+    alone = either_model.generate(PROMPTS, batch_size=1, **settings)
     for size in (2, 3, 4):
-        batched = plain_model.generate(PROMPTS, batch_size=size, **settings)
+        batched = either_model.generate(PROMPTS, batch_size=size, **settings)
         assert [s.tokens for s in batched] == [s.tokens for s in alone]
     assert [len(s.tokens) for s in alone] == [40] * 4
 
@@ -202,8 +202,8 @@ def greedy(network, prompt, count, window="half", ngram=0):
     return row[len(prompt) :], logprobs
 
 
-def test_past_the_window_the_newer_half_is_read_again(plain_model, network):
-    (sample,) = plain_model.generate([5, 6, 7], length=50, temperature=0)
+def test_past_the_window_the_newer_half_is_read_again(either_model, network):
+    (sample,) = either_model.generate([5, 6, 7], length=50, temperature=0)
     assert sample.tokens == greedy(network, [5, 6, 7], 50)[0]
 
 
@@ -220,7 +220,6 @@ def test_with_window_last_every_token_follows_the_last_of_them_read_anew(
 
 
 def test_a_window_of_one_token_is_no_special_case():
-
     sizes = config.ModelConfig(n_vocab=11, n_ctx=1, n_embd=8, n_head=2, n_layer=1)
     model = inference.Model(compiled("lite", lively(sizes)), None)
     for window in ("half", "last"):
@@ -303,10 +302,10 @@ def test_logprobs_are_the_models_own(plain_model, network, settings, window):
     assert plain_model.generate([5], length=3)[0].logprobs is None
 
 
-def test_of_a_prompt_longer_than_the_window_the_end_is_read(plain_model):
+def test_of_a_prompt_longer_than_the_window_the_end_is_read(either_model):
     long = list(np.arange(60) % 97)
-    (sample,) = plain_model.generate(long, length=1, temperature=0)
-    assert sample.tokens == [int(plain_model.logits(long[-24:])[-1].argmax())]
+    (sample,) = either_model.generate(long, length=1, temperature=0)
+    assert sample.tokens == [int(either_model.logits(long[-24:])[-1].argmax())]
 
 
 def test_nothing_is_traced_again_however_many_prompts_follow(network):
