@@ -319,7 +319,7 @@ class Generation:
         return self.cache is None or self._seen_lengths().max() > self.full
 
     def _read_windows(self):
-        """Move the windows that are too long, read all in one pass; logits [B, V] after them."""
+        """Move the windows that are too long, read them all; logits [B, V] after them."""
         n_ctx = self.network.config.n_ctx
         for row, tokens in enumerate(self.rows):
             if len(tokens) - self.window[row] > self.full:
