@@ -91,15 +91,13 @@ def main():
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="gpt2cli-bench-") as folder:
         bench = Bench(options, Path(folder))
-        bench.limits()
-        for job in options.jobs:
+        results = {"machine": machine(), "load_before": load, "rounds": options.rounds}
+        results |= {"versions": bench.versions, "skipped": bench.skipped, "limits": bench.best}
+        results |= {"losses": bench.losses, "lines": bench.lines}
+        for job in ("limits", *options.jobs, "limits"):
             getattr(bench, job)()
-        bench.limits()
-    results = {"machine": machine(), "load_before": load, "rounds": options.rounds}
-    results |= {"versions": bench.versions, "skipped": bench.skipped, "limits": bench.best}
-    results |= {"losses": bench.losses, "lines": bench.lines}
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+            if options.json:  # after each, for a run that is cut off
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
     print(tables.report(results))
 
 
