@@ -6,8 +6,11 @@ import contextlib
 import csv
 import glob
 import io
+import itertools
 import json
 import os
+import shutil
+import tempfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +24,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.windows import Tokens
 
 BLOCK = 2**18  # bytes read at a time, and about the characters given to one thread at a time
+SPOOL = 2**25  # bytes of a chunk that wait for its end in memory
 SEPARATOR_LENGTH = len("<|endoftext|>")  # counts for --combine as in nshepperd/gpt-2
 ENCODED = (".npz", ".npy")
 
@@ -376,18 +380,34 @@ def _assemble(group, arrays, encoder):
 def save_npz(path, parts):
     """Write what `encode` yields as nshepperd/gpt-2's encode.py does: a chunk each is arr_0, ...
 
-    One chunk at a time is in memory. UserError if the file cannot be written.
+    A long chunk waits on the disk for its end: its length stands before it. UserError if the file
+    cannot be written.
     """
-    with files.replacing(path) as file:
+    end = [(np.empty(0, np.int32), True)]  # of the last chunk, where nothing says so
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(files.replacing(path))
+        chunk = stack.enter_context(tempfile.SpooledTemporaryFile(SPOOL, dir=Path(path).parent))
         # The fastest level: encoding should not wait for the compressor.
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            for number, chunk in enumerate(_chunks(parts)):
-                header = {"descr": np.lib.format.dtype_to_descr(chunk[0].dtype)}
-                header |= {"fortran_order": False, "shape": (sum(map(len, chunk)),)}
-                with archive.open(f"arr_{number}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array_header_1_0(member, header)
-                    for ids in chunk:
-                        member.write(ids.data)
+        kind = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 1}
+        archive = stack.enter_context(zipfile.ZipFile(file, "w", **kind))
+        for ids, ends in itertools.chain(parts, end):
+            if len(ids):
+                chunk.write(ids.data)
+                dtype = ids.dtype
+            if ends and chunk.tell():
+                _add_member(archive, chunk, dtype)
+                chunk.seek(0)
+                chunk.truncate()
+
+
+def _add_member(archive, chunk, dtype):
+    """Write a file of ids into a zip archive as its next array."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    header["shape"] = (chunk.tell() // dtype.itemsize,)
+    with archive.open(f"arr_{len(archive.filelist)}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        chunk.seek(0)
+        shutil.copyfileobj(chunk, member)
 
 
 def save_npy(path, parts, dtype):

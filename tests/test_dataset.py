@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -333,6 +334,22 @@ def test_what_is_saved_loads_as_it_was(tmp_path, bpe, suffix):
     assert loaded.whole().tolist() == direct.whole().tolist()
     assert loaded.total == direct.total == len(direct.whole())
     assert isinstance(loaded.chunks[0], np.memmap) == (suffix == ".npy")
+
+
+def test_a_chunk_larger_than_memory_is_saved_and_the_next_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SPOOL", 2**20)
+    blocks = [np.full(2**19, number, np.uint16) for number in range(32)]  # 32 MB
+    parts = [*((block, False) for block in blocks), (blocks[1][:3], True), (blocks[2][:5], True)]
+    tracemalloc.start()
+    dataset.save_npz(tmp_path / "out.npz", iter(parts))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+    with np.load(tmp_path / "out.npz") as archive:
+        long, short = (archive[name] for name in ("arr_0", "arr_1"))
+    assert (long == np.concatenate([*blocks, blocks[1][:3]])).all() and long.dtype == np.uint16
+    assert short.tolist() == [2] * 5
+    assert os.listdir(tmp_path) == ["out.npz"]
 
 
 def test_a_vocabulary_above_16_bits_is_kept_in_32(tmp_path):
