@@ -10,6 +10,14 @@ test:  ## the tests, under five minutes on two cores
 test-all:  ## the long tests too
 	bin/test -m ''
 
+trust:  ## the long form of README's promises: kills, full disks, flipped bits, about an hour
+	bin/test -m '' -k "trust or jobs or download or bad_input"
+
+fuzz:  ## a minute of coverage-guided noise for each parser that is ours
+	bin/install test,fuzz
+	for target in $$(.venv/bin/python tests/fuzz.py list); do \
+	    .venv/bin/python tests/fuzz.py $$target -max_total_time=60 || exit 1; done
+
 lint:  ## ruff's rules and format
 	bin/install test
 	.venv/bin/ruff check .
@@ -23,4 +31,4 @@ tiny:  ## train models/tiny anew, about a quarter of an hour
 	bin/install
 	.venv/bin/python models/make_tiny.py
 
-.PHONY: help install test test-all lint bench tiny
+.PHONY: help install test test-all trust fuzz lint bench tiny

@@ -36,6 +36,7 @@ setup(
             "pexpect>=4.9",  # `interactive` on a terminal
             "ruff>=0.6,<0.18",  # a newer one may format otherwise
         ],
+        "fuzz": ["atheris>=2.3"],  # make fuzz: noise that looks for new paths through the parsers
     },
     entry_points={"console_scripts": ["gpt2cli=gpt2cli.cli:main"]},
 )

@@ -80,6 +80,11 @@ def convert(**settings):
     return _run("convert", settings)
 
 
+def export(**settings):
+    """Write a run's weights as `gpt2cli export` does; the settings are those of `ExportConfig`."""
+    return _run("export", settings)
+
+
 def vocab(**settings):
     """Train a vocabulary as `gpt2cli vocab` does; the settings are those of `VocabConfig`."""
     return _run("vocab", settings)

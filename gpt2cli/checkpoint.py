@@ -5,21 +5,21 @@ with a checkpoint a save, `model-<step>`, and beside each of them what only trai
 
     model-100.index, .data-00000-of-00001      weights alone, readable by nshepperd's code
     optimizer-100.index, .data-00000-of-00001  the optimizer's variables
-    state-100.json                             step, seed, running loss
+    state-100.json                             step, seed, ..., and checksums: see runs.py
     checkpoint, counter                        the newest save, as TensorFlow and nshepperd name it
 """
 
 import contextlib
 import dataclasses
 import glob
-import json
+import math
 import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from gpt2cli import files, model
+from gpt2cli import files, folders, model, runs
 from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
@@ -48,7 +48,7 @@ def open_checked(prefix, described=None):
         described: the file with the sizes, where it does not lie beside the checkpoint.
     """
     if described is None:
-        config, described = files.read_config(prefix.parent), files.config_path(prefix.parent)
+        config, described = folders.read_config(prefix.parent), folders.config_path(prefix.parent)
     else:
         config = ModelConfig.from_json(files.read_text(described), where=str(described))
     if "[" in str(prefix) or "]" in str(prefix):
@@ -100,17 +100,17 @@ def _few(names):
 
 def verify(folder):
     """Open a folder's checkpoint and compare names and shapes with its hparams.json (UserError)."""
-    open_checked(files.find_checkpoint(folder))
+    open_checked(folders.find_checkpoint(folder))
 
 
 def load(path, precision="float32", weights_precision=None):
-    """A GPT2 with the weights that `path` means; see `files.find_checkpoint` and `model.GPT2`.
+    """A GPT2 with the weights that `path` means; see `folders.find_checkpoint` and `model.GPT2`.
 
     Raises:
         UserError: no checkpoint, a damaged one, one of another size, or one with numbers that are
             not finite; the text names the file.
     """
-    config, stored = open_weights(files.find_checkpoint(path))
+    config, stored = open_weights(folders.find_checkpoint(path))
     return model.GPT2(config, stored, precision, weights_precision)
 
 
@@ -146,29 +146,39 @@ def write(prefix, tensors):
     write_all({Path(prefix): tensors})
 
 
-def write_all(checkpoints):
+def write_all(checkpoints, sealed=lambda digests: None):
     """`write` for several {prefix: {name: tensor}}: all are on disk before the first is renamed.
 
     Where a prefix exists its index is removed first: without an index a shard counts for nothing.
+
+    Args:
+        sealed: is called in between, with the SHA-256 of each file by its name.
     """
     parts = {p: p.with_name(f".{p.name}.{os.getpid()}.part") for p in checkpoints}
+    digests = {}
     try:
-        for prefix, tensors in checkpoints.items():
+        for prefix in checkpoints:
             prefix.parent.mkdir(parents=True, exist_ok=True)
+        size = sum(_bytes_of(tensors) for tensors in checkpoints.values())
+        files.check_room(prefix, size)
+        for prefix, tensors in checkpoints.items():
             tf.raw_ops.SaveV2(
                 prefix=str(parts[prefix]),
                 tensor_names=list(tensors),
                 shape_and_slices=[""] * len(tensors),
                 tensors=list(tensors.values()),
             )
-            for ending in (files.SHARD, ".index"):
+            for ending in runs.ENDINGS:
                 with open(f"{parts[prefix]}{ending}", "rb") as file:
                     os.fsync(file.fileno())
+                digests[prefix.name + ending] = files.digest(f"{parts[prefix]}{ending}")
+        sealed(digests)
         for prefix in checkpoints:
             Path(f"{prefix}.index").unlink(missing_ok=True)
         for prefix, part in parts.items():
-            for ending in (files.SHARD, ".index"):
+            for ending in runs.ENDINGS:
                 os.replace(f"{part}{ending}", f"{prefix}{ending}")
+            files.sync_folder(prefix.parent)
     except OSError as error:
         raise files.cannot_write(prefix, error) from error
     except tf.errors.OpError as error:
@@ -181,52 +191,46 @@ def write_all(checkpoints):
                 left.unlink(missing_ok=True)
 
 
+def _bytes_of(tensors):
+    return sum(tf.as_dtype(t.dtype).size * math.prod(t.shape) for t in tensors.values())
+
+
 def save(network, folder):
-    """Write a model folder's hparams.json and checkpoint `model.ckpt`."""
-    with files.replacing(Path(folder) / "hparams.json") as file:
+    """Write a model folder's hparams.json and checkpoint `model.ckpt`, and SHA256SUMS."""
+    folder = Path(folder)
+    with files.replacing(folder / "hparams.json") as file:
         file.write(network.config.to_json().encode())
-    write(Path(folder) / "model.ckpt", network.weights)
+    write(folder / "model.ckpt", network.weights)
     _name_newest(folder, "model.ckpt", ["model.ckpt"])
+    folders.write_sums(folder)
 
 
-def save_run(folder, network, optimizer_variables, state, keep, replaced=()):
-    """Add the checkpoint of `state["step"]` to a run folder, then remove all but `keep` newest.
+def save_run(folder, network, optimizer_variables, state):
+    """Add the checkpoint of `state["step"]` to a run folder; the others stay.
 
     Args:
         folder: the run's folder, described already (`copy_description`).
         network: the GPT2.
         optimizer_variables: {name: variable} of the optimizer.
         state: JSON object that training needs to go on; has "step".
-        keep: checkpoints to keep, 0 for all.
-        replaced: steps of an older run in the same folder, removed now that this one is whole.
     """
     folder, step = Path(folder), state["step"]
-    with files.replacing(folder / f"state-{step}.json") as file:
-        file.write(json.dumps(state, indent=2).encode() + b"\n")
+    before = runs.states(folder).values()
+    state = {**state, "save": 1 + max((s.get("save", 0) for s in before), default=0)}
     # the weights last: they make it a checkpoint
     saved = {f"optimizer-{step}": optimizer_variables, f"model-{step}": network.weights}
-    try:
-        write_all({folder / name: tensors for name, tensors in saved.items()})
-    except UserError:
-        if step not in files.saved_steps(folder):
-            (folder / f"state-{step}.json").unlink(missing_ok=True)
-        raise
-    steps = files.saved_steps(folder)
-    kept = [s for s in steps if s not in replaced or s == step]
-    kept = kept[-keep:]  # all of them for 0
-    kept = kept if step in kept else [*kept, step]
-    _name_newest(folder, f"model-{step}", [f"model-{s}" for s in kept])
-    with files.replacing(folder / "counter") as file:
-        file.write(f"{step}\n".encode())
-    remove_steps(folder, set(steps) - set(kept))
+    write_all(
+        {folder / name: tensors for name, tensors in saved.items()},
+        lambda digests: runs.write_state(folder, state, digests),
+    )
 
 
-def remove_steps(folder, steps):
-    """Remove the checkpoints of these steps, with all that lies beside them."""
-    for step in steps:
-        for pattern in (f"model-{step}.*", f"optimizer-{step}.*", f"state-{step}.json"):
-            for path in Path(folder).glob(pattern):
-                path.unlink(missing_ok=True)
+def name_newest(folder, steps):
+    """Have `checkpoint` and `counter` name the last of these steps, for other programs."""
+    names = [f"model-{step}" for step in steps]
+    _name_newest(folder, names[-1], names)
+    with files.replacing(Path(folder) / "counter") as file:
+        file.write(f"{steps[-1]}\n".encode())
 
 
 def _name_newest(folder, newest, names):
@@ -243,13 +247,9 @@ def load_training(prefix):
     A model folder, or a run of another program, has neither.
     """
     step = prefix.name.removeprefix("model-")
-    state_path = prefix.with_name(f"state-{step}.json")
-    if not state_path.is_file():
+    state = runs.read_state(prefix.parent, int(step)) if step.isdecimal() else None
+    if state is None:
         return {}, None
-    try:
-        state = json.loads(files.read_text(state_path))
-    except ValueError as error:
-        raise UserError(f"{state_path} is damaged ({error}); restore an older checkpoint") from None
     path = prefix.with_name(f"optimizer-{step}")
     with _reading(path):
         reader = tf.train.load_checkpoint(str(path))

@@ -17,7 +17,7 @@ import sys
 import textwrap
 
 from gpt2cli import __version__, config, flags
-from gpt2cli.errors import UsageError, UserError
+from gpt2cli.errors import BusyError, UsageError, UserError
 
 # Command -> its dataclass and the fields that may be given without their name, in order.
 COMMANDS = {
@@ -28,16 +28,20 @@ COMMANDS = {
     "interactive": (config.InteractiveConfig, ()),
     "evaluate": (config.EvaluateConfig, ("dataset",)),
     "convert": (config.ConvertConfig, ("src", "dst")),
+    "export": (config.ExportConfig, ("run_name", "dst")),
     "vocab": (config.VocabConfig, ("in_text", "out")),
     "init": (config.InitConfig, ("name",)),
 }
+
+# of a UserError; 75 is EX_TEMPFAIL of sysexits.h: the same command may succeed later
+STATUSES = {UsageError: 2, BusyError: 75, UserError: 1}
 
 
 def main(argv=None):
     """Run one command line and leave with its exit status.
 
-    0 done, 1 an error that the user can mend, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM; any
-    other exception is our bug and keeps its traceback.
+    0 done, 1 an error that the user can mend, 2 a wrong command line, 75 another process is at the
+    same work, 130 Ctrl-C, 143 SIGTERM; any other exception is our bug and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     # Without a handler a container's first process ignores SIGTERM, which `docker stop` sends.
@@ -56,7 +60,7 @@ def main(argv=None):
         sys.stdout.flush()
     except UserError as error:
         print(f"gpt2cli: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(next(status for kind, status in STATUSES.items() if isinstance(error, kind)))
     except KeyboardInterrupt:
         print("gpt2cli: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -7,6 +7,7 @@ folder records. The text after each field's name under `Args:` is what `--help` 
 
 import json
 import re
+import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,7 @@ PRESETS = {
     "1558M": (48, 25, 1600),
 }
 
+LARGEST = {"n_layer": 10_000}  # ten times the deepest there are; each has a list of names
 LN_EPSILON = 1e-5  # openai/gpt-2 src/model.py, norm; the same in GPT2_ML train/utils.py
 
 
@@ -61,9 +63,11 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in SIZES:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"hparams: {name} must be a whole number above 0, got {value!r}")
+            value, most = getattr(self, name), LARGEST.get(name, 2**31 - 1)
+            if type(value) is not int or not 1 <= value <= most:
+                raise UserError(
+                    f"hparams: {name} must be a whole number from 1 to {most}, got {value!r:.50}"
+                )
         if self.n_embd % self.n_head:
             raise UserError(
                 f"hparams: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
@@ -141,6 +145,11 @@ def check_name(flag, name):
             f"--{flag} must be the name of one folder, without / \\ [ ], got {name!r}; "
             "set the folder that holds it with --models_dir or --checkpoint_dir"
         )
+
+
+def new_seed():
+    """A seed for somebody who gave none: short enough to type again."""
+    return secrets.randbelow(2**31)
 
 
 _SEED = (0, 2**63 - 1)  # one signed 64-bit word of the generator's key
@@ -284,9 +293,9 @@ class TrainConfig(TextSettings):
             encode` wrote.
         model_name: the model to start from (default: 124M).
         run_name: the run's folder under checkpoint/ and samples/.
-        restore_from: latest (the run's newest checkpoint, else the model), fresh (the model), or
-            the path of
-            a checkpoint, run folder or model folder.
+        restore_from: latest (the run's newest checkpoint, else the model), weights (the same
+            without the optimizer's state, which starts anew), fresh (the model), or the path of a
+            checkpoint, run folder or model folder.
         overwrite: let `--restore_from fresh` replace the checkpoints of an existing run.
         steps: stop when the run has done this many steps in all; 0 runs until Ctrl-C.
         epochs: stop when the run has read the text this many times, instead of --steps.
@@ -320,10 +329,16 @@ class TrainConfig(TextSettings):
         top_p: sample from the likeliest tokens that together reach this probability; 0 from all.
         save_every: steps between checkpoints.
         keep: checkpoints kept, the newest; 0 keeps all.
+        keep_every_hours: besides these keep one for good each time so many hours have passed; 0
+            keeps none.
+        keep_best: besides these save and keep the one of the lowest validation loss.
         val_dataset: text or encoded file for the validation loss; as --dataset.
         val_every: steps between validations; 0 never.
         val_batch_size: sequences in a validation batch.
         val_batch_count: validation batches, the same ones each time.
+        patience: stop when so many validations in a row brought no lower loss; 0 never does.
+        on_nonfinite: what to do where a loss or gradient is not a finite number: stop, the last
+            checkpoint kept, or skip that step (20 in a row at most).
         models_dir: folder that holds the model folders.
         checkpoint_dir: folder that holds the run folders.
         sample_dir: folder in which samples/RUN_NAME/ is made.
@@ -361,10 +376,14 @@ class TrainConfig(TextSettings):
     top_p: float = 0.0
     save_every: int = 1000
     keep: int = 5
+    keep_every_hours: float = 0.0
+    keep_best: bool = False
     val_dataset: str | None = None
     val_every: int = 0
     val_batch_size: int = 2
     val_batch_count: int = 40
+    patience: int = 0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     models_dir: str = "models"
     checkpoint_dir: str = "checkpoint"
     sample_dir: str = "samples"
@@ -391,6 +410,8 @@ class TrainConfig(TextSettings):
             top_p=(0, 1),
             save_every=(1, None),
             keep=(0, None),
+            keep_every_hours=(0, None),
+            patience=(0, None),
             val_every=(0, None),
             val_batch_size=(1, None),
             val_batch_count=(1, None),
@@ -410,6 +431,9 @@ class TrainConfig(TextSettings):
                 f"--lr_schedule {self.lr_schedule} needs --steps above --warmup_steps "
                 f"{self.warmup_steps}, got {self.steps}"
             )
+        for flag in ("patience", "keep_best"):
+            if getattr(self, flag) and not self.val_every:
+                raise UsageError(f"--{flag} goes by the validation loss: it needs --val_every")
         if self.val_every and self.val_dataset is None:
             raise UsageError("--val_every needs --val_dataset, a text that is not trained on")
 
@@ -519,7 +543,10 @@ class SampleConfig(SourceSettings, GenerateSettings):
             int8 is the fastest on a CPU, where it always runs, in a quarter of the memory.
         nsamples: samples of each prompt; 0 runs until Ctrl-C.
         delimiter: a line to print after each sample, instead of OpenAI's banner before it.
-        out: write to this file, replaced as a whole, instead of standard output.
+        out: write to this file, replaced as a whole, instead of standard output. With --format
+            jsonl the lines gather in FILE.part, and the same command goes on after a stop.
+        shard: answer only a part of --prompts: 3/8 is the third of eight; together the parts are
+            what one command without it gives.
         nfiles: write this many files, NAME-1.txt, ... for --out NAME.txt, --nsamples in each.
         sample_dir: folder in which samples/RUN_NAME/ is made.
     """
@@ -532,6 +559,7 @@ class SampleConfig(SourceSettings, GenerateSettings):
     precision: Precision = "auto"
     delimiter: str | None = None
     out: str | None = None
+    shard: str | None = None
     nfiles: int = 1
     sample_dir: str = "samples"
 
@@ -551,9 +579,21 @@ class SampleConfig(SourceSettings, GenerateSettings):
             raise UsageError("--nfiles with --beams or --temperature 0 would write equal files")
         if self.delimiter is not None and self.format == "jsonl":
             raise UsageError("--delimiter is for --format text; a line of jsonl is one sample")
+        self.shard_of()
         given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
         if len(given) > 1:
             raise UsageError("give one of " + " and ".join(f"--{name}" for name in given))
+
+    def shard_of(self):
+        """(part, parts) of --shard, the first part being 0; (0, 1) without it."""
+        if self.shard is None:
+            return 0, 1
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard, re.ASCII)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--shard takes PART/PARTS such as 3/8, not {self.shard!r}")
+        if self.prompts is None or not self.nsamples:
+            raise UsageError("--shard takes a part of --prompts FILE, with --nsamples above 0")
+        return int(match[1]) - 1, int(match[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -630,6 +670,32 @@ class ConvertConfig:
 
     def __post_init__(self):
         check(self, n_head=(1, None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run's weights, without the optimizer's state, as a model folder.
+
+    Args:
+        run_name: the run.
+        dst: the folder to make, such as models/NAME.
+        step: which of its checkpoints: a step, or best, of the lowest validation loss of those
+            kept (default: the newest).
+        overwrite: replace DST, a model's folder.
+        checkpoint_dir: folder that holds the run folders.
+        verbose: show TensorFlow's own messages.
+    """
+
+    run_name: str
+    dst: str
+    step: str | None = None
+    overwrite: bool = False
+    checkpoint_dir: str = "checkpoint"
+    verbose: bool = False
+
+    def __post_init__(self):
+        check(self)
+        check_name("run_name", self.run_name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import glob
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.windows import Tokens
 
 BLOCK = 2**18  # bytes read at a time, and about the characters given to one thread at a time
+BOMB = 2**30  # bytes to which anything may unpack
 SPOOL = 2**25  # bytes of a chunk that wait for its end in memory
 SEPARATOR_LENGTH = len("<|endoftext|>")  # counts for --combine as in nshepperd/gpt-2
 ENCODED = (".npz", ".npy")
@@ -47,13 +49,26 @@ def find(path):
         for folder, folders, names in os.walk(path, onerror=unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [Path(folder, name) for name in names if not name.startswith(".")]
+    elif "**" in path.parts:
+        found = _below(path)
     else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        found = [Path(name) for name in glob.glob(str(path))]
     found = sorted(name for name in found if name.is_file())
     if not found:
         what = "the folder holds no file" if path.is_dir() else "no file matches"
         raise UserError(f"{what}: {path.absolute()}. Name a text file, a folder of them or a glob")
     return found
+
+
+def _below(pattern):
+    """What a glob with ** means; unlike the module of that name it follows no link to a folder."""
+    magic = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    top, rest = Path(*pattern.parts[:magic]), pattern.parts[magic:]
+    rest += ("*",) if rest[-1] == "**" else ()  # pathlib's ** means folders
+    for path in top.glob(str(Path(*rest))):
+        hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
+        if not hidden or any(part.startswith(".") for part in rest):
+            yield path
 
 
 def _text(path, settings, progress):
@@ -466,11 +481,39 @@ def _read_encoded(path, n_vocab):
             return
         with loaded as archive:
             for name in archive.files:
+                _check_member(archive.zip, f"{name}.npy", path)
                 yield _checked(archive[name], n_vocab, f"{path}: {name}")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        *(OSError, ValueError, EOFError, LookupError, RuntimeError, MemoryError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise UserError(
             f"{path} is damaged or not a NumPy file ({error}). Make it again with: gpt2cli encode"
         ) from None
+
+
+def _check_member(archive, name, path):
+    """Refuse an array that would take far more memory than its file, before it is read.
+
+    ValueError where its header promises more than it holds, UserError where that is made to
+    unpack to what no text does: 2 bytes a token compress to a tenth, the same token to a 500th.
+    """
+    if name not in archive.namelist():
+        raise ValueError(f"{name} is not in it")
+    member = archive.getinfo(name)
+    if member.file_size > max(BOMB, 200 * member.compress_size):
+        raise UserError(
+            f"{path}: {name} would unpack from {member.compress_size:,} to {member.file_size:,} "
+            "bytes, which looks like an attack. If it is yours, encode it to a .npy"
+        )
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{name} is shorter than its header says")
 
 
 def _checked(ids, n_vocab, where):

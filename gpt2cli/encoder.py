@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from gpt2cli import files
+from gpt2cli import files, folders
 from gpt2cli.errors import UserError
 
 # openai/gpt-2 src/encoder.py, in the equal but faster spelling of tiktoken_ext/openai_public.py.
@@ -78,8 +78,8 @@ def ids_of(folder, vocabulary):
     GPT2_ML's json gives 8021 beside the release with 21128 tokens (and 21130 rows), so that the
     vocabulary counts where it is larger.
     """
-    n_vocab = files.read_config(folder).n_vocab
-    if files.config_path(folder).name == "hparams.json" or vocabulary is None:
+    n_vocab = folders.read_config(folder).n_vocab
+    if folders.config_path(folder).name == "hparams.json" or vocabulary is None:
         return n_vocab
     return max(n_vocab, vocabulary.n_vocab)
 
@@ -345,8 +345,8 @@ def _options(folder, vocab, start, end):
     lower_case = True
     if (folder / "tokenizer_config.json").is_file():
         lower_case = files.read_object(folder / "tokenizer_config.json").get("do_lower_case", True)
-    if files.config_path(folder):
-        config = files.read_config(folder)
+    if folders.config_path(folder):
+        config = folders.read_config(folder)
         lower_case = config.extra.get("lower_case", lower_case)
         if config.arch == "gpt2_ml":
             start = end = None

@@ -1,4 +1,4 @@
-"""The two errors that are the user's to mend; every other exception is a bug of ours."""
+"""The errors that are the user's to mend; every other exception is a bug of ours."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """The command line (or a Python call) itself is wrong: an unknown flag, a bad value."""
+
+
+class BusyError(UserError):
+    """Another process is at the same work: later the same command may succeed."""

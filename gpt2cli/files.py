@@ -1,30 +1,24 @@
-"""Where things lie, and how a file is replaced so that nobody ever sees half of it."""
+"""How a file or a folder is replaced so that nobody ever sees half of it, read, and locked."""
 
 import contextlib
-import glob
+import errno
+import hashlib
 import json
 import os
-import re
 import secrets
+import shutil
+import socket
+import time
 from pathlib import Path
 
-from gpt2cli.config import ALIASES, ModelConfig, check_name
-from gpt2cli.errors import UserError
+from gpt2cli.errors import BusyError, UserError
 
 try:
     import fcntl
 except ImportError:  # Windows: two processes in one folder go unnoticed there
     fcntl = None
 
-DEFAULT_MODEL = "124M"
-
-SHARD = ".data-00000-of-00001"  # the data file of a checkpoint; we write one
-
-# Everything of a model folder but the weights; a run folder gets copies of those that exist.
-ENCODER_FILES = (
-    *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt"),
-    *("vocab.txt", "tokenizer_config.json"),
-)
+SPARE = 2**20  # bytes that should be left on a disk when a large file has been written
 
 
 @contextlib.contextmanager
@@ -45,6 +39,7 @@ def replacing(path, mode="wb", **open_options):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        sync_folder(path.parent)
     except BrokenPipeError:  # not of this file
         raise
     except OSError as error:
@@ -54,12 +49,65 @@ def replacing(path, mode="wb", **open_options):
             part.unlink()
 
 
+def sync_folder(path):
+    """Have the disk know the names that a folder now has; where a folder cannot be opened, no."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """A new folder that takes the place of `path` when the block ends well, and else goes.
+
+    What is there goes when the new one is in its place.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}")
+    part, old = beside.with_name(f"{beside.name}.part"), beside.with_name(f"{beside.name}.old")
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        part.mkdir(parents=True)
+        yield part
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, old)
+        os.rename(part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(path):  # interrupted in between
+            os.rename(old, path)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a file or a link stood there
+                left.unlink()
+        for folder in missing:
+            with contextlib.suppress(OSError):  # not empty: all went well
+                folder.rmdir()
+
+
 def cannot_write(path, error):
     """The UserError for an OSError that came from writing `path`."""
     return UserError(
         f"cannot write {path}: {error.strerror or error}. "
         "Free space or choose a folder that you may write to; what was there before is unchanged"
     )
+
+
+def check_room(path, size):
+    """UserError where the disk on which `path` is or will be lacks the room for so many bytes."""
+    there = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < size + SPARE:
+        reason = f"it takes {size:,} bytes, and {free:,} are free on the disk"
+        raise cannot_write(path, OSError(errno.ENOSPC, reason))
 
 
 def read_bytes(path):
@@ -89,149 +137,68 @@ def read_object(path):
     return values
 
 
-def names_in(folder):
-    """The names of the model or run folders in `folder`, sorted."""
-    with contextlib.suppress(OSError):
-        return sorted(p.name for p in Path(folder).iterdir() if (p / "hparams.json").is_file())
-    return []
-
-
-def model_dir(models_dir, name=None):
-    """The folder of a model, which must exist; 117M also finds 124M, 345M 355M, and vice versa."""
-    name = name or DEFAULT_MODEL
-    check_name("model_name", name)
-    older = {new: old for old, new in ALIASES.items()}
-    for candidate in (name, ALIASES.get(name), older.get(name)):
-        if candidate and (Path(models_dir) / candidate).is_dir():
-            return Path(models_dir) / candidate
-    found = ", ".join(names_in(models_dir)) or "none"
-    hint = f"Get it with: gpt2cli download {name}" if name[:1].isdigit() else "Check the spelling"
-    raise UserError(
-        f"no model {name!r} in {Path(models_dir).absolute()} (found: {found}). {hint}, "
-        "or name another folder with --models_dir"
-    )
-
-
-def run_dir(checkpoint_dir, run_name, must_exist=True):
-    """The folder of a run; with `must_exist`, UserError names the runs that do exist."""
-    check_name("run_name", run_name)
-    folder = Path(checkpoint_dir) / run_name
-    if must_exist and not folder.is_dir():
-        found = ", ".join(names_in(checkpoint_dir)) or "none"
-        raise UserError(
-            f"no run {run_name!r} in {Path(checkpoint_dir).absolute()} (found: {found}). "
-            f"Start it with: gpt2cli train --dataset FILE --run_name {run_name}"
-        )
-    return folder
-
-
-def source_dir(config):
-    """The model or run folder that a command's --run_name or --model_name means."""
-    if config.run_name is not None:
-        return run_dir(config.checkpoint_dir, config.run_name)
-    return model_dir(config.models_dir, config.model_name)
-
-
-CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json")
-
-
-def config_path(folder):
-    """The file with a model's sizes, or None: hparams.json, else GPT2_ML's json."""
-    for path in (Path(folder) / name for name in CONFIGS):
-        if path.is_file() and (path.name == CONFIGS[0] or b"num_hidden_layers" in read_bytes(path)):
-            return path
-    return None
-
-
-def read_config(folder):
-    """The ModelConfig of a model folder; GPT2_ML's json stands in for a missing hparams.json."""
-    path = config_path(folder)
-    if path is None:
-        raise UserError(
-            f"no hparams.json in {Path(folder).absolute()}: not a model folder. "
-            "Fetch one with: gpt2cli download 124M, or make one with: gpt2cli convert"
-        )
-    return ModelConfig.from_json(read_text(path), where=str(path))
-
-
-def find_checkpoint(path):
-    """The prefix of the checkpoint that `path` means.
-
-    Args:
-        path: a model or run folder, a prefix such as `models/124M/model.ckpt`, or its .index file.
-
-    Raises:
-        UserError: there is none, or one of its files is missing.
-    """
-    path = Path(path)
-    if path.is_dir():
-        prefix = _newest(path)
-    else:
-        prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
-    index = Path(f"{prefix}.index")
-    if not index.is_file():
-        raise UserError(
-            f"no checkpoint at {prefix.absolute()}: {index.name} is missing. "
-            "Name a model folder, a run folder or a checkpoint's path without its ending; "
-            "a released model comes with: gpt2cli download 124M"
-        )
-    if not list(prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*-of-*")):
-        raise UserError(f"{index} has no {prefix.name}{SHARD} beside it: copy or download it again")
-    return prefix
-
-
-def _newest(folder):
-    """The prefix that `checkpoint` names, or model.ckpt, the highest step, the only one."""
-    state = folder / "checkpoint"
-    if state.is_file():
-        named = re.search(r'^model_checkpoint_path: *"(.*)"', read_text(state), re.M)
-        if named:  # another machine's absolute path, or ours: only the name counts
-            prefix = folder / Path(named[1]).name
-            if Path(f"{prefix}.index").is_file():
-                return prefix
-    steps = saved_steps(folder)
-    if steps and not (folder / "model.ckpt.index").is_file():
-        return folder / f"model-{steps[-1]}"
-    found = sorted(folder.glob("*.index"))
-    if len(found) == 1:  # GPT2_ML's releases: model.ckpt-220000 and no `checkpoint` file
-        return found[0].with_suffix("")
-    return folder / "model.ckpt"
-
-
-_STEP = re.compile(r"model-(\d+)\.index")
-
-
-def saved_steps(folder):
-    """The steps of a run's checkpoints, oldest first."""
-    return sorted(
-        int(m[1]) for p in Path(folder).glob("model-*.index") if (m := _STEP.fullmatch(p.name))
-    )
+def digest(path, algorithm="sha256"):
+    """The checksum of a file, in hexadecimal; OSError where it cannot be read."""
+    hasher = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 @contextlib.contextmanager
-def locked(folder, what):
-    """Let one process at a time fill a folder, which goes again if nothing came into it.
+def locked(path, what, of=None):
+    """Let one process at a time do `what`; the lock of one that has died is nobody's.
 
     Args:
+        path: the lock's file, which is there as long as it is held.
         what: the work, for the message: "download", "train".
+        of: what the work fills, for the message; by default the lock's folder.
 
     Raises:
-        UserError: another process is at it, or the folder cannot be made.
+        BusyError: another process is at it.
+        UserError: the file cannot be made.
     """
-    lock = Path(folder) / ".lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        raise cannot_write(lock, error) from error
-    with file:
+    path = Path(path)
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(path, error) from error
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"another {what} is filling {folder}. Wait until it ends, or choose another folder"
+            file.seek(0)
+            holder = file.read(200).strip()
+            file.close()
+            raise BusyError(
+                f"another {what} is filling {of or path.parent}{holder and f' ({holder})'}. "
+                "Wait until it ends, or choose another name"
             ) from None
+        with contextlib.suppress(OSError):  # the one before removed it between open and flock
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                break
+        file.close()
+    with file:
+        with contextlib.suppress(OSError):  # a full disk does not keep us from holding the lock
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+            file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def filling(folder, what):
+    """`locked` of a folder, which goes again if nothing came into it."""
+    lock = Path(folder) / ".lock"
+    with locked(lock, what):
         try:
             yield
         finally:
@@ -239,25 +206,3 @@ def locked(folder, what):
                 if os.listdir(folder) == [lock.name]:
                     lock.unlink()
                     lock.parent.rmdir()
-
-
-def copy_description(source, folder, config=None):
-    """Make `folder` a model folder of the sizes and vocabulary of `source`, and of no other.
-
-    Args:
-        config: the ModelConfig to write; by default that of `source`.
-    """
-    source, folder = Path(source), Path(folder)
-    with replacing(folder / "hparams.json") as file:
-        file.write((config or read_config(source)).to_json().encode())
-    copy_vocabulary(source, folder)
-
-
-def copy_vocabulary(source, folder):
-    """Give `folder` the vocabulary files of `source`, and no other."""
-    for name in ENCODER_FILES:
-        if (source / name).is_file():
-            with replacing(folder / name) as file:
-                file.write((source / name).read_bytes())
-        else:
-            (folder / name).unlink(missing_ok=True)

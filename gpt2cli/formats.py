@@ -10,7 +10,6 @@ A `Source` reads each weight from its file when it is asked for, so that a model
 weights is never in memory twice.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from gpt2cli import checkpoint, encoder, files, model, statedict, vocabularies
+from gpt2cli import checkpoint, encoder, files, folders, model, statedict, vocabularies
 from gpt2cli.config import SIZES, ModelConfig
 from gpt2cli.errors import UserError
 
@@ -137,8 +136,8 @@ def _kind_of(path):
 
 def _open_tensorflow(path, config_path):
     """The Source of OpenAI's or GPT2_ML's checkpoint."""
-    prefix = files.find_checkpoint(path)
-    if config_path is None and files.config_path(prefix.parent) is None:
+    prefix = folders.find_checkpoint(path)
+    if config_path is None and folders.config_path(prefix.parent) is None:
         raise UserError(
             f"{prefix.parent} has neither hparams.json nor GPT2_ML's config json: name the file "
             "with the sizes with --config"
@@ -220,37 +219,10 @@ def convert(source, dst, to="openai", overwrite=False, finish=lambda folder: Non
         raise UserError(f"{dst} exists. Name another folder, or replace it with --overwrite")
     if re.search(r"[\[\]]", str(dst)):
         raise UserError(f"TensorFlow reads no path with [ or ] in it: choose another than {dst}")
-    part = dst.with_name(f".{dst.name}.{os.getpid()}.part")
-    made = [folder for folder in dst.parents if not folder.exists()]
-    try:
-        part.mkdir(parents=True)
+    with files.replacing_folder(dst) as part:
         difference = _write_checked(source, part, to)
         finish(part)
-        _put_in_place(part, dst)
-    except OSError as error:
-        raise files.cannot_write(dst, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty: all went well
-                folder.rmdir()
     return difference
-
-
-def _put_in_place(part, dst):
-    """Rename `part` to `dst`; what is there goes when the new is in its place."""
-    old = dst.with_name(f".{dst.name}.{os.getpid()}.old")
-    replaced = dst.exists()
-    if replaced:
-        os.rename(dst, old)
-    try:
-        os.rename(part, dst)
-    except BaseException:
-        if replaced:
-            os.rename(old, dst)
-        raise
-    if replaced:
-        shutil.rmtree(old)
 
 
 def _write_checked(source, part, to):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from gpt2cli import transfer
+from gpt2cli import files, transfer
 from gpt2cli.errors import UserError
 
 ENDPOINT = "https://huggingface.co"
@@ -191,5 +191,5 @@ def _fault(path, stated):
         content = Path(path).read_bytes()
         found = hashlib.sha1(b"blob %d\0" % size + content, usedforsecurity=False).hexdigest()
     else:
-        found = transfer.digest(path, algorithm)
+        found = files.digest(path, algorithm)
     return None if found == checksum else f"its {algorithm} checksum is not the one of the hub"

@@ -8,7 +8,6 @@ import copy
 import itertools
 import json
 import operator
-import secrets
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
@@ -18,7 +17,7 @@ from gpt2cli import (
     beams,
     checkpoint,
     encoder,
-    files,
+    folders,
     graph,
     lite,
     model,
@@ -26,7 +25,7 @@ from gpt2cli import (
     training,
     windows,
 )
-from gpt2cli.config import GenerateSettings, Precision
+from gpt2cli.config import GenerateSettings, Precision, new_seed
 from gpt2cli.engine import GPUS
 from gpt2cli.errors import UsageError, UserError
 
@@ -61,17 +60,19 @@ class Sample:
     logprobs: list[float] | None = None
     score: float | None = None
 
+    def as_json(self):
+        """A JSON object: the fields, without those of settings that are off."""
+        values = asdict(self)
+        off = [name for name in ("logprobs", "score") if values[name] is None]
+        return {name: value for name, value in values.items() if name not in off}
+
     def show(self, format, delimiter=None):
         """The sample as it is printed: "text", OpenAI's banner and the text, or "jsonl".
 
         With a delimiter, the text and then the delimiter, on a line of its own, and no banner.
         """
         if format == "jsonl":
-            values = asdict(self)
-            for name in ("logprobs", "score"):
-                if values[name] is None:
-                    del values[name]
-            return json.dumps(values, ensure_ascii=False)
+            return json.dumps(self.as_json(), ensure_ascii=False)
         text = " ".join(map(str, self.tokens)) if self.text is None else self.text
         if delimiter is not None:
             return f"{text}\n{delimiter}"
@@ -206,16 +207,30 @@ class Model:
 
         `stop` is asked between two parts of a batch; if it says so, nothing more comes.
         """
-        seed = new_seed() if settings.seed is None else settings.seed
         if settings.beams > 1:
-            for row, score in self._beams(prompts, settings, first_index, stop):
+            step = settings.nsamples
+            jobs = ((first_index + i * step, prompt) for i, prompt in enumerate(prompts))
+        elif settings.nsamples:
+            repeated = (prompt for prompt in prompts for _ in range(settings.nsamples))
+            jobs = enumerate(repeated, first_index)
+        else:
+            jobs = enumerate(itertools.cycle(prompts), first_index)
+        return self.answers(jobs, settings, stop)
+
+    def answers(self, jobs, settings, stop=lambda: False, width=0):
+        """As `samples`, for (index, prompt) of each sample; of each prompt's first, with beams.
+
+        Args:
+            width: rows to compute in any case, where another number would take compiling.
+        """
+        seed, jobs = new_seed() if settings.seed is None else settings.seed, iter(jobs)
+        if settings.beams > 1:
+            for row, score in self._beams(jobs, settings, stop):
                 yield self._sample(row, settings, seed, score)
             return
-        width = 0
-        for batch in self._batches(prompts, settings, first_index):
-            width = width if self.network.needs_full_batches else 0
-            width = width or len(batch)
-            growing = self._continue(batch, settings, seed, sampling.CHUNK, width)
+        while batch := list(itertools.islice(jobs, settings.batch_size)):
+            width = (width or len(batch)) if self.network.needs_full_batches else 0
+            growing = self._continue(batch, settings, seed, sampling.CHUNK, width or len(batch))
             for rows, finished in growing:
                 if stop():
                     return
@@ -229,7 +244,7 @@ class Model:
         """
         seed = new_seed() if settings.seed is None else settings.seed
         if settings.beams > 1:
-            ((row, score),) = self._beams([prompt], replace(settings, nsamples=1), index)
+            ((row, score),) = self._beams([(index, prompt)], replace(settings, nsamples=1))
             yield row.fresh(finished=True)
             yield self._sample(row, settings, seed, score)
             return
@@ -270,16 +285,6 @@ class Model:
             )
         return tokens
 
-    def _batches(self, prompts, settings, first_index):
-        """Lists of (index, prompt), each of batch_size but perhaps the last."""
-        if settings.nsamples:
-            jobs = (prompt for prompt in prompts for _ in range(settings.nsamples))
-        else:
-            jobs = itertools.cycle(prompts)
-        numbered = enumerate(jobs, first_index)
-        while batch := list(itertools.islice(numbered, settings.batch_size)):
-            yield batch
-
     def _continue(self, batch, settings, seed, limit, width):
         """Generate a batch of (index, prompt); yields (Continuations, all finished) as they grow.
 
@@ -306,10 +311,9 @@ class Model:
                     row.finish()
             yield rows, bool(generation.finished.all())
 
-    def _beams(self, prompts, settings, first_index, stop=lambda: False):
+    def _beams(self, jobs, settings, stop=lambda: False):
         """Yield the nsamples likeliest Continuations of each prompt, with their scores."""
-        for number, prompt in enumerate(prompts):
-            index = first_index + number * settings.nsamples
+        for index, prompt in jobs:
             ids, length = self.check_prompt(prompt), self.length_of(settings, prompt)
             row = Continuation(index, prompt, self.encoder, settings)
             generation = self._generation([ids], settings, length, 0, [index])
@@ -353,11 +357,6 @@ class Model:
         return Sample(row.index, row.prompt, text, row.tokens, reason, seed, logprobs, score)
 
 
-def new_seed():
-    """A seed for somebody who gave none: short enough to type again."""
-    return secrets.randbelow(2**31)
-
-
 def load_model(path, precision="auto"):
     """The Model of a model folder, a run folder, or a checkpoint's path without its ending.
 
@@ -372,7 +371,7 @@ def load_model(path, precision="auto"):
     if precision not in get_args(Precision):
         known = ", ".join(get_args(Precision))
         raise UsageError(f"precision must be one of {known}, got {precision!r}")
-    prefix = files.find_checkpoint(path)
+    prefix = folders.find_checkpoint(path)
     encoder.of_model(prefix.parent)  # what is wrong with it is known before gigabytes are read
     config, stored = checkpoint.open_weights(prefix)
     precision = "float32" if precision == "auto" else precision

@@ -44,6 +44,7 @@ def memory_needed(sizes, config):
     else:
         kept = layer * sizes.n_layer + (weights // 2 if number == 2 else 0)  # and the cast weights
     one_by_one = config.memory_saving_gradients and not config.clip_norm
+    one_by_one = one_by_one and config.on_nonfinite == "stop"
     if config.accumulate_gradients > 1:
         gradients = 2 * changed
     else:  # of wte, the largest, there are some copies while it is applied
@@ -250,6 +251,19 @@ def layer_by_layer(model, inputs, targets, weight, dropout):
     return loss, hits, parts()
 
 
+class Step(NamedTuple):
+    """What came of one step: the mean loss before the update, the share of targets that were the
+    likeliest token, and the norm of all gradients, before clipping."""
+
+    loss: float
+    accuracy: float
+    norm: float
+
+    @property
+    def is_finite(self):
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
 class Trainer:
     """A model being trained: its optimizer and the compiled step.
 
@@ -277,8 +291,9 @@ class Trainer:
         )
 
     def _take_step(self, inputs, targets, mask, seeds):
-        """Batches [A, B, T], whose gradients are averaged -> loss [] before the update, hits []."""
+        """Batches [A, B, T], whose gradients are averaged -> what a Step has, each []."""
         batches, clip_norm = self.config.accumulate_gradients, self.config.clip_norm
+        skips = self.config.on_nonfinite == "skip"
         total = tf.maximum(tf.reduce_sum(mask), 1.0)
 
         def collected(i):
@@ -292,13 +307,16 @@ class Trainer:
             sums = [a + b for a, b in zip(gradients, one[2], strict=True)]
             return i + 1, loss + one[0], hits + one[1], sums
 
-        if batches == 1 and not clip_norm:
+        if batches == 1 and not clip_norm and not skips:
             loss, hits, parts = self._parts(inputs[0], targets[0], mask[0] / total, seeds[0])
             number = tf.identity(self.optimizer.iterations)
+            squares = []
             for variables, gradients in parts:  # each is applied and forgotten at once
+                squares += [tf.nn.l2_loss(gradient) for gradient in gradients]
                 self.optimizer.iterations.assign(number)
-                self._apply(gradients, variables)
-            return loss, hits
+                with tf.control_dependencies(squares[-len(gradients) :]):
+                    self._apply(gradients, variables)
+            return loss, hits, _norm(squares)
         loss, hits, gradients = collected(0)
         if batches > 1:
             _, loss, hits, gradients = tf.while_loop(
@@ -307,10 +325,15 @@ class Trainer:
                 [tf.constant(1), loss, hits, gradients],
                 parallel_iterations=1,
             )
+        norm = _norm([tf.nn.l2_loss(gradient) for gradient in gradients])
         if clip_norm:
-            gradients, _ = tf.clip_by_global_norm(gradients, clip_norm)
-        self._apply(gradients, self.variables)
-        return loss, hits
+            gradients, _ = tf.clip_by_global_norm(gradients, clip_norm, use_norm=norm)
+        if skips:
+            is_finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+            tf.cond(is_finite, lambda: self._apply(gradients, self.variables), lambda: False)
+        else:
+            self._apply(gradients, self.variables)
+        return loss, hits, norm
 
     def _parts(self, inputs, targets, weight, seed):
         """[B, T] each -> this batch's share of loss and hits, and parts of what is trained."""
@@ -321,27 +344,23 @@ class Trainer:
         return loss, hits, _only(parts, trained)
 
     def _apply(self, gradients, variables):
-        """One update, begun when the last of the gradients is there.
+        """One update, begun when the last of the gradients is there; True.
 
         A variable is changed in place: a gradient still being computed would read it half new.
         """
         with tf.control_dependencies(gradients):
             gradients = [tf.identity(gradient) for gradient in gradients]
         self.optimizer.apply(gradients, variables)
+        return True
 
     def step(self, number, batch):
-        """Take step `number` (0, 1, ...) with a windows.Batch of [A * B, T].
-
-        Returns:
-            The mean loss before the update, and the share of targets that were the likeliest token.
-        """
+        """Take step `number` (0, 1, ...) with a windows.Batch of [A * B, T]; returns a Step."""
         self.optimizer.learning_rate = learning_rate(self.config, number)
         parts = self.config.accumulate_gradients
         split = (np.reshape(field, [parts, -1, field.shape[1]]) for field in batch)
         numbers = (number * parts + np.arange(parts)) % 2**31
         seeds = np.stack([np.full(parts, (self.config.seed or 0) % 2**31), numbers], 1)
-        loss, hits = self._step(*split, seeds.astype(np.int32))
-        return float(loss), float(hits)
+        return Step(*map(float, self._step(*split, seeds.astype(np.int32))))
 
     def state(self):
         """The optimizer's variables by name, the learning rate apart."""
@@ -372,6 +391,11 @@ class Trainer:
             ours[name].assign(value)
 
 
+def _norm(squares):
+    """The norm of what these are half the sums of squares of."""
+    return tf.sqrt(2 * tf.add_n(squares))
+
+
 def _only(parts, trained):
     """The (variables, gradients) of `parts` without those whose id is not in `trained`."""
     for variables, gradients in parts:
@@ -396,24 +420,3 @@ def score(network, batches):
         loss, hits = loss + float(more[0]), hits + float(more[1])
         count += int(batch.mask.sum())
     return Score(loss / max(count, 1), hits / max(count, 1), count)
-
-
-class Events:
-    """TensorBoard's event file of a run. tf.summary.scalar would need TensorBoard installed."""
-
-    def __init__(self, folder):
-        self._writer = tf.summary.create_file_writer(str(folder))
-
-    def write(self, step, **values):
-        """Record named numbers of a step."""
-        for name, value in values.items():
-            tf.raw_ops.WriteScalarSummary(
-                writer=self._writer._resource,
-                step=tf.constant(step, tf.int64),
-                tag=name,
-                value=value,
-            )
-
-    def close(self):
-        """Write out what is buffered."""
-        self._writer.close()

@@ -6,7 +6,6 @@ what the server said of it, so that a later attempt goes on with the same file o
 
 import base64
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -254,7 +253,7 @@ def fault_of(path, wanted, note):
     size = size_of(path)
     if note["bytes"] not in (None, size):
         return f"it has {size:,} bytes and the server stated {note['bytes']:,}"
-    if note["md5"] and not wanted.hashed and {digest(path, "md5")} != set(note["md5"]):
+    if note["md5"] and not wanted.hashed and {files.digest(path, "md5")} != set(note["md5"]):
         return "its MD5 is not the one that the server stated"
     if not wanted.hashed:
         with open(path, "rb") as file:
@@ -282,18 +281,9 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def digest(path, algorithm="sha256"):
-    """The checksum of a file, in hexadecimal."""
-    hasher = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
 def record_of(path, etag):
     """What the manifest keeps of a file."""
-    return {"bytes": size_of(path), "sha256": digest(path), "etag": etag}
+    return {"bytes": size_of(path), "sha256": files.digest(path), "etag": etag}
 
 
 def is_as_recorded(path, record):

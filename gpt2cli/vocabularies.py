@@ -5,7 +5,7 @@ A vocabulary is here a dict of our name of each file -> its bytes, empty where t
 
 import json
 
-from gpt2cli import encoder, files
+from gpt2cli import encoder, files, folders
 from gpt2cli.errors import UserError
 
 OUR_NAMES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
@@ -50,8 +50,8 @@ def read(path, n_vocab, warnings):
         made_for = values.get("tokenizer_class")
         if made_for is not None and made_for not in TOKENIZERS:
             warnings.append(f"its tokenizer is {made_for}; here texts may get other ids")
-    if files.config_path(folder):
-        extra = files.read_config(folder).extra
+    if folders.config_path(folder):
+        extra = folders.read_config(folder).extra
         keys = ("lower_case", "start_token", "end_token")
         asked |= {key: extra[key] for key in keys if key in extra}
     for kind in encoder.KINDS:

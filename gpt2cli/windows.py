@@ -91,8 +91,8 @@ def _generator(*key):
 class _Sampler:
     """Batches for training that depend on seed and step alone, so that a run can go on anywhere.
 
-    A kind of it has `count`, the rows in one pass over the text, and `rows(step, number, random)`,
-    the arrays of a batch.
+    A kind of it has `count`, the rows in one pass over the text, and `spans(step, number, random)`,
+    the (chunk, start, stop) of each row of a batch.
     """
 
     after = 0  # as of _batch
@@ -107,12 +107,18 @@ class _Sampler:
             noise: share of the inputs that become any of the n_vocab ids; targets stay.
         """
         random = _generator(self.seed, step)
-        batch = _batch(self.rows(step, rows, random), self.length, self.after)
+        spans = self.spans(step, rows, random)
+        found = [self.chunks[chunk][start:stop] for chunk, start, stop in spans]
+        batch = _batch(found, self.length, self.after)
         if noise:
             wrong = random.random(batch.inputs.shape) < noise
             other = random.integers(n_vocab, size=batch.inputs.shape, dtype=np.int32)
             batch = batch._replace(inputs=np.where(wrong, other, batch.inputs))
         return batch
+
+    def origin(self, step, rows):
+        """Where the rows of a batch come from: (chunk, start, stop) of each, in tokens."""
+        return list(self.spans(step, rows, _generator(self.seed, step)))
 
 
 class RandomWindows(_Sampler):
@@ -127,12 +133,10 @@ class RandomWindows(_Sampler):
         self.count = -(-tokens.total // length)
         self.places = np.cumsum(np.where(tokens.sizes < 2, 0, np.maximum(tokens.sizes - length, 1)))
 
-    def rows(self, step, number, random):
-        found = []
+    def spans(self, step, number, random):
         for place in random.integers(self.places[-1], size=number):
             chunk, start = _locate(self.places, place)
-            found.append(self.chunks[chunk][start : start + self.length + 1])
-        return found
+            yield chunk, start, min(start + self.length + 1, len(self.chunks[chunk]))
 
 
 class SequentialWindows(_Sampler):
@@ -147,13 +151,11 @@ class SequentialWindows(_Sampler):
         self.places = np.cumsum(-(-np.maximum(tokens.sizes - 1, 0) // length))
         self.count = int(self.places[-1])
 
-    def rows(self, step, number, random):
-        found = []
+    def spans(self, step, number, random):
         for row in range(step * number, (step + 1) * number):
             chunk, window = _locate(self.places, row % self.count)
             start = window * self.length
-            found.append(self.chunks[chunk][start : start + self.length + 1])
-        return found
+            yield chunk, start, min(start + self.length + 1, len(self.chunks[chunk]))
 
 
 def _locate(bounds, place):
@@ -198,14 +200,13 @@ class DocumentPieces(_Sampler):
             )
         self._order = None, None  # a pass and its order
 
-    def rows(self, step, number, random):
-        found, row, stop = [], step * number, (step + 1) * number
+    def spans(self, step, number, random):
+        row, stop = step * number, (step + 1) * number
         while row < stop:
             number_of_pass, place = divmod(row, self.count)
             pieces = self.order(number_of_pass)[place : place + stop - row]
-            found += map(self.piece, pieces)
+            yield from map(self.piece, pieces)
             row += len(pieces)
-        return found
 
     def order(self, number):
         """The order of pass `number`, [count]: a permutation that seed and number determine."""
@@ -218,9 +219,9 @@ class DocumentPieces(_Sampler):
         return self._order[1]
 
     def piece(self, number):
-        """The tokens of a piece."""
+        """The (chunk, start, stop) of a piece."""
         chunk, start = _locate(self.bounds, self.starts[number])
-        return self.chunks[chunk][start : start + int(self.sizes[number])]
+        return chunk, start, start + int(self.sizes[number])
 
 
 def _document_ends(chunk, end):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import lively
 
-from gpt2cli import checkpoint, files
+from gpt2cli import checkpoint, folders, runs
 from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
@@ -27,6 +27,7 @@ def equal(a, b):
 def test_what_is_saved_is_loaded_bit_for_bit(network, folder):
     assert equal(network, checkpoint.load(folder))
     assert sorted(p.name for p in folder.iterdir()) == [
+        "SHA256SUMS",
         "checkpoint",
         "hparams.json",
         "model.ckpt.data-00000-of-00001",
@@ -54,8 +55,9 @@ def test_the_files_are_those_of_a_tf1_saver(network, folder, tmp_path):
 def test_the_old_way_of_renaming_a_runs_checkpoint_works(network, folder):
     """nshepperd's README: model-4000.* becomes model.ckpt.* in models/345M."""
     run = folder.parent / "run"
-    files.copy_description(folder, run)
-    checkpoint.save_run(run, network, {"slot": tf.zeros([1])}, {"step": 4000}, keep=1)
+    folders.copy_description(folder, run)
+    checkpoint.save_run(run, network, {"slot": tf.zeros([1])}, {"step": 4000})
+    checkpoint.name_newest(run, [4000])
     other = lively(network.config, seed=9)
     checkpoint.save(other, folder)
     for ending in (".index", ".data-00000-of-00001"):
@@ -67,15 +69,16 @@ def test_the_old_way_of_renaming_a_runs_checkpoint_works(network, folder):
 
 def test_a_run_keeps_the_newest_checkpoints_and_what_lies_beside_them(network, folder):
     run = folder.parent / "run"
-    files.copy_description(folder, run)
+    folders.copy_description(folder, run)
     for step in (1, 2, 10, 9):
         state = {"step": step, "seed": 5}
-        checkpoint.save_run(run, network, {"slot": tf.constant([1.0 * step])}, state, keep=2)
-    assert files.saved_steps(run) == [9, 10]
-    assert files.find_checkpoint(run).name == "model-9"  # the one saved last, not the highest
+        checkpoint.save_run(run, network, {"slot": tf.constant([1.0 * step])}, state)
+        checkpoint.name_newest(run, runs.prune(run, step, keep=2))
+    assert runs.steps(run) == [9, 10]
+    assert folders.find_checkpoint(run).name == "model-9"  # the one saved last, not the highest
     assert (run / "counter").read_text() == "9\n"
     tensors, state = checkpoint.load_training(run / "model-9")
-    assert state == {"step": 9, "seed": 5} and tensors["slot"] == [9.0]
+    assert (state["step"], state["seed"]) == (9, 5) and tensors["slot"] == [9.0]
     assert not list(run.glob("*-1.*")) and not list(run.glob("*-2.*"))
 
 
@@ -86,7 +89,7 @@ def test_a_run_of_another_machine_is_found_by_name(network, folder):
 
 def test_a_checkpoint_file_leads_nowhere_else(network, folder):
     (folder / "checkpoint").write_text('model_checkpoint_path: "../../etc/passwd"\n')
-    assert files.find_checkpoint(folder).parent == folder
+    assert folders.find_checkpoint(folder).parent == folder
 
 
 def refusal(folder):
@@ -136,6 +139,8 @@ def test_a_checkpoint_of_another_size_is_refused_with_what_differs(folder, key, 
     path = folder / "hparams.json"
     sizes = json.loads(path.read_text())
     path.write_text(json.dumps({**sizes, key: max(1, int(sizes[key] * factor))}))
+    assert "hparams.json is not the file that was written" in refusal(folder)
+    (folder / "SHA256SUMS").unlink()
     text = refusal(folder)
     assert "model/" in text and "hparams.json" in text
 
@@ -192,9 +197,9 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_rest(network, folder, m
 def test_a_step_that_is_written_again_never_pairs_old_with_new(network, folder, monkeypatch):
     """A process that dies between two renames leaves no checkpoint of that step, not a mixture."""
     run = folder.parent / "run"
-    files.copy_description(folder, run)
+    folders.copy_description(folder, run)
     for step in (3, 4):
-        checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": step}, keep=0)
+        checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": step})
     real, done = os.replace, []
 
     def dying(source, target):
@@ -205,9 +210,9 @@ def test_a_step_that_is_written_again_never_pairs_old_with_new(network, folder, 
     monkeypatch.setattr(checkpoint.os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
         other = lively(network.config, 9)
-        checkpoint.save_run(run, other, {"slot": tf.ones([9])}, {"step": 4}, keep=0)
+        checkpoint.save_run(run, other, {"slot": tf.ones([9])}, {"step": 4})
     monkeypatch.undo()
-    assert files.saved_steps(run) == [3] and len(done) >= 3
+    assert runs.steps(run) == [3] and len(done) >= 3
     assert equal(network, checkpoint.load(run))
 
 
@@ -224,7 +229,7 @@ def test_tensors_of_another_kind_are_refused(network, folder):
 
 def test_a_save_that_fails_leaves_nothing_of_its_step(network, folder, monkeypatch):
     run = folder.parent / "run"
-    files.copy_description(folder, run)
+    folders.copy_description(folder, run)
     before = sorted(p.name for p in run.iterdir())
     real = os.fsync
 
@@ -235,5 +240,5 @@ def test_a_save_that_fails_leaves_nothing_of_its_step(network, folder, monkeypat
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
-        checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": 1}, keep=0)
+        checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": 1})
     assert sorted(p.name for p in run.iterdir()) == before

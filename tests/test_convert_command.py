@@ -53,7 +53,8 @@ def test_a_model_without_vocabulary_says_so(cli, hf, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "takes token ids only; give one with --vocab" in result.stderr
     assert names(tmp_path / "out" / "ids") == [
-        *("checkpoint", "hparams.json", "model.ckpt.data-00000-of-00001", "model.ckpt.index")
+        *("SHA256SUMS", "checkpoint", "hparams.json"),
+        *("model.ckpt.data-00000-of-00001", "model.ckpt.index"),
     ]
     result = cli("convert", tmp_path, tmp_path / "out" / "text", "--vocab", TINY)
     assert result.returncode == 0 and (tmp_path / "out" / "text" / "vocab.bpe").exists()

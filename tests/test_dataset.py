@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -421,6 +422,38 @@ def test_a_flipped_bit_in_an_npz_is_found(tmp_path):
         dataset.load(path, None, DEFAULTS, 300)
 
 
+def test_an_npz_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, np.zeros(5_000_000, np.int64))
+    assert dataset.load(path, None, DEFAULTS, 300).total == 5_000_000
+    monkeypatch.setattr(dataset, "BOMB", 2**20)
+    with pytest.raises(UserError, match="arr_0.npy would unpack from .* to 40,000,128 bytes"):
+        dataset.load(path, None, DEFAULTS, 300)
+
+
+@pytest.mark.parametrize("shape", [(10**13,), (-1,), (2**62, 2**62)])
+def test_an_npz_whose_header_lies_is_refused(tmp_path, shape):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as member:
+        header = {"descr": "<u2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(b"\1\0" * 50)
+    with pytest.raises(UserError, match="damaged or not"):
+        dataset.load(path, None, DEFAULTS, 300)
+
+
+def test_links_that_lead_in_a_circle_are_not_followed(tmp_path):
+    write(tmp_path / "a" / "one.txt", "x")
+    for name in ("up", "again"):  # two of them: 2 ** 40 paths
+        (tmp_path / "a" / name).symlink_to(tmp_path / "a")
+    os.mkfifo(tmp_path / "a" / "pipe.txt")
+    expected = [tmp_path / "a" / "one.txt"]
+    for path in (tmp_path, f"{tmp_path}/**/*.txt", f"{tmp_path}/a/**"):
+        assert dataset.find(path) == expected
+    with pytest.raises(UserError, match="no file matches"):
+        dataset.find(tmp_path / "a" / "pipe.txt")
+
+
 def test_text_without_a_vocabulary_is_refused_in_words(tmp_path):
     path = write(tmp_path / "a.txt", "text")
     with pytest.raises(UserError, match="a.txt is text, and this model folder has no vocabulary"):
@@ -600,7 +633,7 @@ def test_documents_are_cut_into_pieces_and_each_comes_once_a_pass(
             tokens.sampler("documents", length, 1, end)
         return
     sampler = tokens.sampler("documents", length, 1, end, uer_compat)
-    assert [sampler.piece(i).tolist() for i in range(sampler.count)] == expected
+    assert [piece(sampler, i) for i in range(sampler.count)] == expected
     found = []
     for step in range(2 * sampler.count // rows + 1):
         batch = sampler.batch(step, rows)
@@ -613,6 +646,11 @@ def test_documents_are_cut_into_pieces_and_each_comes_once_a_pass(
         assert sorted(one_pass) == sorted(expected)
 
 
+def piece(sampler, number):
+    chunk, start, stop = sampler.piece(number)
+    return sampler.chunks[chunk][start:stop].tolist()
+
+
 def test_pieces_are_found_across_the_parts_in_which_a_corpus_is_read(monkeypatch):
     ids = np.random.default_rng(1).integers(1, 50, 2**22 + 1000).astype(np.uint16)
     ids[2**22 - 3 : 2**22 + 200] = 7  # no end here, so that a document lies across
@@ -622,7 +660,7 @@ def test_pieces_are_found_across_the_parts_in_which_a_corpus_is_read(monkeypatch
         expected = pieces_by_hand([ids[:9], corpus], 16, 1, False)
         assert sampler.sizes.tolist() == [len(piece) for piece in expected]
         for number in (0, sampler.count // 2, sampler.count - 10, sampler.count - 1):
-            assert sampler.piece(number).tolist() == expected[number]
+            assert piece(sampler, number) == expected[number]
 
 
 @pytest.mark.parametrize("sampling", ["random", "sequential", "documents"])

@@ -6,15 +6,18 @@ import hashlib
 import http.server
 import json
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from gpt2cli import transfer
 from gpt2cli.commands import download
@@ -47,6 +50,7 @@ class Mirror(http.server.ThreadingHTTPServer):
         self.contents, self.faults, self.headers = {}, {}, {}
         self.etag = '"v1"'
         self.ignore_range = False
+        self.pause = 0  # seconds between two parts of a body
         self.asked = []  # (file name, Range header, bytes of body sent)
         self.tokens = []  # Authorization header of each request
         self.release = threading.Event()  # ends a stall
@@ -97,7 +101,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if value is not None:
                 self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(part)
+        for start in range(0, len(part), 2**16):
+            self.wfile.write(part[start : start + 2**16])
+            self.wfile.flush()
+            time.sleep(mirror.pause)
         self.wfile.flush()
         if fault.get("stall"):
             mirror.release.wait(5)
@@ -689,6 +696,56 @@ def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits,
     else:
         download.run(config)
         assert json.loads((tmp_path / "own/download.json").read_text())["opened"] is True
+
+
+def check_kills(mirror, tmp_path, rounds):
+    """Kill downloads so often; no file ever has its name before it is whole, and all arrive."""
+    contents = {name: (TINY / name).read_bytes() for name in MODEL if (TINY / name).exists()}
+    mirror.contents = {f"/models/own/{name}": content for name, content in contents.items()}
+    mirror.pause, chance, done = 0.005, random.Random(rounds), 0
+    command = [sys.executable, "-m", "gpt2cli", "download", "own", "--url", mirror.url]
+    command += ["--models_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    folder, kills = tmp_path / "own", 0
+    while kills < rounds or not done:
+        wait = 0.2 + 2 * chance.random() if kills < rounds else 60
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert process.wait(wait) == 0
+            assert_whole(folder, contents)
+            done += 1
+            shutil.rmtree(folder)
+            continue
+        process.kill()
+        process.wait()
+        kills += 1
+        for name, content in contents.items():
+            if (folder / name).exists():
+                assert (folder / name).read_bytes() == content, name
+    return done
+
+
+@pytest.mark.slow
+def test_a_download_that_is_killed_a_hundred_times_arrives(mirror, tmp_path):
+    print(check_kills(mirror, tmp_path, 100), "whole ones between 100 kills")
+
+
+def test_two_downloads_at_once_do_not_harm_each_other(mirror, tmp_path):
+    """The one is told to wait, with the status that says so; the other arrives."""
+    contents = {name: (TINY / name).read_bytes() for name in MODEL if (TINY / name).exists()}
+    mirror.contents = {f"/models/own/{name}": content for name, content in contents.items()}
+    mirror.pause = 0.01
+    command = [sys.executable, "-m", "gpt2cli", "download", "own", "--url", mirror.url]
+    command += ["--models_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 75], said
+    assert any("another download is filling" in text for text in said)
+    assert_whole(tmp_path / "own", contents)
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,6 +1,7 @@
 """Models of other programs: what is read, what is refused, what is written."""
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -11,7 +12,7 @@ import safetensors.numpy
 from conftest import lively
 from test_model import GOLDEN, check_golden
 
-from gpt2cli import checkpoint, encoder, files, formats, model, statedict
+from gpt2cli import checkpoint, encoder, folders, formats, model, statedict
 from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
@@ -188,7 +189,7 @@ def test_a_model_of_uer_gives_its_numbers(golden, tmp_path):
     assert source.form == "uer" and source.special() == ("[CLS]", "[SEP]")
     formats.convert(source, tmp_path / "exact")
     assert (tmp_path / "exact" / "vocab.txt").read_bytes() == vocabulary.read_bytes()
-    assert files.read_config(tmp_path / "exact").ln_epsilon == 1e-12
+    assert folders.read_config(tmp_path / "exact").ln_epsilon == 1e-12
     network = checkpoint.load(tmp_path / "exact")
     for i, columns, loss in uer_numbers(network, expected):
         np.testing.assert_allclose(columns, expected[f"seq{i}_logits_cols"], atol=1e-3)
@@ -231,7 +232,7 @@ def test_gpt2_ml_becomes_a_model_folder(golden, tmp_path, name, vocabulary, by_p
     assert encoder.of_model(tmp_path / "ours").start is None
     network = checkpoint.load(tmp_path / "ours")
     check_golden(network, np.load(folder / "expected.npz"))
-    reader, _ = checkpoint.open_checked(files.find_checkpoint(tmp_path / "ours"))
+    reader, _ = checkpoint.open_checked(folders.find_checkpoint(tmp_path / "ours"))
     assert not any("adafactor" in written for written in reader.get_variable_to_shape_map())
 
 
@@ -451,7 +452,7 @@ def test_a_config_that_says_the_same_otherwise_is_read(tmp_path, network, state,
 def test_the_epsilon_is_kept(tmp_path, state):
     source = formats.open_source(hf_folder(tmp_path / "m", state, layer_norm_epsilon=1e-6))
     formats.convert(source, tmp_path / "ours")
-    assert files.read_config(tmp_path / "ours").ln_epsilon == 1e-6
+    assert folders.read_config(tmp_path / "ours").ln_epsilon == 1e-6
     formats.convert(formats.open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["layer_norm_epsilon"] == 1e-6
 
@@ -702,7 +703,7 @@ def test_a_wordpiece_vocabulary_is_found(tmp_path, state, file, lower):
     lower = lower or file == "google_zh_vocab.txt"
     assert encoded.lower_case is lower and encoded.n_vocab == 10
     assert encoded.encode("Day 天气") == [8 if lower else 9, 5, 6]
-    assert files.read_config(tmp_path / "ours").extra == ({} if lower else {"lower_case": False})
+    assert folders.read_config(tmp_path / "ours").extra == ({} if lower else {"lower_case": False})
     formats.convert(formats.open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
     tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert tokenizer["do_lower_case"] is lower and tokenizer["tokenizer_class"] == "BertTokenizer"
@@ -766,14 +767,14 @@ def test_a_vocabulary_that_does_not_belong_is_refused(tmp_path, state):
 
 def test_a_crash_at_any_time_leaves_nothing(tmp_path, state, monkeypatch):
     source = formats.open_source(hf_folder(tmp_path / "m", state))
-    for name in ("_sample_logits", "_put_in_place", "_write_openai_description"):
+    for name in ("_sample_logits", "checkpoint.save", "_write_openai_description"):
         for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
 
             def crash(*_, error=error):
                 raise error
 
             with monkeypatch.context() as patch:
-                patch.setattr(formats, name, crash)
+                patch.setattr(f"gpt2cli.formats.{name}", crash)
                 with pytest.raises((KeyboardInterrupt, UserError)):
                     formats.convert(source, tmp_path / "new" / "deep" / "out")
             assert [p.name for p in tmp_path.iterdir()] == ["m"]
@@ -785,7 +786,7 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path, state, mo
     (dst / "hparams.json").write_text("the old one")
     with pytest.raises(UserError, match="--overwrite"):
         formats.convert(source, dst)
-    rename = formats.os.rename
+    rename = os.rename
 
     def fail(old, new):
         if ".part" in str(old):
@@ -793,12 +794,12 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path, state, mo
         rename(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(formats.os, "rename", fail)
+        patch.setattr(os, "rename", fail)
         with pytest.raises(UserError, match="Input/output error"):
             formats.convert(source, dst, overwrite=True)
     assert (dst / "hparams.json").read_text() == "the old one"
     formats.convert(source, dst, overwrite=True)
-    assert files.read_config(dst) == SIZES
+    assert folders.read_config(dst) == SIZES
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
 
 

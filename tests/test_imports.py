@@ -14,7 +14,8 @@ GROUPS = (
     {"flags"},
     {"config"},
     {"files", "engine"},
-    {"kernels"},
+    {"runs", "jobs", "journal", "kernels"},
+    {"folders"},
     {"encoder", "graph_rules", "model", "transfer", "windows"},
     {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
     {"beams", "graph", "lite", "statedict"},
@@ -23,7 +24,19 @@ GROUPS = (
     {"cli"},
 )
 WITHOUT_TENSORFLOW = (
-    *("errors", "flags", "config", "files", "encoder", "windows", "dataset", "vocabularies"),
+    *(
+        "errors",
+        "flags",
+        "config",
+        "files",
+        "runs",
+        "folders",
+        "jobs",
+        "encoder",
+        "windows",
+        "dataset",
+        "vocabularies",
+    ),
     *("cli", "commands"),
 )
 

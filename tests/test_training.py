@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import lively
 
-from gpt2cli import checkpoint, files, model, training, windows
+from gpt2cli import checkpoint, folders, model, training, windows
 from gpt2cli.config import ModelConfig, TrainConfig
 from gpt2cli.engine import tf
 
@@ -94,14 +94,14 @@ def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, tolerance, reco
         BASE, optimizer="adafactor_gpt2_ml", memory_saving_gradients=recompute
     )
     trainer = training.Trainer(network, config)
-    slots = checkpoint.load_slots(files.find_checkpoint(folder), config.optimizer)
+    slots = checkpoint.load_slots(folders.find_checkpoint(folder), config.optimizer)
     assert trainer.adopt(slots) == len(slots) > 20
     for step, tokens in enumerate(trace["batches"]):
         inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
         # the rate of each step is the original's; a step's number makes no other difference here
         trainer.config = dataclasses.replace(config, learning_rate=float(trace["lrs"][step]))
         data = windows.Batch(inputs, targets, (targets != 0).astype(np.float32))
-        loss, _ = trainer.step(step, data)
+        loss = trainer.step(step, data).loss
         assert loss == pytest.approx(float(trace["losses"][step]), abs=tolerance)
     found = {name: v.numpy() for name, v in network.weights.items()}
     slots = {name.split("/", 1)[1]: value.numpy() for name, value in trainer.state().items()}

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import requests
 
-from gpt2cli import files, hub, transfer
+from gpt2cli import files, folders, hub, transfer
 from gpt2cli.config import ALIASES, RELEASED, DownloadConfig, ModelConfig
 from gpt2cli.errors import UserError
 
@@ -64,7 +64,7 @@ def run(config: DownloadConfig) -> None:
     folder = Path(config.models_dir) / name
     manifest = read_manifest(folder)
     if not (manifest.get("opened") and intact_names(folder, manifest) == set(FILES)):
-        with files.locked(folder, "download"):
+        with files.filling(folder, "download"):
             fetch_model(config.url or BUCKET, name, folder)
             open_checkpoint(folder)
     say_complete(folder, config)
@@ -86,7 +86,7 @@ def download_hub(config):
         check_same(folder, config.model, revision)
         say_complete(folder, config)
         return
-    with files.locked(hidden, "download"):
+    with files.filling(hidden, "download"):
         repository = hub.look_up(name, revision)
         transfer.say(f"downloading {repository.url} to {folder}")
         with requests.Session() as session:
@@ -179,19 +179,21 @@ def open_checkpoint(folder):
     from gpt2cli import checkpoint  # brings TensorFlow, which the rest of this file does without
 
     transfer.say("opening the checkpoint")
+    (folder / folders.SUMS).unlink(missing_ok=True)  # of files that may have been fetched anew
     try:
         checkpoint.verify(folder)
     except UserError as error:
         raise UserError(
             f"{error}. This is what the server has: delete {folder} and name another with --url"
         ) from error
+    folders.write_sums(folder)
     write_manifest(folder, {**read_manifest(folder), "opened": True})
 
 
 def content_fault(path, model):
     """What is wrong with what a file of a model holds, in words; None if nothing is."""
     name = path.name.removesuffix(".part")
-    if model in RELEASED and name in SHA256 and transfer.digest(path) != SHA256[name]:
+    if model in RELEASED and name in SHA256 and files.digest(path) != SHA256[name]:
         return "its sha256 is not that of OpenAI's file"
     if name == "checkpoint":
         with open(path, "rb") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gpt2cli import dataset, encoder, files
+from gpt2cli import dataset, encoder, folders
 from gpt2cli.errors import UserError
 
 
@@ -20,7 +20,9 @@ def run(config):
         UserError: no vocabulary, unreadable input, nothing in it, or an output that is the input.
     """
     started = time.monotonic()
-    vocabulary = encoder.load(files.source_dir(config))
+    source = folders.source_dir(config)
+    folders.check_sums(source)
+    vocabulary = encoder.load(source)
     out = Path(config.out_npz)
     paths = _inputs(config.in_text, out)
     report = Report(vocabulary, config.lines)

@@ -6,13 +6,13 @@ import sys
 
 from tqdm import tqdm
 
-from gpt2cli import dataset, encoder, files
+from gpt2cli import dataset, encoder, folders
 
 
 def run(config):
     """Print mean loss in nats a token, perplexity, accuracy and the number of tokens."""
-    folder = files.source_dir(config)
-    prefix = files.find_checkpoint(folder)
+    folder = folders.source_dir(config)
+    prefix = folders.find_checkpoint(folder)
     dataset.find(config.dataset)
     vocabulary = encoder.of_model(folder)
     tokens = dataset.load(config.dataset, vocabulary, config, encoder.ids_of(folder, vocabulary))

@@ -1,20 +1,16 @@
 """gpt2cli init: a model folder with random weights, for training from nothing."""
 
-import contextlib
 import math
 import os
-import secrets
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
-from gpt2cli import encoder, files
+from gpt2cli import encoder, files, folders
 from gpt2cli.config import PRESETS, ModelConfig
 from gpt2cli.errors import UsageError, UserError
 
 OF_THE_VOCABULARY = ("lower_case", "start_token", "end_token")  # keys of a hparams.json
-SPARE = 2**24  # bytes that should be left for all that is not weights
 
 
 def run(config):
@@ -28,7 +24,7 @@ def run(config):
         raise UserError(
             f"{folder} exists already. Name another model, or replace it with --overwrite"
         )
-    is_model = folder.is_dir() and (files.config_path(folder) or not os.listdir(folder))
+    is_model = folder.is_dir() and (folders.config_path(folder) or not os.listdir(folder))
     if os.path.lexists(folder) and not is_model:
         raise UserError(f"{folder} is not a model's folder, so it is not replaced. Name another")
     n_layer, n_head, n_embd = (
@@ -40,7 +36,7 @@ def run(config):
             f"--n_embd {n_embd} is not a multiple of --n_head {n_head}: each head takes an equal "
             f"share of the width. --size {config.size} gives what is not named"
         )
-    with _made_beside(folder) as part:
+    with files.replacing_folder(folder) as part:
         extra = copy_vocabulary(config.vocab, part)
         vocabulary = _load(config.vocab, part)
         if getattr(vocabulary, "lower_case", True) is False:
@@ -56,7 +52,7 @@ def run(config):
             with files.replacing(part / "hparams.json") as file:
                 file.write(sizes.to_json().encode())
             encoder.load(part)
-        n_weights = _write_weights(sizes, config.seed, part)
+        n_weights = _write_weights(sizes, config.seed, part, folder)
     _say(
         f"{folder}: n_layer {n_layer}, n_head {n_head}, n_embd {n_embd}, n_ctx {sizes.n_ctx}, "
         f"n_vocab {n_vocab}; {n_weights:,} parameters, random (seed {config.seed}), "
@@ -66,31 +62,6 @@ def run(config):
     if config.models_dir != "models":
         words += ["--models_dir", config.models_dir]
     _say(f"train it with: {shlex.join(words)}")
-
-
-@contextlib.contextmanager
-def _made_beside(folder):
-    """A new folder that takes the place of `folder` when the block ends well, and else goes.
-
-    UserError if it cannot be made or written to.
-    """
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(3)}")
-    part, old = beside.with_name(f"{beside.name}.part"), beside.with_name(f"{beside.name}.old")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, old)
-        os.rename(part, folder)
-    except OSError as error:
-        raise files.cannot_write(folder, error) from error
-    finally:
-        if os.path.lexists(old) and not os.path.lexists(folder):  # interrupted in between
-            os.rename(old, folder)
-        for left in (part, old):
-            shutil.rmtree(left, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a file or a link stood there
-                left.unlink()
 
 
 def copy_vocabulary(path, folder):
@@ -110,9 +81,9 @@ def copy_vocabulary(path, folder):
         path = path.parent if path.is_file() else path  # its folder says how it is read
     if path.is_dir():
         encoder.load(path)  # its messages name the user's folder
-        files.copy_vocabulary(path, folder)
+        folders.copy_vocabulary(path, folder)
         # of a folder without hparams.json there is nothing to copy but files
-        known = files.read_config(path).extra if files.config_path(path) else {}
+        known = folders.read_config(path).extra if folders.config_path(path) else {}
         return {key: known[key] for key in OF_THE_VOCABULARY if key in known}
     if not path.is_file():
         raise UserError(
@@ -146,21 +117,16 @@ def _load(path, part):
         raise UserError(text.replace(str(part), str(Path(path).parent))) from None
 
 
-def _write_weights(sizes, seed, folder):
-    """Write hparams.json and the checkpoint; returns the number of weights.
+def _write_weights(sizes, seed, part, folder):
+    """Write hparams.json and the checkpoint into `part`; returns the number of weights.
 
     UserError if the disk lacks the room, before anything is computed.
     """
     from gpt2cli import checkpoint, model
 
     n_weights = sum(math.prod(shape) for shape in model.weight_shapes(sizes).values())
-    free = shutil.disk_usage(folder).free
-    if free < 4 * n_weights + SPARE:
-        raise UserError(
-            f"the weights take {4 * n_weights:,} bytes, and the disk of {folder.parent.absolute()} "
-            f"has {free:,} free. Free space, or name another folder with --models_dir"
-        )
-    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes, seed)), folder)
+    files.check_room(folder / "model.ckpt", 4 * n_weights)
+    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes, seed)), part)
     return n_weights
 
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from gpt2cli import config as configs
-from gpt2cli import encoder, files, flags
+from gpt2cli import encoder, flags, folders
+from gpt2cli.config import new_seed
 from gpt2cli.errors import UserError
 
 COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
@@ -23,7 +24,7 @@ Type a prompt and press Enter. A prompt of several lines stands between two line
 
 def run(config):
     """Read prompts until the input ends; each is continued before the next is read."""
-    prefix = files.find_checkpoint(files.source_dir(config))
+    prefix = folders.find_checkpoint(folders.source_dir(config))
     if not encoder.exists(prefix.parent):
         raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
 
@@ -33,7 +34,7 @@ def run(config):
     model = inference.load_model(prefix, config.precision)
     _say(f"{prefix}: {engine.describe_devices()}\n{HELP}")
     if config.seed is None:
-        config = dataclasses.replace(config, seed=inference.new_seed())
+        config = dataclasses.replace(config, seed=new_seed())
         _say(f"seed {config.seed}")
     index = 0
     with _line_editing():

@@ -2,30 +2,57 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import sys
+import time
 from pathlib import Path
 
-from gpt2cli import files
+from tqdm import tqdm
+
+from gpt2cli import files, folders, jobs
+from gpt2cli.config import new_seed
 from gpt2cli.errors import UserError
 
 
 def run(config):
     """Write the samples to standard output, and with --run_name into samples/RUN_NAME/ as well.
 
-    With --out into that file, or into --nfiles of them, and nowhere else.
+    With --out into that file, or into --nfiles of them, and nowhere else; as jsonl a file that is
+    gone on with where it was left, see jobs.py.
     """
-    prefix = files.find_checkpoint(files.source_dir(config))
-    files.read_config(prefix.parent)
+    prefix = folders.find_checkpoint(folders.source_dir(config))
+    folders.read_config(prefix.parent)
     prompts = read_prompts(config)
     for path in out_paths(config):
         if path.is_dir():
             raise UserError(f"{path} is a folder; --out takes the name of a file")
+    is_job = config.out is not None and config.format == "jsonl"
+    is_job = is_job and config.nfiles == 1 and config.nsamples > 0
+    if is_job:
+        run_job(config, prefix, prompts)
+        return
+    model = _load(config, prefix, prompts)
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=new_seed())
+        print(f"seed {config.seed}", file=sys.stderr)
+    if config.out is None:
+        path = free_path(config, prefix) if config.run_name is not None else None
+        _write(_samples(model, config, prompts), config, path)
+    for number, path in enumerate(out_paths(config)):
+        first = number * config.nsamples * len(prompts)
+        _write(_samples(model, config, prompts, first), config, path)
 
+
+def _load(config, prefix, prompts, quiet=False):
+    """The model; what is not as the user may think is said."""
     from gpt2cli import engine, inference  # what can be refused was refused before this import
 
     engine.keep_no_memory()
     model = inference.load_model(prefix, config.precision)
+    if quiet:
+        return model
     print(f"{prefix}: {engine.describe_devices()}", file=sys.stderr)
     for number, prompt in enumerate(prompts, 1):
         length, n_ctx = len(model.check_prompt(prompt)), model.config.n_ctx
@@ -34,15 +61,103 @@ def run(config):
                 f"prompt {number} has {length} tokens; the model sees the last {n_ctx} of them",
                 file=sys.stderr,
             )
-    if config.seed is None:
-        config = dataclasses.replace(config, seed=inference.new_seed())
-        print(f"seed {config.seed}", file=sys.stderr)
-    if config.out is None:
-        path = free_path(config, prefix) if config.run_name is not None else None
-        _write(model.samples(prompts, config), config, path)
-    for number, path in enumerate(out_paths(config)):
-        first = number * config.nsamples * len(prompts)
-        _write(model.samples(prompts, config, first), config, path)
+    return model
+
+
+def _samples(model, config, prompts, first=0):
+    """The Samples of this --shard of the prompts, numbered as without one."""
+    if not config.nsamples:
+        return model.samples(prompts, config, first)
+    return model.answers(((first + i, prompt) for i, prompt in _jobs(config, prompts)), config)
+
+
+def _jobs(config, prompts):
+    """(index, prompt) of each sample of this --shard, or with --beams of the first of a prompt."""
+    part, parts = config.shard_of()
+    repeated = 1 if config.beams > 1 else config.nsamples
+    return [
+        (number * config.nsamples + i, prompt)
+        for number, prompt in enumerate(prompts)
+        if number % parts == part
+        for i in range(repeated)
+    ]
+
+
+# What has no influence on a sample; the weights are known by their checksum.
+NO_MATTER = (
+    *("model_name", "run_name", "models_dir", "checkpoint_dir", "sample_dir", "verbose"),
+    *("prompt", "prompt_file", "prompts", "out", "nfiles", "batch_size", "delimiter", "format"),
+)
+
+
+def run_job(config, prefix, prompts):
+    """Fill --out with a line of JSON for each sample; go on where an earlier command stopped.
+
+    Raises:
+        BusyError: another process fills it.
+        UserError: at the end, where a prompt has no answer; its line says why.
+    """
+    job = {k: v for k, v in dataclasses.asdict(config).items() if k not in NO_MATTER}
+    job["stop"] = list(config.stop)  # as JSON gives it back
+    asked = json.dumps(prompts).encode("ascii")
+    job["prompts"] = hashlib.sha256(asked).hexdigest()
+    job["weights"] = files.digest(f"{prefix}.index")  # which has the checksum of each of them
+    with jobs.gathered(config.out, job, {"seed": new_seed()}) as lines:
+        config = dataclasses.replace(config, seed=lines.job["seed"])
+        summary, failures = _fill(lines, config, prefix, prompts)
+    if failures:
+        raise UserError(f'{summary}. The lines with "error" say why')
+    print(summary, file=sys.stderr)
+
+
+def _fill(lines, config, prefix, prompts):
+    """Generate what is not there yet; returns what to say of it and the number of failures.
+
+    A group of prompts after another, which are batches: they are the same after a stop.
+    """
+    todo, each = _jobs(config, prompts), config.nsamples if config.beams > 1 else 1
+    size = 1 if config.beams > 1 else config.batch_size
+    indices = [index + place for index, _ in todo for place in range(each)]
+    there = [line.get("index") for line in lines.found]
+    pairs = zip(there, indices, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    lines.keep(same if same == len(indices) else same - same % (size * each))
+    begin, tokens = len(lines.found) // each, 0
+    failures = sum("error" in line for line in lines.found)
+    model = _load(config, prefix, prompts, quiet=True) if begin < len(todo) else None
+    begun = time.monotonic()
+    # disable=None: a bar on a terminal, nothing in a log file
+    with tqdm(total=len(todo), initial=begin, unit=" samples", disable=None, leave=False) as bar:
+        for start in range(begin, len(todo), size):
+            group = todo[start : start + size]
+            made = _answered(model, config, group, each, min(size, len(todo)))
+            lines.add(made)
+            tokens += sum(len(line.get("tokens", ())) for line in made)
+            failures += sum("error" in line for line in made)
+            bar.update(len(group))
+    speed = tokens / max(time.monotonic() - begun, 1e-9)
+    count = len({index // config.nsamples for index in indices})
+    earlier = f", {len(lines.found):,} samples were there" if lines.found else ""
+    return (
+        f"{config.out}: {count:,} prompts, {tokens:,} tokens, {speed:,.1f} tokens/s, "
+        f"{failures:,} failures{earlier}",
+        failures,
+    )
+
+
+def _answered(model, config, group, each, width):
+    """The lines of a group of (index, prompt), in order."""
+    good, made = [], {}
+    for index, prompt in group:
+        try:
+            model.check_prompt(prompt)
+            good.append((index, prompt))
+        except UserError as error:
+            wrong = {"prompt": prompt, "error": str(error)}
+            made |= {i: {"index": i, **wrong} for i in range(index, index + each)}
+    for sample in model.answers(good, config, width=width):
+        made[sample.index] = sample.as_json()
+    return [made[index] for index in sorted(made)]
 
 
 def out_paths(config):

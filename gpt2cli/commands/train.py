@@ -13,7 +13,8 @@ import threading
 import time
 from pathlib import Path
 
-from gpt2cli import dataset, encoder, files, windows
+from gpt2cli import dataset, encoder, files, folders, runs, windows
+from gpt2cli.config import new_seed
 from gpt2cli.errors import UserError
 
 
@@ -23,9 +24,9 @@ def run(config):
     Returns:
         The run folder, a Path.
     """
-    run_folder = files.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
+    run_folder = folders.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
     prefix, resumed = starting_point(config, run_folder)
-    sizes = files.read_config(prefix.parent)
+    sizes = folders.read_config(prefix.parent)
     dataset.find(config.dataset)
     if config.val_dataset is not None:
         dataset.find(config.val_dataset)
@@ -47,7 +48,7 @@ def run(config):
         held_out = dataset.load(config.val_dataset, vocabulary, config, n_vocab)
     elif config.val_dataset is not None:
         _say("--val_dataset is not used: --val_every is 0")
-    with files.locked(run_folder, "train"), stop_signals() as stop:
+    with files.filling(run_folder, "train"), stop_signals() as stop:
         # once more, now that nobody else can save: another train may have ended meanwhile
         prefix, resumed = starting_point(config, run_folder)
         run = Run(config, run_folder, prefix, resumed, vocabulary)
@@ -65,17 +66,20 @@ def starting_point(config, run_folder):
     Raises:
         UserError: there is no such checkpoint, or the run's own would be overwritten.
     """
-    saved = files.saved_steps(run_folder)
-    if config.restore_from == "latest" and saved:
+    saved = runs.steps(run_folder)
+    if config.restore_from == "weights" and not saved:
+        raise UserError(f"--restore_from weights: {run_folder} has no checkpoint to go on from")
+    if config.restore_from in ("latest", "weights") and saved:
         if not (run_folder / "hparams.json").exists():  # nshepperd's runs have neither file
-            files.copy_description(
-                files.model_dir(config.models_dir, config.model_name), run_folder
+            folders.copy_description(
+                folders.model_dir(config.models_dir, config.model_name), run_folder
             )
-        return files.find_checkpoint(run_folder), True
+        needs_all = config.restore_from == "latest"
+        return folders.find_checkpoint(run_folder, to_train=needs_all), True
     if config.restore_from in ("latest", "fresh"):
-        prefix = files.find_checkpoint(files.model_dir(config.models_dir, config.model_name))
+        prefix = folders.find_checkpoint(folders.model_dir(config.models_dir, config.model_name))
     else:
-        prefix = files.find_checkpoint(config.restore_from)
+        prefix = folders.find_checkpoint(config.restore_from, to_train=True)
         if prefix.parent.resolve() == run_folder.resolve():
             return prefix, True
     if saved and not config.overwrite:
@@ -98,38 +102,50 @@ class Run:
     """
 
     def __init__(self, config, folder, prefix, resumed, vocabulary):
-        from gpt2cli import checkpoint, engine, graph, inference, training
+        from gpt2cli import checkpoint, engine, graph, inference, journal, training
 
         self.folder, self.source, self.checkpoint = folder, prefix.parent, checkpoint
-        self.replaced = () if resumed else files.saved_steps(folder)
+        self.replaced = () if resumed else runs.steps(folder)
+        runs.clear(folder)
         _say(f"{prefix}: {engine.describe_devices()}")
-        _say(memory_line(training.memory_needed(files.read_config(prefix.parent), config)))
+        _say(memory_line(training.memory_needed(folders.read_config(prefix.parent), config)))
         network = checkpoint.load(prefix, config.precision, weights_precision="float32")
         self.model = inference.Model(graph.Graph(network), vocabulary)
         tensors, state = checkpoint.load_training(prefix) if resumed else ({}, None)
-        if resumed and state is None:
-            _say("the checkpoint has no optimizer state beside it; the optimizer starts anew")
+        if config.restore_from == "weights":
+            tensors = {}
+        if resumed and not tensors:
+            why = "" if state is None else ", as --restore_from weights asks"
+            _say(f"without the optimizer's state{why}: the optimizer starts anew")
         slots = {}
         if not tensors and config.optimizer == "adafactor_gpt2_ml":
             slots = checkpoint.load_slots(prefix, config.optimizer)
         state = state or {"step": _step_of(prefix) if resumed else 0}
         seed = config.seed if config.seed is not None else state.get("seed")
         if seed is None:
-            seed = inference.new_seed()
+            seed = new_seed()
             _say(f"seed {seed}")
         self.config = self.given = dataclasses.replace(config, seed=seed)
         self.step = self.saved = state["step"]
-        self.log_of = self.step if resumed else -1  # lines after this step are another run's
         self.running_loss = state.get("running_loss", [0.0, 0.0])
+        self.best = state.get("best")  # step and loss of the best validation
+        self.worse = state.get("worse", 0)  # validations since
+        self.kept_at = state.get("kept_at", time.time())  # when the last was saved for good
+        self.validated = {}  # the loss of the present step, once it is known
+        self.batch = None  # the last that was learned from
+        self.try_again = math.inf  # when a checkpoint that failed is to be written
+        self.skipped = 0  # steps in a row
         self.trainer = training.Trainer(network, self.config)
         if tensors:
             self.trainer.restore(tensors)
         elif slots and self.trainer.adopt(slots):
             _say("the optimizer goes on with the moments in the checkpoint")
-        self.events = training.Events(folder)
+        # lines after the present step are of steps that are taken again, or another run's
+        always = {"seq_length": config.seq_length or self.model.config.n_ctx}
+        self.journal = journal.Journal(folder, self.step if resumed else -1, always)
 
     def train(self, tokens, held_out, stop):
-        """Take steps until --steps or `stop`; save, sample and validate on the way."""
+        """Take steps until --steps, --patience or `stop`; save, sample and validate on the way."""
         length = self.config.seq_length or self.model.config.n_ctx
         rows = self.config.batch_size * self.config.accumulate_gradients
         sampler = self.sampler(tokens, length, self.config.seed)
@@ -150,32 +166,53 @@ class Run:
             self.validate(held_out, length, stop)
         self.began = self.reported = time.monotonic()
         self.reported_step = self.step
-        while not stop.received and (not config.steps or self.step < config.steps):
-            n_vocab = self.model.config.n_vocab
-            batch = sampler.batch(self.step, rows, config.noise, n_vocab)
-            loss, accuracy = self.trainer.step(self.step, batch)
-            self.count(loss)
-            self.batch = batch
-            if self.step % config.print_every == 0 or self.step == config.steps:
-                self.report(loss, accuracy, batch.inputs.size)
-            if self.step % config.save_every == 0:
-                self.save()
-            if stop.received:
-                break
+        while not (stop.received or self.is_over()):
+            self.take_step(sampler, rows)
             paused = time.monotonic()
-            if config.sample_every and self.step % config.sample_every == 0:
-                self.write_samples(stop)
             if config.val_every and self.step % config.val_every == 0:
                 self.validate(held_out, length, stop)
+            is_best = config.keep_best and self.best and self.best["step"] == self.step
+            due = self.step % config.save_every == 0 or time.monotonic() >= self.try_again
+            if due or is_best:
+                self.save()
+            if config.sample_every and self.step % config.sample_every == 0:
+                self.write_samples(stop)
             self.reported += time.monotonic() - paused  # the speed is that of training alone
-        self.save()
-        self.events.close()
+        self.save(last=True)
+        self.journal.close()
         name = shlex.quote(f"--run_name={config.run_name}")
         _say(
             f"saved {self.folder} at step {self.step}; sample from it with: gpt2cli sample {name}"
-            if files.saved_steps(self.folder)
+            if runs.steps(self.folder)
             else "stopped before the first step; nothing is saved"
         )
+
+    def is_over(self):
+        """Whether the run has taken all its steps, or no longer gets better."""
+        if self.config.patience and self.worse >= self.config.patience:
+            _say(
+                f"the validation loss has not fallen {self.worse} times in a row; it was lowest at "
+                f"step {self.best['step']}, {self.best['loss']:.4f}"
+            )
+            return True
+        return bool(self.config.steps) and self.step >= self.config.steps
+
+    def take_step(self, sampler, rows):
+        """One step with its batch, and the line that tells of it."""
+        config = self.config
+        batch = sampler.batch(self.step, rows, config.noise, self.model.config.n_vocab)
+        done = self.trainer.step(self.step, batch)
+        self.validated = {}
+        if not done.is_finite:
+            self.refuse(done, batch, sampler.origin(self.step, rows))
+            return
+        self.batch, self.skipped = batch, 0
+        self.step += 1
+        # the running average of nshepperd/gpt-2 train.py
+        before = self.running_loss
+        self.running_loss = [before[0] * 0.99 + done.loss, before[1] * 0.99 + 1]
+        if self.step % config.print_every == 0 or self.step == config.steps:
+            self.report(done, batch.inputs.size)
 
     def sampler(self, tokens, length, seed):
         """The batches of a text as --sampling asks for."""
@@ -183,71 +220,95 @@ class Run:
         end = vocabulary.end if vocabulary else None
         return tokens.sampler(config.sampling, length, seed, end, config.uer_compat)
 
-    def count(self, loss):
-        """Take note of a step and its loss; one that is not finite ends the run."""
-        self.check(loss)
-        self.step += 1
-        # the running average of nshepperd/gpt-2 train.py
-        self.running_loss = [self.running_loss[0] * 0.99 + loss, self.running_loss[1] * 0.99 + 1]
-
-    def report(self, loss, accuracy, tokens):
+    def report(self, done, tokens):
         """Print the line of a step that read `tokens` tokens; the speed is that since the last."""
         now, average = time.monotonic(), self.running_loss[0] / self.running_loss[1]
         speed = tokens * (self.step - self.reported_step) / (now - self.reported)
         self.reported, self.reported_step = now, self.step
         _say(
-            f"[{self.step} | {now - self.began:.2f}] loss={loss:.4f} avg={average:.4f} "
-            f"acc={accuracy:.3f} {speed:.0f} tokens/s"
+            f"[{self.step} | {now - self.began:.2f}] loss={done.loss:.4f} avg={average:.4f} "
+            f"acc={done.accuracy:.3f} {speed:.0f} tokens/s"
         )
-        values = {"loss": loss, "accuracy": accuracy, "tokens_per_second": speed}
-        self.record(learning_rate=float(self.trainer.optimizer.learning_rate), **values)
+        self.journal.write(
+            self.step,
+            learning_rate=float(self.trainer.optimizer.learning_rate),
+            loss=done.loss,
+            accuracy=done.accuracy,
+            gradient_norm=done.norm,
+            tokens_per_second=speed,
+        )
 
-    def record(self, **values):
-        """Add numbers of this step to TensorBoard's events and to log.jsonl."""
-        self.events.write(self.step, **values)
-        length = self.config.seq_length or self.model.config.n_ctx
-        plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        line = json.dumps({"step": self.step, "seq_length": length, **plain}) + "\n"
-        path = self.folder / "log.jsonl"
-        with contextlib.suppress(OSError, UserError):  # a full disk is met at the next save
-            if self.log_of is not None and path.exists():
-                kept = [text for text in path.open() if json.loads(text)["step"] <= self.log_of]
-                with files.replacing(path, "w", encoding="utf-8") as file:
-                    file.writelines(kept)
-            self.log_of = None
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(line)
-
-    def check(self, loss):
-        """End the run (UserError) where a loss is not finite; what was saved stays."""
-        if math.isfinite(loss):
+    def refuse(self, done, batch, spans):
+        """A step whose loss or gradient is no number: leave it out, or end the run (UserError)."""
+        said = f"step {self.step + 1}: the loss is {done.loss}, the gradient's norm {done.norm}"
+        where = "; ".join(
+            f"chunk {chunk + 1}, tokens {start:,} to {stop:,}" for chunk, start, stop in spans[:8]
+        )
+        where += f" and {len(spans) - 8} more" * (len(spans) > 8)
+        said += f". The batch was {self.config.dataset}: {where}"
+        if self.model.encoder:
+            text = self.model.encoder.decode(batch.inputs[0, :24].tolist())
+            said += f", beginning with {text!r}"
+        if self.config.on_nonfinite == "skip" and self.skipped < SKIPS:
+            self.skipped += 1
+            self.step += 1
+            _say(f"{said}. It is skipped: no weight has changed")
             return
-        saved = files.saved_steps(self.folder)
-        again = (
-            f"{self.folder} keeps its checkpoint of step {self.saved}" if saved else "Start anew"
-        )
+        self.diverged(said)
+
+    def diverged(self, said):
+        """End the run (UserError); what was saved stays."""
+        again = "Start anew"
+        if runs.steps(self.folder):
+            again = f"{self.folder} keeps its checkpoint of step {self.saved}; go on"
         raise UserError(
-            f"the loss after step {self.step} is {loss}: training has diverged. {again}; go on "
-            "with a lower --learning_rate, with --warmup_steps or --clip_norm 1"
+            f"{said}. Training has diverged, or the batch is bad. {again} with a lower "
+            "--learning_rate, with --warmup_steps, --clip_norm 1 or --on_nonfinite skip"
         )
 
-    def save(self):
-        """Write a checkpoint of this step, unless there is one or its weights have diverged."""
+    def save(self, last=False):
+        """Write a checkpoint of this step, unless there is one or its weights have diverged.
+
+        If it fails, on a full disk for one, training goes on and it is tried again; with `last`
+        it is a UserError.
+        """
         if self.saved == self.step:
             return
-        # The last loss was that before the update: ask once more, of the weights that are saved.
-        first = windows.Batch(*(field[:1] for field in self.batch))
-        self.check(self.model.score([first]).loss)
+        if self.batch is not None:
+            # The last loss was that before the update: ask once more, of the weights to be saved.
+            first = windows.Batch(*(field[:1] for field in self.batch))
+            loss = self.model.score([first]).loss
+            if not math.isfinite(loss):
+                self.diverged(f"after step {self.step} the loss is {loss}")
+        try:
+            self.write()
+            self.try_again = math.inf
+        except UserError as error:
+            kept = f"the last checkpoint is that of step {self.saved}"
+            if last:
+                raise UserError(f"{error}. Step {self.step} is not saved, {kept}") from error
+            self.try_again = time.monotonic() + TRY_AGAIN
+            _say(
+                f"gpt2cli: {error}. Training goes on, and a checkpoint is tried again soon; {kept}"
+            )
+
+    def write(self):
+        """Write the checkpoint, then remove those that need not be kept."""
         if self.source != self.folder:
-            files.copy_description(self.source, self.folder, self.model.config)
+            folders.copy_description(self.source, self.folder, self.model.config)
             self.source = self.folder
         with files.replacing(self.folder / "train.json", "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(self.given), file, indent=2)
-        state = {"step": self.step, "seed": self.config.seed, "running_loss": self.running_loss}
+        config, now = self.config, time.time()
+        state = {"step": self.step, "seed": config.seed, "running_loss": self.running_loss}
+        state |= {"best": self.best, "worse": self.worse, **self.validated}
+        if config.keep_every_hours and now - self.kept_at >= config.keep_every_hours * 3600:
+            state["permanent"], self.kept_at = True, now
+        state["kept_at"] = self.kept_at
         network, optimizer = self.trainer.model, self.trainer.state()
-        self.checkpoint.save_run(
-            self.folder, network, optimizer, state, self.config.keep, self.replaced
-        )
+        self.checkpoint.save_run(self.folder, network, optimizer, state)
+        kept = runs.prune(self.folder, self.step, config.keep, config.keep_best, self.replaced)
+        self.checkpoint.name_newest(self.folder, kept)
         self.saved, self.replaced = self.step, ()
 
     def write_samples(self, stop):
@@ -267,9 +328,10 @@ class Run:
         vocabulary = self.model.encoder
         starts = vocabulary and vocabulary.start is not None
         # without a start token from one of the text, as nshepperd/gpt-2 train.py
-        prompt = None if starts else [int(self.batch.inputs[0, 0])]
-        first = self.step * config.sample_num
-        samples = self.model.samples([prompt], settings, first, stop=lambda: stop.received)
+        first = 0 if self.batch is None else int(self.batch.inputs[0, 0])
+        prompt = None if starts else [first]
+        number = self.step * config.sample_num
+        samples = self.model.samples([prompt], settings, number, stop=lambda: stop.received)
         texts = [dataclasses.replace(s, index=i).show("text") for i, s in enumerate(samples)]
         if stop.received:
             return
@@ -296,9 +358,18 @@ class Run:
             f"[{self.step}] validation loss={score.loss:.4f} perplexity={perplexity:.2f} "
             f"acc={score.accuracy:.3f}"
         )
-        self.record(validation_loss=score.loss, validation_accuracy=score.accuracy)
+        self.journal.write(
+            self.step, validation_loss=score.loss, validation_accuracy=score.accuracy
+        )
+        self.validated = {"validation_loss": score.loss}
+        if self.best is None or score.loss < self.best["loss"]:
+            self.best, self.worse = {"step": self.step, "loss": score.loss}, 0
+        else:
+            self.worse += 1
 
 
+SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run ends
+TRY_AGAIN = 60.0  # seconds after which a checkpoint that could not be written is tried again
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
 
 

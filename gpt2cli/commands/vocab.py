@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt2cli import dataset, encoder, files
+from gpt2cli import dataset, encoder, files, folders
 from gpt2cli.errors import UsageError, UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # [PAD] is id 0, as in BERT's
@@ -72,14 +72,14 @@ def run(config):
 
 def _check_folder(folder, size, overwrite):
     """UserError if a vocabulary of `size` tokens may not be written into the folder."""
-    config = files.config_path(folder) and files.read_config(folder)
+    config = folders.config_path(folder) and folders.read_config(folder)
     if config and config.n_vocab < size:
         raise UserError(
             f"{folder} is a model of {config.n_vocab} tokens, and the vocabulary would have up to "
             f"{size}. Write it into a folder of its own, and make a model for it with: "
             "gpt2cli init NAME --vocab FOLDER"
         )
-    found = [name for name in files.ENCODER_FILES if (folder / name).exists()]
+    found = [name for name in folders.ENCODER_FILES if (folder / name).exists()]
     if found and not overwrite:
         raise UserError(
             f"{folder} has a vocabulary already ({', '.join(found)}). Name another folder as OUT, "
@@ -206,7 +206,7 @@ def write(folder, made):
         for name, text in made.items():
             file = stack.enter_context(files.replacing(folder / name))
             file.write(text.encode())
-    for name in files.ENCODER_FILES:
+    for name in folders.ENCODER_FILES:
         if name not in made:
             (folder / name).unlink(missing_ok=True)
 

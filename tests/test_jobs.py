@@ -1,0 +1,239 @@
+"""A batch job: `sample --prompts --format jsonl --out`, stopped, gone on with, in parts."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from gpt2cli import files, inference
+
+PROMPTS = ["The kettle", "A letter", "In the garden", "At night", "The old man"]
+FLAGS = ("--model_name", "tiny", "--length", 6, "--top_k", 20, "--format", "jsonl")
+
+
+@pytest.fixture
+def prompts(workdir):
+    (workdir / "prompts.txt").write_text("".join(f"{text}\n" for text in PROMPTS))
+    return workdir
+
+
+def job(cli, out, *more, seed=("--seed", 5)):
+    return cli("sample", *FLAGS, *seed, "--prompts", "prompts.txt", "--out", out, *more)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_job_writes_a_line_a_sample_and_says_so_in_one(cli, prompts):
+    result = job(cli, "out.jsonl", "--nsamples", 2, "--batch_size", 3)
+    assert result.returncode == 0 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("out.jsonl: 5 prompts, ")
+    assert "tokens/s, 0 failures\n" in result.stderr
+    found = lines(prompts / "out.jsonl")
+    assert [line["index"] for line in found] == list(range(10))
+    assert [line["prompt"] for line in found] == [text for text in PROMPTS for _ in range(2)]
+    assert f" {sum(len(line['tokens']) for line in found)} tokens," in result.stderr
+    assert sorted(p.name for p in prompts.iterdir()) == ["models", "out.jsonl", "prompts.txt"]
+    # the same as without --out
+    printed = cli("sample", *FLAGS, "--seed", 5, "--prompts", "prompts.txt", "--nsamples", 2)
+    assert printed.stdout == (prompts / "out.jsonl").read_text()
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("torn", ["", '{"index": 4, "te', "\0\0\0\0\n", "[]\n", '{"index": 99}\n'])
+def test_a_stopped_job_goes_on_and_ends_as_one_that_was_not(cli, prompts, monkeypatch, torn, beams):
+    more = ("--nsamples", 2, *(("--beams", 2) if beams == 2 else ("--batch_size", 3)))
+    more = tuple(word for word in more if (beams, word) != (2, "--top_k"))
+    flags = FLAGS if beams == 1 else (*FLAGS[:4], *FLAGS[6:])
+    words = ("sample", *flags, "--seed", 5, "--prompts", "prompts.txt", *more, "--out")
+    assert cli(*words, "whole.jsonl").returncode == 0
+
+    real, done = inference.Model.answers, []
+
+    def dying(self, *arguments, **options):
+        if len(done) == 2:
+            raise Stopped
+        done.append(1)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(inference.Model, "answers", dying)
+    with pytest.raises(Stopped):
+        cli(*words, "out.jsonl")
+    monkeypatch.undo()
+    monkeypatch.chdir(prompts)
+    assert not (prompts / "out.jsonl").exists()
+    part = prompts / "out.jsonl.part"
+    there = len(lines(part))
+    assert there == (6 if beams == 1 else 4)
+    with part.open("a") as file:
+        file.write(torn)
+    result = cli(*words, "out.jsonl")
+    assert result.returncode == 0 and f", {there} samples were there" in result.stderr
+    assert (prompts / "out.jsonl").read_bytes() == (prompts / "whole.jsonl").read_bytes()
+    assert not list(prompts.glob("*.part*"))
+
+
+def test_a_drawn_seed_is_kept_for_the_rest(cli, prompts, monkeypatch):
+    real, done = inference.Model.answers, []
+
+    def dying(self, *arguments, **options):
+        if done:
+            raise Stopped
+        done.append(1)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(inference.Model, "answers", dying)
+    with pytest.raises(Stopped):
+        job(cli, "out.jsonl", seed=())
+    monkeypatch.undo()
+    monkeypatch.chdir(prompts)
+    assert job(cli, "out.jsonl", seed=()).returncode == 0
+    (seed,) = {line["seed"] for line in lines(prompts / "out.jsonl")}
+    assert job(cli, "again.jsonl", seed=("--seed", seed)).returncode == 0
+    assert (prompts / "again.jsonl").read_bytes() == (prompts / "out.jsonl").read_bytes()
+
+
+def test_what_is_left_of_another_job_is_set_aside(cli, prompts):
+    (prompts / "out.jsonl.part").write_text('{"index": 0, "text": "of another job"}\n')
+    (prompts / "out.jsonl.part.json").write_text('{"seed": 4}')
+    assert job(cli, "out.jsonl").returncode == 0
+    assert len(lines(prompts / "out.jsonl")) == 5
+    assert "of another job" in (prompts / "out.jsonl.part.old").read_text()
+
+
+def test_the_shards_together_are_the_whole(cli, prompts):
+    assert job(cli, "whole.jsonl", "--nsamples", 2).returncode == 0
+    for part in (1, 2, 3):
+        more = ("--nsamples", 2, "--shard", f"{part}/3")
+        assert job(cli, f"part{part}.jsonl", *more).returncode == 0
+    together = [line for part in (1, 2, 3) for line in lines(prompts / f"part{part}.jsonl")]
+    assert sorted(together, key=lambda line: line["index"]) == lines(prompts / "whole.jsonl")
+    assert len(lines(prompts / "part3.jsonl")) == 2
+    printed = cli("sample", *FLAGS, "--seed", 5, "--prompts", "prompts.txt", "--shard", "3/3")
+    assert [json.loads(line)["index"] for line in printed.stdout.splitlines()] == [2]
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b", "1/0", "-1/2", "1/2/3", "١/٢"])
+def test_a_shard_that_is_none_is_a_usage_error(cli, prompts, shard):
+    result = job(cli, "out.jsonl", f"--shard={shard}")
+    assert result.returncode == 2 and "--shard takes PART/PARTS" in result.stderr
+
+
+def test_one_prompt_that_cannot_be_answered_does_not_cost_the_others(cli, prompts):
+    (prompts / "some.jsonl").write_text('"The kettle"\n{"tokens": [99999]}\n"A letter"\n[1, 2]\n')
+    words = ("sample", *FLAGS, "--seed", 5, "--prompts", "some.jsonl", "--batch_size", 4)
+    result = cli(*words, "--out", "out.jsonl")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "4 prompts" in result.stderr and "1 failures" in result.stderr
+    found = lines(prompts / "out.jsonl")
+    assert [line["index"] for line in found] == [0, 1, 2, 3]
+    assert "99999" in found[1]["error"] and all("text" in found[i] for i in (0, 2, 3))
+    alone = cli("sample", *FLAGS, "--seed", 5, "--prompt", "The kettle")
+    assert json.loads(alone.stdout) == found[0]
+
+
+def test_a_second_command_on_the_same_output_is_told_to_come_later(cli, prompts):
+    with files.locked(prompts / ".out.jsonl.lock", "sample"):
+        result = job(cli, "out.jsonl")
+    assert result.returncode == 75 and f"process {os.getpid()}" in result.stderr
+    assert result.stderr.count("\n") == 1 and not (prompts / "out.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_written_says_how_to_go_on(cli, prompts, monkeypatch):
+    from gpt2cli import jobs
+
+    def full(self, objects):
+        with jobs._told(self._path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jobs.Lines, "add", full)
+    result = job(cli, "out.jsonl")
+    assert result.returncode == 1 and "goes on where it stopped" in result.stderr
+
+
+def check_kills(prompts, rounds, count):
+    """Kill a job so often, at any moment after its first new line; it ends as one that was not."""
+    (prompts / "many.txt").write_text("".join(f"{PROMPTS[i % 5]} {i}\n" for i in range(count)))
+    words = [*FLAGS, "--seed", 5, "--prompts", "many.txt", "--batch_size", 8, "--length", 4]
+    del words[2:4]  # another --length
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "gpt2cli", "sample", *map(str, words), "--out"]
+    part, chance = prompts / "out.jsonl.part", random.Random(rounds)
+    for _ in range(rounds):
+        before = part.stat().st_size if part.exists() else 0
+        process = subprocess.Popen([*command, "out.jsonl"], cwd=prompts, env=environment)
+        while not (part.exists() and part.stat().st_size > before):
+            assert process.poll() is None, "it ended before it was killed: more prompts are needed"
+            time.sleep(0.01)
+        time.sleep(chance.random() / 2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (prompts / "out.jsonl").exists()
+    for name in ("out.jsonl", "whole.jsonl"):
+        assert subprocess.run([*command, name], cwd=prompts, env=environment).returncode == 0
+    assert len(lines(prompts / "out.jsonl")) == count
+    assert (prompts / "out.jsonl").read_bytes() == (prompts / "whole.jsonl").read_bytes()
+
+
+def test_a_killed_job_goes_on_as_if_nothing_had_happened(prompts):
+    check_kills(prompts, 1, 1_000)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_a_hundred_times(prompts):
+    check_kills(prompts, 100, 60_000)
+
+
+def test_the_nightly_script_writes_a_dated_file_and_one_line(workdir, tmp_path_factory):
+    """With a stand-in for the model: bin/gpt2cli is what the script calls."""
+    (workdir / "prompts.txt").write_text("The kettle\n")
+    run = workdir / "checkpoint" / "run1"
+    run.mkdir(parents=True)
+    for path in (workdir / "models" / "tiny").iterdir():
+        (run / path.name).write_bytes(path.read_bytes())
+    samples = workdir / "samples" / "run1"
+    samples.mkdir(parents=True)
+    for name, days in (("nightly-2020-01-01.jsonl", 40), ("nightly-2020-01-02.jsonl", 20)):
+        (samples / name).write_text("{}\n")
+        os.utime(samples / name, times=(time.time() - days * 86400,) * 2)
+
+    def nightly(*more):
+        words = [ROOT / "bin/nightly-generate", "--run_name=run1", "--prompts", "prompts.txt"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "GPT2CLI_HOME": str(workdir), "PATH": path}
+        result = subprocess.run(
+            [*words, *more], cwd="/", env=environment, capture_output=True, text=True
+        )
+        return result.returncode, result.stdout + result.stderr
+
+    assert nightly("--length", "4", "--seed=1") == (0, ""), (samples / "nightly.log").read_text()
+    today = time.strftime("%Y-%m-%d")
+    assert len(lines(samples / f"nightly-{today}.jsonl")) == 1
+    assert sorted(p.name for p in samples.iterdir()) == [
+        *("nightly-2020-01-02.jsonl", f"nightly-{today}.jsonl", "nightly.log")
+    ]
+    (line,) = (samples / "nightly.log").read_text().splitlines()
+    assert line.startswith(today) and "status 0: " in line and line.endswith("0 failures")
+    assert nightly("--nothing") == (2, "")
+    assert "no flag --nothing" in (samples / "nightly.log").read_text().splitlines()[1]
+    status, said = nightly("--out", "x")
+    assert status == 2 and "its own to choose" in said
+    holder = subprocess.Popen(["flock", samples / "nightly.log", "sleep", "30"])
+    try:
+        time.sleep(0.5)
+        assert nightly() == (75, "")
+    finally:
+        holder.kill()
+    assert "status 75" in (samples / "nightly.log").read_text().splitlines()[2]

@@ -1,0 +1,135 @@
+"""Which checkpoints of a run count, which is the newest, and which may go."""
+
+import json
+import re
+
+import pytest
+
+from gpt2cli import files, folders, runs
+from gpt2cli.errors import UserError
+
+
+def save(folder, step, number=None, **more):
+    """A checkpoint whose files hold a few bytes; numbers are those of saving."""
+    folder.mkdir(exist_ok=True)
+    names = [f"{kind}-{step}{end}" for kind in ("model", "optimizer") for end in runs.ENDINGS]
+    for name in names:
+        (folder / name).write_text(f"{name} {number}")
+    state = {"step": step, "save": step if number is None else number, **more}
+    runs.write_state(folder, state, {name: files.digest(folder / name) for name in names})
+
+
+def test_the_newest_is_the_one_that_was_saved_last(tmp_path, capsys):
+    for number, step in enumerate((10, 20, 15)):
+        save(tmp_path, step, number)
+    assert runs.newest(tmp_path) == 15 and list(runs.states(tmp_path)) == [10, 20, 15]
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model-10"\n')
+    assert folders.find_checkpoint(tmp_path) == tmp_path / "model-15"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["model-2.index", "optimizer-2" + runs.SHARD, "state-2.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "empty"])
+def test_a_damaged_newest_is_told_and_the_one_before_it_used(tmp_path, capsys, name, damage):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / name
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        flipped = bytes([content[0] ^ 1, *content[1:]])
+        path.write_bytes({"flip": flipped, "cut": content[:-3], "empty": b""}[damage])
+    assert runs.newest(tmp_path) == 1
+    told = capsys.readouterr().err
+    if (name, damage) == ("model-2.index", "gone"):  # as if it had never been saved
+        assert told == "" and runs.steps(tmp_path) == [1]
+        return
+    assert name in told and "checkpoint of step 1 is used" in told and told.count("\n") == 1
+    with pytest.raises(UserError, match=re.escape(name)):
+        folders.find_checkpoint(tmp_path / "model-2", to_train=True)
+    if name.startswith("optimizer") and damage != "gone":  # nothing that sampling reads
+        assert folders.find_checkpoint(tmp_path) == tmp_path / "model-2"
+
+
+def test_where_all_are_damaged_each_is_named(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+        (tmp_path / f"model-{step}.index").write_text("other")
+    with pytest.raises(UserError, match=r"model-2.index is damaged.*model-1.index is damaged"):
+        folders.find_checkpoint(tmp_path)
+
+
+def test_every_change_of_a_state_is_noticed(tmp_path):
+    save(tmp_path, 3, running_loss=[1.5, 2.0])
+    path = tmp_path / "state-3.json"
+    content = path.read_bytes()
+    for at in range(len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+            try:
+                assert runs.read_state(tmp_path, 3) == {
+                    key: value for key, value in json.loads(content).items() if key != "sha256"
+                }
+            except UserError as error:
+                assert "state-3.json" in str(error)
+
+
+def test_a_checkpoint_of_another_program_counts_as_it_is(tmp_path):
+    for name in ("model-5.index", "model-5" + runs.SHARD, "model-7.index", "model-7" + runs.SHARD):
+        (tmp_path / name).write_text("weights")
+    assert runs.newest(tmp_path) == 7 and runs.fault(tmp_path, 5) is None
+    save(tmp_path, 6)
+    assert runs.newest(tmp_path) == 6
+
+
+def kept(folder, saved, **options):
+    found = runs.prune(folder, saved, **options)
+    names = {int(re.search(r"\d+", p.name)[0]) for p in folder.iterdir() if p.name != "other.txt"}
+    assert names == set(found)
+    return found
+
+
+def test_the_newest_stay_and_those_that_were_saved_for_good(tmp_path):
+    (tmp_path / "other.txt").write_text("of the user")
+    for step in range(1, 8):
+        save(tmp_path, step, permanent=step == 2, validation_loss=abs(step - 4))
+    assert kept(tmp_path, 7, keep=0) == [1, 2, 3, 4, 5, 6, 7]
+    assert kept(tmp_path, 7, keep=2, keep_best=True) == [2, 4, 6, 7]
+    assert kept(tmp_path, 7, keep=1) == [2, 7]
+    assert (tmp_path / "other.txt").exists()
+
+
+def test_those_of_a_replaced_run_go_once_the_new_one_is_there(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, validation_loss=0.0, permanent=True)
+    save(tmp_path, 20, number=31, validation_loss=9.0)
+    assert kept(tmp_path, 20, keep=5, keep_best=True, replaced=[10, 20, 30]) == [20]
+
+
+def test_what_a_killed_writer_left_is_cleared_and_nothing_else(tmp_path):
+    save(tmp_path, 1)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for name in (".model-2.77.part.index", ".optimizer-2.77.part.data-00000-of-00001.tempstate1",
+                 "hparams.json.77-abcdef.part"):  # fmt: skip
+        (tmp_path / name).write_text("half")
+    runs.clear(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_files_of_a_folder_are_compared_with_what_was_recorded(tmp_path):
+    (tmp_path / "hparams.json").write_text("{}")
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    folders.write_sums(tmp_path)
+    folders.check_sums(tmp_path)
+    (tmp_path / "vocab.txt").write_text("a\nc\n")
+    with pytest.raises(UserError, match="vocab.txt is not the file that was written"):
+        folders.check_sums(tmp_path)
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text("".join(sums.read_text().splitlines(True)[:1]))  # as the message says
+    folders.check_sums(tmp_path)
+
+
+def test_the_lines_of_sums_lead_to_no_other_folder(tmp_path):
+    (tmp_path / "SHA256SUMS").write_text("0" * 64 + "  ../../etc/passwd\n\n \nnonsense\n")
+    folders.check_sums(tmp_path)

@@ -1,0 +1,471 @@
+"""What is promised of runs that are stopped, killed, out of disk or damaged: broken on purpose."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from gpt2cli import checkpoint, encoder, folders, model, runs, training, windows
+from gpt2cli.config import ModelConfig, TrainConfig
+from gpt2cli.errors import UserError
+
+SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
+UNSEEDED = ("--model_name", "mini", "--seq_length", 32, "--learning_rate", 0.001)
+FLAGS = (*UNSEEDED, "--seed", 7, "--sample_every", 0)
+
+
+@pytest.fixture
+def mini(workdir):
+    """models/mini, one layer, and a text."""
+    folder = workdir / "models" / "mini"
+    folders.copy_vocabulary(workdir / "models" / "tiny", folder)
+    checkpoint.save(model.GPT2(SIZES, model.random_weights(SIZES)), folder)
+    (workdir / "text.txt").write_text(TEXT)
+    return workdir
+
+
+def contents(prefix):
+    """All that a checkpoint holds: weights, optimizer, state but its times."""
+    prefix = folders.find_checkpoint(prefix)
+    tensors, state = checkpoint.load_training(prefix)
+    weights = {n: v.numpy() for n, v in checkpoint.load(prefix).weights.items()}
+    kept = {k: state[k] for k in ("step", "seed", "running_loss", "best", "worse")}
+    return weights | tensors, kept
+
+
+def assert_same(one, other):
+    tensors, state = contents(one)
+    others, other_state = contents(other)
+    assert state == other_state and tensors.keys() == others.keys()
+    for name, value in tensors.items():
+        assert value.tobytes() == others[name].tobytes(), name
+
+
+OPTIMIZERS = ("adam", "sgd", "adamw", "adafactor", "adafactor_gpt2_ml")
+# every optimizer, precision, accumulation and way of recomputing meets each other somewhere
+SHORT = [
+    ("adam", "bfloat16", 2, 0.1, True),
+    ("adafactor", "float32", 1, 0.1, False),
+]
+LONG = [
+    (optimizer, precision, parts, dropout, recompute)
+    for optimizer in OPTIMIZERS
+    for precision in ("float32", "bfloat16")
+    for parts in (1, 2)
+    for dropout in (0.0, 0.1)
+    for recompute in (False, True)
+]
+
+
+def check_halves(cli, mini, optimizer, precision, parts, dropout, recompute):
+    flags = [*UNSEEDED, "--optimizer", optimizer, "--precision", precision, "--dropout", dropout]
+    flags += ["--accumulate_gradients", parts, f"--memory_saving_gradients={recompute}"]
+    flags += ["--val_dataset", "text.txt", "--val_every", 2, "--val_batch_count", 1]
+    flags += ["--sampling", "documents", "--noise", 0.1]
+    flags += ["--sample_every", 3 * (optimizer == "adafactor"), "--sample_length", 8]
+    seed = ("--seed", 7)  # for what goes on, that of the run
+    for name, step, more in (("whole", 6, seed), ("halves", 3, seed), ("halves", 6, ())):
+        result = cli("train", "text.txt", *flags, "--run_name", name, "--steps", step, *more)
+        assert result.returncode == 0, result.stderr
+    assert_same("checkpoint/whole", "checkpoint/halves")
+    told = [
+        [(line["step"], line.get("loss"), line.get("validation_loss")) for line in log]
+        for log in (
+            [json.loads(text) for text in (mini / f"checkpoint/{name}/log.jsonl").open()]
+            for name in ("whole", "halves")
+        )
+    ]
+    assert told[0] == told[1]
+    samples = [{p.name: p.read_text() for p in (mini / "samples").glob(f"{name}/*")}
+               for name in ("whole", "halves")]  # fmt: skip
+    assert samples[0] == samples[1] and len(samples[0]) == 2 * (optimizer == "adafactor")
+    shutil.rmtree(mini / "checkpoint")
+
+
+@pytest.mark.parametrize("case", SHORT, ids=lambda case: "-".join(map(str, case)))
+def test_two_halves_are_the_whole_bit_for_bit(cli, mini, case):
+    check_halves(cli, mini, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG, ids=lambda case: "-".join(map(str, case)))
+def test_two_halves_are_the_whole_with_every_setting(cli, mini, case):
+    check_halves(cli, mini, *case)
+
+
+def test_weights_alone_are_gone_on_with_when_asked(cli, mini):
+    assert cli("train", "text.txt", *FLAGS, "--steps", 2).returncode == 0
+    more = ("--restore_from", "weights", "--optimizer", "sgd", "--steps", 3)
+    result = cli("train", "text.txt", *FLAGS, *more)
+    assert result.returncode == 0 and "as --restore_from weights asks" in result.stderr
+    assert runs.steps("checkpoint/run1") == [2, 3] and "[3 |" in result.stderr
+    fresh = cli("train", "text.txt", *FLAGS, "--run_name", "new", "--restore_from", "weights")
+    assert fresh.returncode == 1 and "no checkpoint to go on from" in fresh.stderr
+
+
+def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
+    flags = (*FLAGS, "--val_dataset", "text.txt", "--val_every", 2, "--val_batch_count", 1)
+    result = cli("train", "text.txt", *flags, "--steps", 4, "--keep_best", "--keep", 1)
+    assert result.returncode == 0, result.stderr
+    result = cli("export", "run1", "models/slim")
+    assert result.returncode == 0 and "models/slim" in result.stderr
+    names = {p.name for p in (mini / "models/slim").iterdir()}
+    assert names == {p.name for p in (mini / "models/mini").iterdir()}
+    slim, run = checkpoint.load("models/slim"), checkpoint.load("checkpoint/run1")
+    for name, value in run.weights.items():
+        assert slim.weights[name].numpy().tobytes() == value.numpy().tobytes()
+    assert cli("sample", "--model_name", "slim", "--length", 3).returncode == 0
+    result = cli("export", "run1", "models/slim")
+    assert result.returncode == 1 and "exists" in result.stderr
+    assert cli("export", "run1", "models/slim", "--step", "best", "--overwrite").returncode == 0
+    for step, words in (("3", "It has "), ("last", "It has "), ("-1", "It has ")):
+        result = cli("export", "run1", "models/new", f"--step={step}")
+        assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
+    result = cli("export", "run1", "checkpoint", "--overwrite")
+    assert result.returncode == 1 and "not a model's folder" in result.stderr
+    assert cli("export", "run1", "checkpoint/run1", "--overwrite").returncode == 1
+    assert runs.steps("checkpoint/run1")
+
+
+def validated(cli, losses, monkeypatch, *more):
+    """Train with these validation losses, one a step from step 0."""
+    from gpt2cli import inference
+
+    wanted, real = iter(losses), inference.Model.score
+
+    def score(self, batches):
+        batches = list(batches)
+        return real(self, batches) if len(batches) == 1 else training.Score(next(wanted), 0.5, 9)
+
+    monkeypatch.setattr(inference.Model, "score", score)
+    flags = (*FLAGS, "--val_dataset", "text.txt", "--val_every", 1, "--val_batch_count", 2)
+    result = cli("train", "text.txt", *flags, "--steps", 9, *more)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def test_a_run_ends_when_its_validation_loss_no_longer_falls(cli, mini, monkeypatch):
+    losses = [5.0, 4.0, 3.0, 3.5, 3.25, 3.1]
+    more = ("--patience", 3, "--keep_best", "--keep", 1)
+    said = validated(cli, losses, monkeypatch, *more)
+    assert "not fallen 3 times in a row; it was lowest at step 2, 3.0000" in said
+    assert runs.steps("checkpoint/run1") == [2, 5]  # the best and the last
+    assert runs.best(runs.states("checkpoint/run1")) == 2
+    again = validated(cli, [], monkeypatch, *more)  # it knows that it was over
+    assert "not fallen 3 times" in again and "[6 |" not in again
+    assert runs.steps("checkpoint/run1") == [2, 5]
+
+
+def test_some_are_kept_for_good(cli, mini, monkeypatch):
+    more = ("--save_every", 1, "--keep", 1, "--keep_every_hours", 1e-9)
+    assert cli("train", "text.txt", *FLAGS, "--steps", 3, *more).returncode == 0
+    assert runs.steps("checkpoint/run1") == [1, 2, 3]
+    assert cli("train", "text.txt", *FLAGS, "--steps", 5, *more[:-2]).returncode == 0
+    assert runs.steps("checkpoint/run1") == [1, 2, 3, 5]
+
+
+def test_flags_that_go_by_the_validation_need_one(cli, mini):
+    for flag in (("--patience", 2), ("--keep_best",)):
+        result = cli("train", "text.txt", *FLAGS, *flag)
+        assert result.returncode == 2 and "needs --val_every" in result.stderr
+
+
+def with_bad_steps(monkeypatch, bad):
+    """Have these steps give no number, as a real one that is skipped: nothing changes."""
+    real = training.Trainer.step
+
+    def step(self, number, batch):
+        return training.Step(np.nan, 0.0, np.inf) if number in bad else real(self, number, batch)
+
+    monkeypatch.setattr(training.Trainer, "step", step)
+
+
+def test_a_batch_that_gives_no_number_is_named_and_ends_the_run(cli, mini, monkeypatch):
+    np.savez(mini / "ids.npz", np.arange(32 * 8 + 1) + 300)
+    with_bad_steps(monkeypatch, {3})
+    flags = (*FLAGS, "--sampling", "sequential", "--save_every", 2, "--steps", 6)
+    result = cli("train", "ids.npz", *flags)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "step 4: the loss is nan, the gradient's norm inf" in result.stderr
+    assert "ids.npz: chunk 1, tokens 96 to 129, beginning with '" in result.stderr
+    assert "keeps its checkpoint of step 2" in result.stderr
+    assert runs.steps("checkpoint/run1") == [2]
+
+
+def test_a_batch_that_gives_no_number_is_left_out_when_asked(cli, mini, monkeypatch):
+    with_bad_steps(monkeypatch, {0, 3})
+    flags = (*FLAGS, "--on_nonfinite", "skip")
+    result = cli("train", "text.txt", *flags, "--steps", 6)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("It is skipped") == 2 and "[3 |" in result.stderr
+    assert "[1 |" not in result.stderr and "[4 |" not in result.stderr
+    with_bad_steps(monkeypatch, range(2, 1000))
+    result = cli("train", "text.txt", *flags, "--run_name", "bad", "--steps", 50)
+    assert result.returncode == 1 and result.stderr.count("It is skipped") == 1 + 20
+
+
+def step_of(config, network):
+    tokens = windows.Tokens([np.arange(400) % 50])
+    batch = windows.RandomWindows(tokens, 8, 1).batch(0, 2)
+    trainer = training.Trainer(network, TrainConfig(dataset="x", **config))
+    return trainer, batch, trainer.step(0, batch)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_that_is_skipped_changes_nothing(recompute):
+    sizes = ModelConfig(n_vocab=64, n_ctx=16, n_embd=16, n_head=2, n_layer=2)
+    network = model.GPT2(sizes, model.random_weights(sizes))
+    config = {"on_nonfinite": "skip", "memory_saving_gradients": recompute}
+    trainer, batch, done = step_of(config, network)
+    assert done.is_finite
+    before = {n: v.numpy() for n, v in {**network.weights, **trainer.state()}.items()}
+    good = network.weights["model/h1/mlp/c_fc/b"].numpy()
+    network.weights["model/h1/mlp/c_fc/b"].assign(good * np.nan)
+    assert not trainer.step(1, batch).is_finite
+    network.weights["model/h1/mlp/c_fc/b"].assign(good)
+    after = {n: v.numpy() for n, v in {**network.weights, **trainer.state()}.items()}
+    for name, value in before.items():
+        assert value.tobytes() == after[name].tobytes(), name
+
+
+def test_the_norm_of_the_gradient_is_told():
+    sizes = ModelConfig(n_vocab=64, n_ctx=16, n_embd=16, n_head=2, n_layer=2)
+    norms = []
+    for more in ({}, {"memory_saving_gradients": True}, {"clip_norm": 0.01}, {"optimizer": "sgd"}):
+        network = model.GPT2(sizes, model.random_weights(sizes))
+        norms.append(step_of({"learning_rate": 1.0, **more}, network)[2].norm)
+    assert np.allclose(norms, norms[0], rtol=1e-5)
+    # SGD with a rate of 1 moves the weights by the gradient
+    first = model.GPT2(sizes, model.random_weights(sizes))
+    moved = sum(
+        float(np.square(network.weights[n].numpy() - v.numpy()).sum())
+        for n, v in first.weights.items()
+    )
+    assert norms[0] == pytest.approx(np.sqrt(moved), rel=1e-4)
+
+
+# --- killed ---
+
+
+class Killed:
+    """A `gpt2cli train` that is killed; `seen` is what it wrote to stderr until then."""
+
+    def __init__(self, words, cwd, wait):
+        command = [sys.executable, "-m", "gpt2cli", "train", *map(str, words)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment, text=True, stderr=subprocess.PIPE
+        )
+        self.seen, begun = "", threading.Event()
+
+        def read():
+            for line in process.stderr:
+                self.seen += line
+                if re.match(r"\[\d+ \|", line):
+                    begun.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert begun.wait(120), self.seen
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reader.join()
+        self.last = max(int(step) for step in re.findall(r"^\[(\d+) \|", self.seen, re.M))
+
+
+def check_kills(cli, folder, rounds, capsys):
+    """Kill a run so often; nothing is lost, and in the end it is as the undisturbed one."""
+    flags = (*FLAGS, "--save_every", 3, "--keep", 2, "--dropout", 0.1)
+    chance = random.Random(rounds)
+    for _ in range(rounds):
+        killed = Killed(("text.txt", *flags, "--run_name", "killed"), folder, chance.random())
+        assert "damaged" not in killed.seen and "Traceback" not in killed.seen
+        step = runs.newest("checkpoint/killed") if runs.steps("checkpoint/killed") else 0
+        assert step >= (killed.last - 1) // 3 * 3, "a checkpoint was lost"
+        assert capsys.readouterr().err == "", "one is not whole"
+    for name in ("killed", "whole"):
+        words = ("text.txt", *flags, "--run_name", name, "--steps", step + 4)
+        assert cli("train", *words).returncode == 0
+    assert_same("checkpoint/killed", "checkpoint/whole")
+    assert not [p.name for p in (folder / "checkpoint/killed").iterdir() if ".part" in p.name]
+    return step
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(cli, mini, capsys):
+    check_kills(cli, mini, 1, capsys)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_a_hundred_times(cli, mini, capsys):
+    step = check_kills(cli, mini, 100, capsys)
+    print(f"100 kills, 0 lost, 0 unreadable, {step} steps")
+
+
+# --- a full disk ---
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    """A file system of that size, where this machine lets us make one."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("no file system of our own can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder, left):
+    """Take all space but so many bytes; returns the file that holds it."""
+    path = folder / "ballast"
+    with open(path, "wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(b"\0" * 4096):
+                pass
+        file.truncate(max(0, file.tell() - left))
+    return path
+
+
+def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(mini):
+    with small_disk(mini / "disk", 64) as disk:
+        words = ["train", "text.txt", *FLAGS, "--save_every", 5, "--keep", 2]
+        words += ["--checkpoint_dir", "disk", "--steps", 100_000]
+        command = [sys.executable, "-m", "gpt2cli", *map(str, words)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            command, cwd=mini, env=environment, text=True, stderr=subprocess.PIPE
+        )
+        ballast, saved = None, 0
+        for line in process.stderr:
+            if ballast is None and line.startswith("[6 |"):
+                ballast = fill(disk, 16384)
+            if "Training goes on" in line:
+                assert "cannot write" in line and "the last checkpoint is that of step" in line
+                saved = max(runs.steps(disk / "run1"))
+                assert saved >= 5
+                ballast.unlink()
+            if saved and (found := runs.steps(disk / "run1")) and max(found) > saved:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.communicate(timeout=120)[1]
+        assert process.returncode == 143, rest
+        step = runs.newest(disk / "run1")
+        assert f"at step {step}" in rest
+        assert runs.fault(disk / "run1", step) is None
+        # the last save of a run that ends on a full disk: told, and the older one stays
+        fill(disk, 16384)
+        words[words.index(100_000)] = step + 2
+        command = [sys.executable, "-m", "gpt2cli", *map(str, words)]
+        result = subprocess.run(command, cwd=mini, env=environment, text=True, capture_output=True)
+        assert result.returncode == 1, result.stderr
+        assert f"Step {step + 2} is not saved, the last checkpoint is that of step {step}" in (
+            result.stderr
+        )
+        assert runs.newest(disk / "run1") == step
+        assert not [p.name for p in (disk / "run1").iterdir() if ".part" in p.name]
+
+
+def test_encode_and_a_job_on_a_full_disk_lose_nothing(cli, mini):
+    with small_disk(mini / "disk", 1) as disk:
+        (disk / "out.npz").write_bytes(b"old")
+        noise = random.Random(1).choices("abcdefghij ", k=3_000_000)
+        (mini / "long.txt").write_text("".join(noise))
+        for name in ("out.npz", "out.npy"):
+            result = cli("encode", "long.txt", f"disk/{name}", "--model_name", "tiny")
+            assert result.returncode == 1 and "No space left" in result.stderr, result.stderr
+            assert result.stderr.count("\n") == 1
+        assert {p.name: p.read_bytes() for p in disk.iterdir()} == {"out.npz": b"old"}
+
+        (mini / "prompts.txt").write_text("The kettle\n" * 300)
+        words = ["sample", "--model_name", "tiny", "--prompts", "prompts.txt", "--seed", 1]
+        words += ["--format", "jsonl", "--length", 4, "--out"]
+        assert cli(*words, "whole.jsonl").returncode == 0
+        ballast = fill(disk, 4 * 4096)
+        result = cli(*words, "disk/out.jsonl")
+        assert result.returncode == 1 and "goes on where it stopped" in result.stderr, result.stderr
+        ballast.unlink()
+        assert 0 < (disk / "out.jsonl.part").read_bytes().count(b"\n") < 300
+        result = cli(*words, "disk/out.jsonl")
+        assert result.returncode == 0 and "samples were there" in result.stderr
+        assert (disk / "out.jsonl").read_bytes() == (mini / "whole.jsonl").read_bytes()
+
+
+# --- damaged ---
+
+
+def used(prefix, folder):
+    """What comes of all files of a folder that a command reads."""
+    config, stored = checkpoint.open_weights(folders.find_checkpoint(prefix))
+    weights = {n: stored(n, s).tobytes() for n, s in model.weight_shapes(config).items()}
+    vocabulary = encoder.of_model(folder, config.n_vocab)
+    ids = vocabulary.encode("The quick brown fox, 12 kettles & née <|endoftext|>")
+    return config, weights, ids, checkpoint.load_training(folders.find_checkpoint(prefix))[1]
+
+
+def check_flips(folder, flips, prefix, seed):
+    """Flip a bit so often, in each file in turn: told with the file's name, or no effect."""
+    chance, expected = random.Random(seed), used(prefix, folder)
+    paths = sorted(p for p in folder.iterdir() if p.is_file())
+    found = {"told": 0, "no effect": 0}
+    for number in range(flips):
+        path = paths[number % len(paths)]
+        content = path.read_bytes()
+        at, bit = chance.randrange(len(content)), chance.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        try:
+            assert used(prefix, folder) == expected, (path.name, at, bit)
+            found["no effect"] += 1
+        except UserError as error:
+            known = (path.name, path.name.partition(".")[0])
+            assert any(name in str(error) for name in known), (path.name, at, bit, str(error))
+            found["told"] += 1
+        finally:
+            path.write_bytes(content)
+    return found
+
+
+@pytest.mark.parametrize("flips", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_told_or_has_no_effect(cli, mini, flips):
+    assert cli("train", "text.txt", *FLAGS, "--steps", 2).returncode == 0
+    of_model = check_flips(mini / "models/mini", flips, "models/mini", 1)
+    of_run = check_flips(mini / "checkpoint/run1", flips, "checkpoint/run1/model-2", 2)
+    print(f"{flips} flips: model {of_model}, run {of_run}")
+    assert of_model["told"] > flips / 2 and of_run["told"] > flips / 3
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_training_goes_on_from_the_one_before(cli, mini):
+    assert cli("train", "text.txt", *FLAGS, "--steps", 4, "--save_every", 2).returncode == 0
+    path = Path("checkpoint/run1/model-4" + runs.SHARD)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    result = cli("train", "text.txt", *FLAGS, "--steps", 4)
+    assert result.returncode == 0
+    assert "model-4.data-00000-of-00001 is damaged" in result.stderr
+    assert "the checkpoint of step 2 is used" in result.stderr and "[3 |" in result.stderr
+    assert cli("train", "text.txt", *FLAGS, "--run_name", "whole", "--steps", 4).returncode == 0
+    assert_same("checkpoint/run1", "checkpoint/whole")
+
+
+def test_a_log_that_was_cut_or_damaged_does_not_end_a_run(cli, mini):
+    assert cli("train", "text.txt", *FLAGS, "--steps", 2).returncode == 0
+    log = Path("checkpoint/run1/log.jsonl")
+    log.write_bytes(log.read_bytes() + b'[1]\n\xff\xfe\n{"step": 2, "los')
+    assert cli("train", "text.txt", *FLAGS, "--steps", 3).returncode == 0
+    assert [json.loads(line)["step"] for line in log.open()] == [1, 2, 3]
