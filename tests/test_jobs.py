@@ -163,7 +163,7 @@ def test_an_output_that_cannot_be_written_says_how_to_go_on(cli, prompts, monkey
     assert result.returncode == 1 and "goes on where it stopped" in result.stderr
 
 
-def check_kills(prompts, rounds, count):
+def check_kills(cli, prompts, rounds, count):
     """Kill a job so often, at any moment after its first new line; it ends as one that was not."""
     (prompts / "many.txt").write_text("".join(f"{PROMPTS[i % 5]} {i}\n" for i in range(count)))
     words = [*FLAGS, "--seed", 5, "--prompts", "many.txt", "--batch_size", 8, "--length", 4]
@@ -182,18 +182,18 @@ def check_kills(prompts, rounds, count):
         process.wait()
         assert not (prompts / "out.jsonl").exists()
     for name in ("out.jsonl", "whole.jsonl"):
-        assert subprocess.run([*command, name], cwd=prompts, env=environment).returncode == 0
+        assert cli("sample", *words, "--out", name).returncode == 0
     assert len(lines(prompts / "out.jsonl")) == count
     assert (prompts / "out.jsonl").read_bytes() == (prompts / "whole.jsonl").read_bytes()
 
 
-def test_a_killed_job_goes_on_as_if_nothing_had_happened(prompts):
-    check_kills(prompts, 1, 1_000)
+def test_a_killed_job_goes_on_as_if_nothing_had_happened(cli, prompts):
+    check_kills(cli, prompts, 1, 1_000)
 
 
 @pytest.mark.slow
-def test_a_job_that_is_killed_a_hundred_times(prompts):
-    check_kills(prompts, 100, 60_000)
+def test_a_job_that_is_killed_a_hundred_times(cli, prompts):
+    check_kills(cli, prompts, 100, 60_000)
 
 
 def test_the_nightly_script_writes_a_dated_file_and_one_line(workdir, tmp_path_factory):
