@@ -205,24 +205,34 @@ def save(network, folder):
     folders.write_sums(folder)
 
 
-def save_run(folder, network, optimizer_variables, state):
+def save_run(folder, network, optimizer_variables, state, source=None):
     """Add the checkpoint of `state["step"]` to a run folder; the others stay.
 
+    Nothing of the folder changes before the new files are on the disk.
+
     Args:
-        folder: the run's folder, described already (`copy_description`).
+        folder: the run's folder.
         network: the GPT2.
         optimizer_variables: {name: variable} of the optimizer.
         state: JSON object that training needs to go on; has "step".
+        source: the model folder whose description this one gets; it has its own if not given.
     """
     folder, step = Path(folder), state["step"]
     before = runs.states(folder).values()
     state = {**state, "save": 1 + max((s.get("save", 0) for s in before), default=0)}
     # the weights last: they make it a checkpoint
     saved = {f"optimizer-{step}": optimizer_variables, f"model-{step}": network.weights}
-    write_all(
-        {folder / name: tensors for name, tensors in saved.items()},
-        lambda digests: runs.write_state(folder, state, digests),
-    )
+
+    def seal(digests):
+        if source is not None:
+            folders.copy_description(source, folder, network.config)
+        runs.set_aside(folder, step)
+        runs.write_state(folder, state, digests)
+
+    try:
+        write_all({folder / name: tensors for name, tensors in saved.items()}, seal)
+    finally:
+        runs.recover(folder)
 
 
 def name_newest(folder, steps):
@@ -241,15 +251,21 @@ def _name_newest(folder, newest, names):
         file.write("\n".join(lines).encode() + b"\n")
 
 
+def load_state(prefix):
+    """The state beside a run's checkpoint, or None."""
+    step = prefix.name.removeprefix("model-")
+    return runs.read_state(prefix.parent, int(step)) if step.isdecimal() else None
+
+
 def load_training(prefix):
     """What lies beside a run's checkpoint: (optimizer's tensors by name, state), or ({}, None).
 
     A model folder, or a run of another program, has neither.
     """
-    step = prefix.name.removeprefix("model-")
-    state = runs.read_state(prefix.parent, int(step)) if step.isdecimal() else None
+    state = load_state(prefix)
     if state is None:
         return {}, None
+    step = state["step"]
     path = prefix.with_name(f"optimizer-{step}")
     with _reading(path):
         reader = tf.train.load_checkpoint(str(path))

@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -483,10 +482,9 @@ def _read_encoded(path, n_vocab):
             for name in archive.files:
                 _check_member(archive.zip, f"{name}.npy", path)
                 yield _checked(archive[name], n_vocab, f"{path}: {name}")
-    except (
-        *(OSError, ValueError, EOFError, LookupError, RuntimeError, MemoryError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:  # NumPy reads a header with Python's parser, which raises anything
         raise UserError(
             f"{path} is damaged or not a NumPy file ({error}). Make it again with: gpt2cli encode"
         ) from None

@@ -64,14 +64,21 @@ if VERSION < OLDEST:
     )
 
 
-def describe_devices():
+def gpus_for(precision):
+    """The GPUs that a model of this precision runs on; eight bits are for the CPU."""
+    return [] if precision == "int8" else GPUS
+
+
+def describe_devices(precision="float32"):
     """One line for the start of a command: the devices used, and a fall-back said aloud."""
-    if GPUS:
-        names = [tf.config.experimental.get_device_details(g).get("device_name") for g in GPUS]
+    if gpus := gpus_for(precision):
+        names = [tf.config.experimental.get_device_details(g).get("device_name") for g in gpus]
         return f"TensorFlow {tf.__version__} on " + ", ".join(
             f"{gpu.name.removeprefix('/physical_device:')} ({name or 'unknown'})"
-            for gpu, name in zip(GPUS, names, strict=True)
+            for gpu, name in zip(gpus, names, strict=True)
         )
+    if GPUS:
+        return f"TensorFlow {tf.__version__} on CPU (where --precision {precision} runs)"
     built = "this TensorFlow is built without CUDA" if not tf.test.is_built_with_cuda() else ""
     reason = built or "no GPU that TensorFlow can use was found"
     return f"TensorFlow {tf.__version__} on CPU ({reason})"

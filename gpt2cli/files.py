@@ -169,7 +169,7 @@ def locked(path, what, of=None):
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip()
             file.close()
@@ -177,6 +177,11 @@ def locked(path, what, of=None):
                 f"another {what} is filling {of or path.parent}{holder and f' ({holder})'}. "
                 "Wait until it ends, or choose another name"
             ) from None
+        except OSError as error:  # a file system without locks
+            file.close()
+            raise UserError(
+                f"{path} cannot be locked: {error.strerror}. Use another disk"
+            ) from error
         with contextlib.suppress(OSError):  # the one before removed it between open and flock
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 break
@@ -197,12 +202,12 @@ def locked(path, what, of=None):
 @contextlib.contextmanager
 def filling(folder, what):
     """`locked` of a folder, which goes again if nothing came into it."""
-    lock = Path(folder) / ".lock"
-    with locked(lock, what):
-        try:
+    folder = Path(folder)
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        with locked(folder / ".lock", what):
             yield
-        finally:
-            with contextlib.suppress(OSError):
-                if os.listdir(folder) == [lock.name]:
-                    lock.unlink()
-                    lock.parent.rmdir()
+    finally:
+        for empty in (folder, *missing):
+            with contextlib.suppress(OSError):  # not empty: all went well
+                empty.rmdir()

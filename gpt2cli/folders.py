@@ -127,13 +127,9 @@ def _newest(folder, to_train):
     """The prefix of a run's newest checkpoint, or what `checkpoint` names, or the only one."""
     if runs.states(folder):
         return folder / f"model-{runs.newest(folder, to_train)}"
-    state = folder / "checkpoint"
-    if state.is_file():
-        named = re.search(r'^model_checkpoint_path: *"(.*)"', read_text(state), re.M)
-        if named:  # another machine's absolute path, or ours: only the name counts
-            prefix = folder / Path(named[1]).name
-            if Path(f"{prefix}.index").is_file():
-                return prefix
+    named = runs.named(folder)
+    if named and Path(f"{folder / named}.index").is_file():
+        return folder / named
     if runs.steps(folder) and not (folder / "model.ckpt.index").is_file():
         return folder / f"model-{runs.newest(folder, to_train)}"
     found = sorted(folder.glob("*.index"))
@@ -175,10 +171,11 @@ def copy_description(source, folder, config=None):
         config: the ModelConfig to write; by default that of `source`.
     """
     source, folder = Path(source), Path(folder)
+    text = (config or read_config(source)).to_json()
     (folder / SUMS).unlink(missing_ok=True)  # those of another model are not to be compared
-    with replacing(folder / "hparams.json") as file:
-        file.write((config or read_config(source)).to_json().encode())
     copy_vocabulary(source, folder)
+    with replacing(folder / "hparams.json") as file:  # last: it makes the folder a model's
+        file.write(text.encode())
     write_sums(folder)
 
 

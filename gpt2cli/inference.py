@@ -26,7 +26,7 @@ from gpt2cli import (
     windows,
 )
 from gpt2cli.config import GenerateSettings, Precision, new_seed
-from gpt2cli.engine import GPUS
+from gpt2cli.engine import gpus_for
 from gpt2cli.errors import UsageError, UserError
 
 BANNER = "=" * 40  # openai/gpt-2 src/generate_unconditional_samples.py
@@ -375,7 +375,7 @@ def load_model(path, precision="auto"):
     encoder.of_model(prefix.parent)  # what is wrong with it is known before gigabytes are read
     config, stored = checkpoint.open_weights(prefix)
     precision = "float32" if precision == "auto" else precision
-    if GPUS and precision != "int8":
+    if gpus_for(precision):
         network = graph.Graph(model.GPT2(config, stored, precision))
     else:
         network = lite.Lite(config, stored, precision)

@@ -7,6 +7,7 @@ which job they are, so that the same command goes on with them, and another does
 import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 from gpt2cli import files
@@ -18,15 +19,16 @@ class Lines:
 
     Attributes:
         job: what was recorded of it when it began.
-        found: the objects that were there already.
+        found: of each line that was there already its "index" and whether it has an "error".
     """
 
     def __init__(self, path, job, file):
         self.job, self.found, self._path, self._file = job, [], path, file
         self._ends = [0]  # of each line, in bytes
-        for value, size in _whole_lines(path.read_bytes().splitlines(keepends=True)):
-            self.found.append(value)
-            self._ends.append(self._ends[-1] + size)
+        with open(path, "rb") as there:
+            for value, size in _whole_lines(there):
+                self.found.append((value.get("index"), "error" in value))
+                self._ends.append(self._ends[-1] + size)
 
     def keep(self, number):
         """Go on behind the first `number` of the lines that were found."""
@@ -67,8 +69,10 @@ def gathered(path, job, drawn):
         if not part.exists() or before != known:
             known = job | {key: value for key, value in drawn.items() if job[key] is None}
             with _told(part):
-                if part.exists():
-                    os.replace(part, part.with_name(f"{part.name}.old"))
+                if part.exists() and part.stat().st_size:
+                    old = _free(part)
+                    os.replace(part, old)
+                    print(f"{part} is of another job: set aside as {old}", file=sys.stderr)
             with files.replacing(note, "w", encoding="utf-8") as file:
                 json.dump(known, file, indent=1)
         with contextlib.ExitStack() as stack:
@@ -81,6 +85,12 @@ def gathered(path, job, drawn):
                 os.replace(part, path)
         files.sync_folder(path.parent)
         note.unlink(missing_ok=True)
+
+
+def _free(part):
+    """NAME.part.old, .old-2, ...: the first that does not exist."""
+    names = (f"{part.name}.old{number}" for number in ("", *(f"-{n}" for n in range(2, 10**6))))
+    return next(p for p in map(part.with_name, names) if not p.exists())
 
 
 def _read_note(path):

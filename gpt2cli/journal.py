@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 from pathlib import Path
 
 from gpt2cli import files
@@ -27,16 +28,10 @@ class Journal:
 
     def write(self, step, **values):
         """Record named numbers of a step."""
-        for name, value in values.items():
-            tf.raw_ops.WriteScalarSummary(
-                writer=self._events._resource,
-                step=tf.constant(step, tf.int64),
-                tag=name,
-                value=value,
-            )
+        self._with_events(lambda: self._write_events(step, values))
         plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
         line = json.dumps({"step": step, **self._always, **plain}) + "\n"
-        with contextlib.suppress(OSError, UserError):  # a full disk is met at the next save
+        try:
             if self._step is not None and self.path.exists():
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
                 with files.replacing(self.path, "w", encoding="utf-8") as file:
@@ -44,6 +39,8 @@ class Journal:
             self._step = None
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line)
+        except (OSError, UserError):  # a full disk is told of at the next save
+            self._step = step  # the next line takes out what was written of this one
 
     def _stays(self, line):
         """Whether a line is whole, which the last of a killed run may not be, and of before."""
@@ -51,6 +48,26 @@ class Journal:
             return line.endswith("\n") and json.loads(line)["step"] <= self._step
         return False
 
+    def _write_events(self, step, values):
+        for name, value in values.items():
+            tf.raw_ops.WriteScalarSummary(
+                writer=self._events._resource,
+                step=tf.constant(step, tf.int64),
+                tag=name,
+                value=value,
+            )
+
+    def _with_events(self, work):
+        """Do it; where the file cannot be written say so once, and go on without it."""
+        if self._events is None:
+            return
+        try:
+            work()
+        except tf.errors.OpError as error:
+            self._events = None
+            reason = str(error).partition("\n")[0][:150]
+            print(f"TensorBoard's events are no longer written: {reason}", file=sys.stderr)
+
     def close(self):
         """Write out what is buffered."""
-        self._events.close()
+        self._with_events(lambda: self._events.close())

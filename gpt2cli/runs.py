@@ -18,8 +18,15 @@ from gpt2cli.errors import UserError
 
 SHARD = ".data-00000-of-00001"  # the data file of a checkpoint; we write one
 ENDINGS = (SHARD, ".index")
-_WEIGHTS = re.compile(r"model-(\d+)\.index")
-_PARTS = re.compile(r"(?:(?:model|optimizer)-(\d+)\..*|state-(\d+)\.json)")
+_NUMBER = r"(0|[1-9][0-9]*)"
+_WEIGHTS = re.compile(rf"model-{_NUMBER}\.index")
+_PARTS = re.compile(
+    rf"(?:model|optimizer)-{_NUMBER}\.(?:index|meta|data-\d+-of-\d+)|state-{_NUMBER}\.json", re.A
+)
+_HALF_DONE = re.compile(  # files.replacing and checkpoint.write_all
+    r".+\.\d+-[0-9a-f]{6}\.part|\.(model|optimizer)-\d+\.\d+\.part\..*", re.A
+)
+_ASIDE = ".old-"  # what the files of a step are named while it is written again
 
 
 def steps(folder):
@@ -53,9 +60,27 @@ def read_state(folder, step):
     state = files.read_object(path)
     seal = state.pop("sha256", None)
     expected = _seal(state) if "files" in state else None  # our first runs had neither
-    if state.get("step") != step or seal != expected:
+    if seal != expected or state.get("step") != step or not _is_state(state):
         raise UserError(f"{path} is damaged")
     return state
+
+
+def _is_state(state):
+    """Whether what everything relies on is of its type; the rest may be missing."""
+    number = (int, float)
+    pair, best = state.get("running_loss", [0, 0]), state.get("best") or {"step": 0, "loss": 0}
+    plain = {"step": int, "save": int, "seed": int, "worse": int, "kept_at": number}
+    return (
+        all(type(state.get(name, 0)) in (t if t is number else (t,)) for name, t in plain.items())
+        and isinstance(pair, list)
+        and [type(value) in number for value in pair] == [True, True]
+        and isinstance(best, dict)
+        and type(best.get("step")) is int
+        and type(best.get("loss")) in number
+        and type(state.get("validation_loss", 0)) in number
+        and isinstance(state.get("due", []), list)
+        and isinstance(state.get("files", {}), dict)
+    )
 
 
 def fault(folder, step, to_train=True):
@@ -77,10 +102,10 @@ def fault(folder, step, to_train=True):
         return f"{_state_path(folder, step)} is missing" if missing else None
     for name, digest in state.get("files", {}).items():
         path = folder / Path(name).name
-        if not path.is_file():
-            return f"{path} is missing"
         if name.startswith("optimizer") and not to_train:
             continue
+        if not path.is_file():
+            return f"{path} is missing"
         try:
             if _digest(path) != digest:
                 return f"{path} is damaged: its SHA-256 is not the one that was recorded"
@@ -107,7 +132,8 @@ def newest(folder, to_train=True):
             return step
         before.append(wrong)
     raise UserError(
-        f"{'; '.join(before)}. No other checkpoint is in {folder}: start anew from a model"
+        f"{'; '.join(before)}. No other checkpoint is in {folder}. If only the optimizer's state "
+        "is damaged, go on with --restore_from weights; else start anew from a model"
         if before
         else f"no checkpoint in {folder}"
     )
@@ -126,11 +152,24 @@ def states(folder):
 
 
 def _newest_first(folder):
-    """All steps: those whose state is damaged, ours by the order of saving, another program's."""
+    """All steps: those whose state is damaged, ours by the order of saving, another program's.
+
+    But first a step of another program that goes on from ours, and says so in `checkpoint`.
+    """
     ours = list(states(folder))[::-1]
     others = [step for step in steps(folder)[::-1] if step not in ours]
     damaged = [step for step in others if is_ours(folder, step)]
-    return [*damaged, *ours, *(step for step in others if step not in damaged)]
+    foreign = [step for step in others if step not in damaged]
+    later = [s for s in foreign if named(folder) == f"model-{s}" and s > max(ours, default=0)]
+    return [*later, *damaged, *ours, *(step for step in foreign if step not in later)]
+
+
+def named(folder):
+    """The checkpoint that the file `checkpoint` names, or None; another machine's path is cut."""
+    path = Path(folder) / "checkpoint"
+    text = files.read_bytes(path).decode("utf-8", "replace") if path.is_file() else ""
+    found = re.search(r'^model_checkpoint_path: *"(.*)"', text, re.M)
+    return Path(found[1]).name if found else None
 
 
 def is_ours(folder, step):
@@ -140,44 +179,79 @@ def is_ours(folder, step):
 
 
 def best(known):
-    """Of {step: state} the step with the lowest validation loss, or None where none has one."""
-    losses = {step: state.get("validation_loss") for step, state in known.items()}
+    """Of the last run in `states` the step with the lowest validation loss; None where none has."""
+    losses = {step: state.get("validation_loss") for step, state in _of_last_run(known).items()}
     losses = {step: loss for step, loss in losses.items() if loss is not None}
     return min(losses, key=losses.get, default=None)
+
+
+def _of_last_run(known):
+    """Of {step: state} those of the run that saved last: --overwrite begins another one."""
+    run = list(known.values())[-1].get("run") if known else None
+    return {step: state for step, state in known.items() if state.get("run") == run}
 
 
 def prune(folder, saved, keep, keep_best=False, replaced=()):
     """Remove checkpoints, now that `saved` is whole; returns the steps that stay, oldest first.
 
     Those stay that are among the `keep` newest (0: all), whose state says "permanent", and with
-    `keep_best` that of the lowest validation loss.
+    `keep_best` that of the lowest validation loss; and what another program wrote later.
 
     Args:
-        replaced: steps of an older run in this folder, all of which go.
+        replaced: steps of an older run in this folder, all of which go, as do all of our own whose
+            state names another run.
     """
-    known = states(folder)
-    others = [step for step in steps(folder) if step not in known]
-    ordered = [s for s in [*others, *known] if s not in replaced or s == saved]
-    kept = set(ordered[-keep:]) | {saved}  # all of them for 0
-    known = {step: known[step] for step in ordered if step in known}
+    ours = states(folder)
+    known = {s: v for s, v in _of_last_run(ours).items() if s not in replaced or s == saved}
+    later = [s for s in steps(folder) if s > saved and not is_ours(folder, s) and s not in replaced]
+    gone = {*ours, *later, *replaced}
+    others = [step for step in steps(folder) if step not in gone]
+    ordered = [*others, *known]
+    kept = {*ordered[-keep:], *later, saved}  # all of them for 0
     kept |= {step for step, state in known.items() if state.get("permanent")}
     if keep_best:
         kept |= {best(known)}
-    for path in Path(folder).iterdir():
-        match = _PARTS.fullmatch(path.name)
-        if match and int(match[1] or match[2]) not in kept and path.suffix == ".index":
-            path.unlink(missing_ok=True)  # first: without it the others count for nothing
-    for path in Path(folder).iterdir():
-        match = _PARTS.fullmatch(path.name)
-        if match and int(match[1] or match[2]) not in kept:
-            path.unlink(missing_ok=True)
+    for is_index in (True, False):  # first: without it the others count for nothing
+        for path in Path(folder).iterdir():
+            match = _PARTS.fullmatch(path.name)
+            if match and path.is_file() and (path.suffix == ".index") == is_index:
+                if int(match[1] or match[2]) not in kept:
+                    path.unlink(missing_ok=True)
     return [step for step in ordered if step in kept]
 
 
+def set_aside(folder, step):
+    """Rename the files of a step that is about to be written again; `recover` decides."""
+    for path in _files_of(folder, step):
+        os.replace(path, path.with_name(_ASIDE + path.name))
+
+
+def recover(folder):
+    """Of steps that were being written again: keep the new files if they are whole, else the old.
+
+    Only for who holds the run's lock.
+    """
+    aside = [path for path in Path(folder).glob(f"{_ASIDE}*") if path.is_file()]
+    matches = [_PARTS.fullmatch(path.name.removeprefix(_ASIDE)) for path in aside]
+    for step in {int(match[1] or match[2]) for match in matches if match}:
+        whole = step in steps(folder) and fault(folder, step) is None
+        for path in Path(folder).glob(f"{_ASIDE}*-{step}.*"):
+            if whole:
+                path.unlink()
+            else:
+                os.replace(path, path.with_name(path.name.removeprefix(_ASIDE)))
+
+
+def _files_of(folder, step):
+    found = ((path, _PARTS.fullmatch(path.name)) for path in Path(folder).iterdir())
+    return [path for path, match in found if match and int(match[1] or match[2]) == step]
+
+
 def clear(folder):
-    """Remove what a killed writer left half done; only for who holds the run's lock."""
-    for pattern in (".model-*.part*", ".optimizer-*.part*", "*.part"):
-        for path in Path(folder).glob(pattern):
+    """Put right what a killed writer left half done; only for who holds the run's lock."""
+    recover(folder)
+    for path in Path(folder).iterdir():
+        if _HALF_DONE.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 

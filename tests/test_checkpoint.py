@@ -1,5 +1,6 @@
 """Checkpoints under OpenAI's names, and what is said of damaged or foreign ones."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -194,26 +195,35 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_rest(network, folder, m
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_a_step_that_is_written_again_never_pairs_old_with_new(network, folder, monkeypatch):
-    """A process that dies between two renames leaves no checkpoint of that step, not a mixture."""
+@pytest.mark.parametrize("place", range(0, 12))
+def test_a_step_that_is_written_again_is_the_old_or_the_new(network, folder, monkeypatch, place):
+    """Whichever rename a process dies at: never a mixture, and never neither."""
     run = folder.parent / "run"
     folders.copy_description(folder, run)
-    for step in (3, 4):
-        checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": step})
+    checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": 4})
     real, done = os.replace, []
 
     def dying(source, target):
-        if str(target).endswith("model-4.index"):
+        if len(done) == place:
             raise KeyboardInterrupt
         done.append(real(source, target))
 
-    monkeypatch.setattr(checkpoint.os, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        patch.setattr(runs, "recover", lambda folder: None)  # a killed process does not
         other = lively(network.config, 9)
-        checkpoint.save_run(run, other, {"slot": tf.ones([9])}, {"step": 4})
-    monkeypatch.undo()
-    assert runs.steps(run) == [3] and len(done) >= 3
-    assert equal(network, checkpoint.load(run))
+        with contextlib.suppress(KeyboardInterrupt):
+            checkpoint.save_run(run, other, {"slot": tf.ones([9])}, {"step": 4})
+    runs.clear(run)
+    assert runs.newest(run) == 4
+    slot, _ = checkpoint.load_training(run / "model-4")
+    is_new = slot["slot"][0] == 1
+    assert equal(other if is_new else network, checkpoint.load(run))
+    assert is_new == (len(done) >= 10)  # five moved away, the state, four
+    assert sorted(p.name for p in run.iterdir()) == sorted(
+        [*("hparams.json", "SHA256SUMS", "state-4.json"),
+         *(f"{kind}-4{end}" for kind in ("model", "optimizer") for end in runs.ENDINGS)]
+    )  # fmt: skip
 
 
 def test_paths_that_tensorflow_cannot_read_are_said(network, tmp_path):

@@ -113,6 +113,18 @@ def test_what_is_left_of_another_job_is_set_aside(cli, prompts):
     assert "of another job" in (prompts / "out.jsonl.part.old").read_text()
 
 
+def test_what_is_set_aside_twice_is_there_twice_and_told(cli, prompts):
+    for text in ("one", "two"):
+        (prompts / "out.jsonl.part").write_text(f'{{"index": 0, "text": "{text}"}}\n')
+        result = job(cli, "out.jsonl")
+        assert result.returncode == 0 and "is of another job: set aside as" in result.stderr
+    assert "one" in (prompts / "out.jsonl.part.old").read_text()
+    assert "two" in (prompts / "out.jsonl.part.old-2").read_text()
+    (prompts / "out.jsonl.part").write_text("")
+    assert job(cli, "out.jsonl").returncode == 0
+    assert not (prompts / "out.jsonl.part.old-3").exists()
+
+
 def test_the_shards_together_are_the_whole(cli, prompts):
     assert job(cli, "whole.jsonl", "--nsamples", 2).returncode == 0
     for part in (1, 2, 3):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import graph, inference, lite, model, program
+from gpt2cli import engine, graph, inference, lite, model, program
 from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
@@ -239,8 +239,10 @@ def test_the_device_and_the_precision_choose_how_a_model_runs(monkeypatch):
         (["a card"], "auto", graph.Graph),
         (["a card"], "int8", lite.Lite),
     ):
-        monkeypatch.setattr(inference, "GPUS", gpus)
+        monkeypatch.setattr(engine, "GPUS", gpus)
         assert type(inference.load_model(TINY, precision).network) is kind
+        if kind is lite.Lite:
+            assert " on CPU (" in engine.describe_devices(precision)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])

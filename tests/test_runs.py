@@ -117,6 +117,58 @@ def test_what_a_killed_writer_left_is_cleared_and_nothing_else(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def test_files_of_the_user_in_a_run_folder_stay(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "model-1.old").mkdir()
+    (tmp_path / "mine.part").mkdir()
+    for name in ("model-1.tar.gz", "model-01.index", "night.jsonl.part", "night.jsonl.part.old"):
+        (tmp_path / name).write_text("of the user")
+    before = {p.name for p in tmp_path.iterdir()}
+    runs.clear(tmp_path)
+    runs.prune(tmp_path, 3, keep=1)
+    gone = before - {p.name for p in tmp_path.iterdir()}
+    assert gone == {f"{kind}-{step}{end}" for step in (1, 2) for kind in ("model", "optimizer")
+                    for end in runs.ENDINGS} | {"state-1.json", "state-2.json"}  # fmt: skip
+
+
+def test_what_another_program_goes_on_with_counts_as_newer(tmp_path):
+    save(tmp_path, 4)
+    for name in ("model-2.index", "model-2" + runs.SHARD, "model-9.index", "model-9" + runs.SHARD):
+        (tmp_path / name).write_text("weights")
+    assert runs.newest(tmp_path) == 4
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model-9"\n')
+    assert runs.newest(tmp_path) == 9
+    assert 9 in {int(re.search(r"\d+", p.name)[0]) for p in tmp_path.glob("model-*")}
+    runs.prune(tmp_path, 4, keep=1)
+    assert runs.steps(tmp_path) == [4, 9]
+
+
+def test_the_best_is_one_of_this_run(tmp_path):
+    save(tmp_path, 1, validation_loss=1.0, run="a")
+    save(tmp_path, 2, validation_loss=3.0, run="b")
+    save(tmp_path, 3, validation_loss=4.0, run="b")
+    assert runs.best(runs.states(tmp_path)) == 2
+    assert kept(tmp_path, 3, keep=0, keep_best=True) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"save": "x"}, {"running_loss": "x"}, {"running_loss": [1]}, {"step": 4.0}, {"seed": "x"},
+     {"best": {"step": 1}}, {"best": [1]}, {"validation_loss": None}, {"files": [1]}, {"due": 1},
+     {"worse": True}, {"kept_at": "now"}],
+)  # fmt: skip
+def test_a_state_of_other_types_is_damaged(tmp_path, wrong):
+    save(tmp_path, 4)
+    for sealed in (True, False):
+        state = {"step": 4, "save": 1, **wrong}
+        if sealed:
+            state = {"files": {}, **state}
+            state["sha256"] = runs._seal(state)
+        (tmp_path / "state-4.json").write_text(json.dumps(state))
+        assert "state-4.json is damaged" in runs.fault(tmp_path, 4)
+
+
 def test_files_of_a_folder_are_compared_with_what_was_recorded(tmp_path):
     (tmp_path / "hparams.json").write_text("{}")
     (tmp_path / "vocab.txt").write_text("a\nb\n")

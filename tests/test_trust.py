@@ -11,14 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from gpt2cli import checkpoint, encoder, folders, model, runs, training, windows
+from gpt2cli import checkpoint, encoder, folders, journal, model, runs, training, windows
 from gpt2cli.config import ModelConfig, TrainConfig
+from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
@@ -116,6 +118,77 @@ def test_weights_alone_are_gone_on_with_when_asked(cli, mini):
     assert fresh.returncode == 1 and "no checkpoint to go on from" in fresh.stderr
 
 
+def test_weights_that_are_whole_are_of_use_without_the_optimizer(cli, mini):
+    assert cli("train", "text.txt", *FLAGS, "--steps", 1).returncode == 0
+    path = Path("checkpoint/run1/optimizer-1" + runs.SHARD)
+    path.write_bytes(path.read_bytes()[:-9])
+    result = cli("train", "text.txt", *FLAGS, "--steps", 2)
+    assert result.returncode == 1 and "--restore_from weights" in result.stderr
+    result = cli("train", "text.txt", *FLAGS, "--steps", 2, "--restore_from", "weights")
+    assert result.returncode == 0, result.stderr
+    path.unlink()
+    assert cli("export", "run1", "models/slim", "--step", 1).returncode == 0
+
+
+def test_a_failed_save_of_a_replacing_run_leaves_the_old_one(cli, mini, monkeypatch):
+    assert cli("train", "text.txt", *FLAGS, "--steps", 1).returncode == 0
+    before = {p.name: p.read_bytes() for p in Path("checkpoint/run1").iterdir()}
+    sizes = ModelConfig(n_vocab=2048, n_ctx=64, n_embd=16, n_head=2, n_layer=1)
+    folders.copy_vocabulary(mini / "models/mini", mini / "models/other")
+    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), mini / "models/other")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+        words = ("--model_name", "other", *FLAGS[2:], "--restore_from", "fresh", "--overwrite")
+        result = cli("train", "text.txt", *words, "--steps", 1)
+    assert result.returncode == 1 and "no step of this run is saved" in result.stderr
+    changed = {
+        p.name for p in Path("checkpoint/run1").iterdir() if before.get(p.name) != p.read_bytes()
+    }
+    assert not [name for name in changed if not name.startswith(("events", "log"))]
+
+
+def test_a_checkpoint_for_good_that_failed_is_for_good_later(cli, mini, monkeypatch):
+    real, calls = checkpoint.save_run, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise UserError("cannot write")
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_run", failing)
+    more = ("--save_every", 1, "--keep", 1, "--keep_every_hours", 1e-5)  # 36 ms
+    assert cli("train", "text.txt", *FLAGS, "--steps", 2, *more).returncode == 0
+    assert [state.get("permanent") for state in runs.states("checkpoint/run1").values()] == [True]
+
+
+def test_what_a_stop_broke_off_is_done_when_the_run_goes_on(cli, mini, monkeypatch):
+    from gpt2cli import inference
+
+    real, calls = inference.Model.score, []
+
+    def stopping(self, batches):
+        calls.append(1)
+        if len(calls) == 2:  # the validation of step 2, after that of step 0
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batches)
+
+    flags = (*UNSEEDED, "--seed", 7, "--val_dataset", "text.txt", "--val_every", 2)
+    flags += ("--val_batch_count", 1, "--sample_every", 2, "--sample_length", 4, "--patience", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(inference.Model, "score", stopping)
+        assert cli("train", "text.txt", *flags, "--steps", 4).returncode == 143
+    assert runs.states("checkpoint/run1")[2]["due"] == ["validation", "samples"]
+    assert not Path("samples/run1/samples-2").exists()
+    for name in ("run1", "whole"):
+        result = cli("train", "text.txt", *flags, "--steps", 4, "--run_name", name)
+        assert result.returncode == 0
+    assert_same("checkpoint/run1", "checkpoint/whole")
+    for name in ("samples-2", "samples-4"):
+        one, other = (Path(f"samples/{run}/{name}").read_bytes() for run in ("run1", "whole"))
+        assert one == other
+
+
 def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
     flags = (*FLAGS, "--val_dataset", "text.txt", "--val_every", 2, "--val_batch_count", 1)
     result = cli("train", "text.txt", *flags, "--steps", 4, "--keep_best", "--keep", 1)
@@ -137,6 +210,11 @@ def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
     result = cli("export", "run1", "checkpoint", "--overwrite")
     assert result.returncode == 1 and "not a model's folder" in result.stderr
     assert cli("export", "run1", "checkpoint/run1", "--overwrite").returncode == 1
+    shutil.copytree("checkpoint/run1", "checkpoint/run2")
+    for words in (("export", "run1", "checkpoint/run2"), ("convert", "models/mini", "checkpoint/run2"),
+                  ("init", "run2", "--vocab", "models/tiny", "--models_dir", "checkpoint")):  # fmt: skip
+        result = cli(*words, "--overwrite")
+        assert result.returncode == 1 and "not a model's folder" in result.stderr, words
     assert runs.steps("checkpoint/run1")
 
 
@@ -461,6 +539,19 @@ def test_a_damaged_newest_checkpoint_is_told_and_training_goes_on_from_the_one_b
     assert "the checkpoint of step 2 is used" in result.stderr and "[3 |" in result.stderr
     assert cli("train", "text.txt", *FLAGS, "--run_name", "whole", "--steps", 4).returncode == 0
     assert_same("checkpoint/run1", "checkpoint/whole")
+
+
+def test_an_event_file_that_cannot_be_written_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    def full(**_):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.raw_ops, "WriteScalarSummary", full)
+    told = journal.Journal(tmp_path, 0, {})
+    for step in (1, 2):
+        told.write(step, loss=1.0)
+    told.close()
+    assert capsys.readouterr().err.count("no longer written: No space left on device") == 1
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2]
 
 
 def test_a_log_that_was_cut_or_damaged_does_not_end_a_run(cli, mini):

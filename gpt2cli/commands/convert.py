@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from gpt2cli import runs
 from gpt2cli.config import ConvertConfig
 from gpt2cli.errors import UserError
 
@@ -61,5 +62,6 @@ def check_paths(config):
         raise UserError(f"{dst} exists. Name another folder, or replace it with --overwrite")
     is_folder = dst.is_dir() and not dst.is_symlink()
     names = os.listdir(dst) if is_folder else []
-    if not is_folder or (names and not {"hparams.json", "config.json"} & set(names)):
+    is_model = not names or {"hparams.json", "config.json"} & set(names)
+    if not (is_folder and is_model) or runs.steps(dst):
         raise UserError(f"{dst} is not a model's folder, so it is not replaced. Name another")

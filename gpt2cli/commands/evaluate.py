@@ -21,7 +21,7 @@ def run(config):
 
     engine.keep_no_memory()
     model = inference.load_model(prefix, config.precision)
-    print(f"{prefix}: {engine.describe_devices()}", file=sys.stderr)
+    print(f"{prefix}: {engine.describe_devices(config.precision)}", file=sys.stderr)
     batches = tokens.evaluation_windows(model.config.n_ctx, config.batch_size)
     total = -(-(tokens.total - 1) // (model.config.n_ctx * config.batch_size))
     # disable=None: a bar on a terminal, nothing in a log file

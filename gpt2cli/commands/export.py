@@ -19,6 +19,7 @@ def run(config):
     if os.path.lexists(dst) and not config.overwrite:
         raise UserError(f"{dst} exists. Name another folder, or replace it with --overwrite")
     is_model = dst.is_dir() and not dst.is_symlink() and folders.config_path(dst)
+    is_model = is_model and not runs.steps(dst)
     if os.path.lexists(dst) and not is_model:
         raise UserError(f"{dst} is not a model's folder, so it is not replaced. Name another")
     if dst.resolve() in (folder.resolve(), *folder.resolve().parents):

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from gpt2cli import encoder, files, folders
+from gpt2cli import encoder, files, folders, runs
 from gpt2cli.config import PRESETS, ModelConfig
 from gpt2cli.errors import UsageError, UserError
 
@@ -25,7 +25,7 @@ def run(config):
             f"{folder} exists already. Name another model, or replace it with --overwrite"
         )
     is_model = folder.is_dir() and (folders.config_path(folder) or not os.listdir(folder))
-    if os.path.lexists(folder) and not is_model:
+    if os.path.lexists(folder) and (not is_model or runs.steps(folder)):
         raise UserError(f"{folder} is not a model's folder, so it is not replaced. Name another")
     n_layer, n_head, n_embd = (
         getattr(config, name) or preset

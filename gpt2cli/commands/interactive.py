@@ -32,7 +32,7 @@ def run(config):
 
     engine.keep_no_memory()
     model = inference.load_model(prefix, config.precision)
-    _say(f"{prefix}: {engine.describe_devices()}\n{HELP}")
+    _say(f"{prefix}: {engine.describe_devices(config.precision)}\n{HELP}")
     if config.seed is None:
         config = dataclasses.replace(config, seed=new_seed())
         _say(f"seed {config.seed}")

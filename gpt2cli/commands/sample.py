@@ -53,7 +53,7 @@ def _load(config, prefix, prompts, quiet=False):
     model = inference.load_model(prefix, config.precision)
     if quiet:
         return model
-    print(f"{prefix}: {engine.describe_devices()}", file=sys.stderr)
+    print(f"{prefix}: {engine.describe_devices(config.precision)}", file=sys.stderr)
     for number, prompt in enumerate(prompts, 1):
         length, n_ctx = len(model.check_prompt(prompt)), model.config.n_ctx
         if length > n_ctx:
@@ -118,12 +118,12 @@ def _fill(lines, config, prefix, prompts):
     todo, each = _jobs(config, prompts), config.nsamples if config.beams > 1 else 1
     size = 1 if config.beams > 1 else config.batch_size
     indices = [index + place for index, _ in todo for place in range(each)]
-    there = [line.get("index") for line in lines.found]
+    there = [index for index, _ in lines.found]
     pairs = zip(there, indices, strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     lines.keep(same if same == len(indices) else same - same % (size * each))
     begin, tokens = len(lines.found) // each, 0
-    failures = sum("error" in line for line in lines.found)
+    failures = sum(failed for _, failed in lines.found)
     model = _load(config, prefix, prompts, quiet=True) if begin < len(todo) else None
     begun = time.monotonic()
     # disable=None: a bar on a terminal, nothing in a log file

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import secrets
 import shlex
 import signal
 import sys
@@ -25,8 +26,23 @@ def run(config):
         The run folder, a Path.
     """
     run_folder = folders.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
-    prefix, resumed = starting_point(config, run_folder)
-    sizes = folders.read_config(prefix.parent)
+    with files.filling(run_folder, "train"):
+        prefix, resumed = starting_point(config, run_folder)
+        vocabulary = encoder.of_model(prefix.parent)
+        tokens, held_out = texts(config, prefix.parent, vocabulary)
+        with stop_signals() as stop:
+            run = Run(config, run_folder, prefix, resumed, vocabulary)
+            run.train(tokens, held_out, stop)
+    if stop.received == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stop.received:
+        sys.exit(128 + stop.received)
+    return run_folder
+
+
+def texts(config, folder, vocabulary):
+    """The windows.Tokens to train on, and those to validate with or None."""
+    sizes = folders.read_config(folder)
     dataset.find(config.dataset)
     if config.val_dataset is not None:
         dataset.find(config.val_dataset)
@@ -34,30 +50,18 @@ def run(config):
         raise UserError(
             f"--seq_length {config.seq_length} is more than the model's n_ctx, {sizes.n_ctx}"
         )
-
-    vocabulary = encoder.of_model(prefix.parent)
     if config.sampling == "documents" and vocabulary and vocabulary.end is None:
         raise UserError(
             "--sampling documents finds them by the end token, and this model has none. Leave "
             "it out, or name one that the text has in hparams.json: end_token"
         )
-    n_vocab = encoder.ids_of(prefix.parent, vocabulary)
+    n_vocab = encoder.ids_of(folder, vocabulary)
     tokens = dataset.load(config.dataset, vocabulary, config, n_vocab)
-    held_out = None
     if config.val_every:
-        held_out = dataset.load(config.val_dataset, vocabulary, config, n_vocab)
-    elif config.val_dataset is not None:
+        return tokens, dataset.load(config.val_dataset, vocabulary, config, n_vocab)
+    if config.val_dataset is not None:
         _say("--val_dataset is not used: --val_every is 0")
-    with files.filling(run_folder, "train"), stop_signals() as stop:
-        # once more, now that nobody else can save: another train may have ended meanwhile
-        prefix, resumed = starting_point(config, run_folder)
-        run = Run(config, run_folder, prefix, resumed, vocabulary)
-        run.train(tokens, held_out, stop)
-    if stop.received == signal.SIGINT:
-        raise KeyboardInterrupt
-    if stop.received:
-        sys.exit(128 + stop.received)
-    return run_folder
+    return tokens, None
 
 
 def starting_point(config, run_folder):
@@ -111,9 +115,11 @@ class Run:
         _say(memory_line(training.memory_needed(folders.read_config(prefix.parent), config)))
         network = checkpoint.load(prefix, config.precision, weights_precision="float32")
         self.model = inference.Model(graph.Graph(network), vocabulary)
-        tensors, state = checkpoint.load_training(prefix) if resumed else ({}, None)
-        if config.restore_from == "weights":
-            tensors = {}
+        tensors, state = {}, None
+        if resumed and config.restore_from == "weights":
+            state = checkpoint.load_state(prefix)
+        elif resumed:
+            tensors, state = checkpoint.load_training(prefix)
         if resumed and not tensors:
             why = "" if state is None else ", as --restore_from weights asks"
             _say(f"without the optimizer's state{why}: the optimizer starts anew")
@@ -128,8 +134,11 @@ class Run:
         self.config = self.given = dataclasses.replace(config, seed=seed)
         self.step = self.saved = state["step"]
         self.running_loss = state.get("running_loss", [0.0, 0.0])
-        self.best = state.get("best")  # step and loss of the best validation
-        self.worse = state.get("worse", 0)  # validations since
+        self.id = state.get("run") or secrets.token_hex(8)
+        same = state.get("val_dataset") == config.val_dataset
+        self.best = state.get("best") if same else None  # step and loss of the best validation
+        self.worse = state.get("worse", 0) if same else 0  # validations since
+        self.due = state.get("due", [])  # what the present step still has to do
         self.kept_at = state.get("kept_at", time.time())  # when the last was saved for good
         self.validated = {}  # the loss of the present step, once it is known
         self.batch = None  # the last that was learned from
@@ -159,23 +168,27 @@ class Run:
             f"takes {sampler.count / rows:,.1f} steps; run {self.folder}, step {self.step}"
             + (f" of {config.steps}" if config.steps else "")
         )
+        if config.val_every and ("validation" in self.due or self.step == 0):
+            self.validate(held_out, length, stop)
+        if "samples" in self.due and not self.sample_path().exists():
+            self.write_samples(stop)
         if config.steps and self.step >= config.steps:
             _say(f"the run is at step {self.step} and --steps is {config.steps}: nothing to do")
             return
-        if config.val_every and self.step == 0:
-            self.validate(held_out, length, stop)
         self.began = self.reported = time.monotonic()
         self.reported_step = self.step
         while not (stop.received or self.is_over()):
             self.take_step(sampler, rows)
             paused = time.monotonic()
-            if config.val_every and self.step % config.val_every == 0:
+            every = {"validation": config.val_every, "samples": config.sample_every}
+            self.due = [name for name, n in every.items() if n and self.step % n == 0]
+            if "validation" in self.due:
                 self.validate(held_out, length, stop)
             is_best = config.keep_best and self.best and self.best["step"] == self.step
-            due = self.step % config.save_every == 0 or time.monotonic() >= self.try_again
-            if due or is_best:
+            is_time = self.step % config.save_every == 0 or time.monotonic() >= self.try_again
+            if is_time or is_best:
                 self.save()
-            if config.sample_every and self.step % config.sample_every == 0:
+            if "samples" in self.due:
                 self.write_samples(stop)
             self.reported += time.monotonic() - paused  # the speed is that of training alone
         self.save(last=True)
@@ -183,7 +196,7 @@ class Run:
         name = shlex.quote(f"--run_name={config.run_name}")
         _say(
             f"saved {self.folder} at step {self.step}; sample from it with: gpt2cli sample {name}"
-            if runs.steps(self.folder)
+            if self.has_saved()
             else "stopped before the first step; nothing is saved"
         )
 
@@ -258,13 +271,17 @@ class Run:
 
     def diverged(self, said):
         """End the run (UserError); what was saved stays."""
-        again = "Start anew"
-        if runs.steps(self.folder):
-            again = f"{self.folder} keeps its checkpoint of step {self.saved}; go on"
+        again = f"{self.folder} keeps its checkpoint of step {self.saved}; go on"
+        if not self.has_saved():
+            again = "No step of this run is saved; start anew"
         raise UserError(
             f"{said}. Training has diverged, or the batch is bad. {again} with a lower "
             "--learning_rate, with --warmup_steps, --clip_norm 1 or --on_nonfinite skip"
         )
+
+    def has_saved(self):
+        """Whether there is a checkpoint of this run, and not only of one that it replaces."""
+        return bool(runs.steps(self.folder)) and not self.replaced
 
     def save(self, last=False):
         """Write a checkpoint of this step, unless there is one or its weights have diverged.
@@ -285,6 +302,7 @@ class Run:
             self.try_again = math.inf
         except UserError as error:
             kept = f"the last checkpoint is that of step {self.saved}"
+            kept = kept if self.has_saved() else "no step of this run is saved"
             if last:
                 raise UserError(f"{error}. Step {self.step} is not saved, {kept}") from error
             self.try_again = time.monotonic() + TRY_AGAIN
@@ -294,22 +312,29 @@ class Run:
 
     def write(self):
         """Write the checkpoint, then remove those that need not be kept."""
-        if self.source != self.folder:
-            folders.copy_description(self.source, self.folder, self.model.config)
-            self.source = self.folder
-        with files.replacing(self.folder / "train.json", "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self.given), file, indent=2)
         config, now = self.config, time.time()
         state = {"step": self.step, "seed": config.seed, "running_loss": self.running_loss}
-        state |= {"best": self.best, "worse": self.worse, **self.validated}
-        if config.keep_every_hours and now - self.kept_at >= config.keep_every_hours * 3600:
-            state["permanent"], self.kept_at = True, now
-        state["kept_at"] = self.kept_at
+        state |= {"run": self.id, "best": self.best, "worse": self.worse, **self.validated}
+        state |= {"due": self.due, "val_dataset": config.val_dataset, "kept_at": self.kept_at}
+        hours = config.keep_every_hours
+        if hours and now - self.kept_at >= hours * 3600:
+            state |= {"permanent": True, "kept_at": now}
+        source = None if self.source == self.folder else self.source
         network, optimizer = self.trainer.model, self.trainer.state()
-        self.checkpoint.save_run(self.folder, network, optimizer, state)
-        kept = runs.prune(self.folder, self.step, config.keep, config.keep_best, self.replaced)
-        self.checkpoint.name_newest(self.folder, kept)
-        self.saved, self.replaced = self.step, ()
+        self.checkpoint.save_run(self.folder, network, optimizer, state, source)
+        self.saved, self.source, self.kept_at = self.step, self.folder, state["kept_at"]
+        replaced, self.replaced = self.replaced, ()
+        try:
+            kept = runs.prune(self.folder, self.step, config.keep, config.keep_best, replaced)
+            self.checkpoint.name_newest(self.folder, kept)
+            with files.replacing(self.folder / "train.json", "w", encoding="utf-8") as file:
+                json.dump(dataclasses.asdict(self.given), file, indent=2)
+        except (OSError, UserError) as error:  # the checkpoint is there, which is what counts
+            _say(f"gpt2cli: {error}")
+
+    def sample_path(self):
+        """The file of this step's samples."""
+        return Path(self.config.sample_dir) / self.config.run_name / f"samples-{self.step}"
 
     def write_samples(self, stop):
         """Write samples/RUN_NAME/samples-STEP, and show them; broken off by `stop`."""
@@ -335,7 +360,8 @@ class Run:
         texts = [dataclasses.replace(s, index=i).show("text") for i, s in enumerate(samples)]
         if stop.received:
             return
-        path = Path(config.sample_dir) / config.run_name / f"samples-{self.step}"
+        self.due = [name for name in self.due if name != "samples"]
+        path = self.sample_path()
         print("\n".join(texts), flush=True)
         try:
             with files.replacing(path, "w", encoding="utf-8", errors="replace") as file:
@@ -361,8 +387,10 @@ class Run:
         self.journal.write(
             self.step, validation_loss=score.loss, validation_accuracy=score.accuracy
         )
-        self.validated = {"validation_loss": score.loss}
-        if self.best is None or score.loss < self.best["loss"]:
+        self.due = [name for name in self.due if name != "validation"]
+        is_finite = math.isfinite(score.loss)
+        self.validated = {"validation_loss": score.loss} if is_finite else {}
+        if is_finite and (self.best is None or score.loss < self.best["loss"]):
             self.best, self.worse = {"step": self.step, "loss": score.loss}, 0
         else:
             self.worse += 1
