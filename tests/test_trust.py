@@ -211,8 +211,11 @@ def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
     assert result.returncode == 1 and "not a model's folder" in result.stderr
     assert cli("export", "run1", "checkpoint/run1", "--overwrite").returncode == 1
     shutil.copytree("checkpoint/run1", "checkpoint/run2")
-    for words in (("export", "run1", "checkpoint/run2"), ("convert", "models/mini", "checkpoint/run2"),
-                  ("init", "run2", "--vocab", "models/tiny", "--models_dir", "checkpoint")):  # fmt: skip
+    other = "checkpoint/run2"
+    for words in (
+        *(("export", "run1", other), ("convert", "models/mini", other)),
+        ("init", "run2", "--vocab", "models/tiny", "--models_dir", "checkpoint"),
+    ):
         result = cli(*words, "--overwrite")
         assert result.returncode == 1 and "not a model's folder" in result.stderr, words
     assert runs.steps("checkpoint/run1")
