@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, workdir, flags, st
 def test_an_existing_model_is_replaced_only_on_request(cli, workdir):
     new = workdir / "models/new"
     assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
-    (new / "model-5.index").write_text("of a training")
+    (new / "notes.txt").write_text("of the old model")
     before = contents(new)
     result = cli("init", "new", "--vocab", "models/tiny", *SMALL, "--seed", 3)
     assert result.returncode == 1 and "models/new exists already" in result.stderr
@@ -178,7 +178,7 @@ def test_an_existing_model_is_replaced_only_on_request(cli, workdir):
     result = cli("init", "new", "--vocab", "models/new", *SMALL, "--seed", 3, "--overwrite")
     assert result.returncode == 0, result.stderr
     after = contents(new)
-    assert "model-5.index" not in after and after["encoder.json"] == before["encoder.json"]
+    assert "notes.txt" not in after and after["encoder.json"] == before["encoder.json"]
     assert after["model.ckpt.data-00000-of-00001"] != before["model.ckpt.data-00000-of-00001"]
     assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
 
