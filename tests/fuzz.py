@@ -5,12 +5,15 @@ without it, is test_bad_input.py.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -88,6 +91,35 @@ def targets():
     }
 
 
+def seeds():
+    """Name of a target -> bytes that it reads well, from which the noise begins."""
+    from gpt2cli import runs
+
+    npy, npz = io.BytesIO(), io.BytesIO()
+    np.save(npy, np.arange(9, dtype=np.uint16))
+    np.savez_compressed(npz, np.arange(9), np.arange(5))
+    runs.write_state(FOLDER, {"step": 1, "save": 1, "running_loss": [1.5, 2]}, {})
+    tiny = {name: (TINY / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
+    hparams = (TINY / "hparams.json").read_bytes()
+    return {
+        "hparams": hparams,
+        "object": hparams,
+        "txt": "née\r\n<|endoftext|>\ufeff".encode(),
+        "csv": b'text\n"a ""b"",\nc"\nd\n',
+        "jsonl": b'{"text": "a\\ud83d b"}\n\n{"text": ""}\n',
+        "npz": npz.getvalue(),
+        "npy": npy.getvalue(),
+        **tiny,
+        "vocab.txt": b"a\nb\n##c\n",
+        "prompts.txt": b"The kettle\n\nA letter",
+        "prompts.jsonl": b'"a"\n[1, 2]\n{"tokens": [3]}\n{"prompt": "b"}\n',
+        "state": (FOLDER / "state-1.json").read_bytes(),
+        "sums": hashlib.sha256(b"{}").hexdigest().encode() + b"  hparams.json\n",
+        "lines": b'{"index": 0, "error": "x"}\n{"index": 1}\n',
+        "flags": b"sample\0--prompt\0x\0--top_k=3\0--stop=a\0--nsamples\0002",
+    }
+
+
 def main():
     import atheris
 
@@ -106,8 +138,11 @@ def main():
         with contextlib.suppress(UserError):
             known[name](data)
 
+    corpus = FOLDER / "corpus"
+    corpus.mkdir()
+    (corpus / "seed").write_bytes(seeds()[name])
     os.chdir(FOLDER)
-    atheris.Setup(sys.argv, once)
+    atheris.Setup([*sys.argv, "-max_len=100000", str(corpus)], once)
     atheris.Fuzz()
 
 
