@@ -1,5 +1,6 @@
 """Small models and vocabularies that every test can use; nothing is fetched."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -135,6 +136,19 @@ def cli(capsys, monkeypatch, tiny):
         return subprocess.CompletedProcess(words, status, out, err)
 
     return run
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    """A file system of that size, where this machine lets us make one."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("no file system of our own can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, small_disk
 
 from gpt2cli import transfer
 from gpt2cli.commands import download
@@ -629,6 +629,23 @@ def test_a_full_disk_is_told_and_the_part_stays(fetch, mirror, monkeypatch, tmp_
     with pytest.raises(UserError, match="No space left.*goes on after 16 bytes"):
         fetch()
     assert (folder_of(tmp_path) / "encoder.json.part").exists()
+
+
+def test_a_disk_that_fills_takes_nothing_for_whole_and_room_mends_it(fetch, mirror, tmp_path):
+    big = hashlib.shake_128(b"weights").digest(1_500_000)
+    mirror.contents[f"/models/own/{DATA}"] = big
+    with small_disk(tmp_path / "models", 1) as disk:
+        with pytest.raises(UserError, match="no space for .*1,500,000 bytes needed"):
+            fetch()
+        mirror.headers[DATA] = {"Content-Length": None}  # nobody can know before
+        with pytest.raises(UserError, match="No space left on device"):
+            fetch()
+        assert not (disk / "own" / DATA).exists()
+        part = (disk / "own" / f"{DATA}.part").stat().st_size
+        assert 500_000 < part < 1_200_000
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        mirror.headers.clear()
+        assert_whole(fetch(), {**MODEL, DATA: big})
 
 
 def test_space_is_looked_for_before_the_body_is_written(fetch, mirror, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, small_disk
 
 from gpt2cli import checkpoint, encoder, folders, journal, model, runs, training, windows
 from gpt2cli.config import ModelConfig, TrainConfig
@@ -394,19 +394,6 @@ def test_a_run_that_is_killed_a_hundred_times(cli, mini, capsys):
 
 
 # --- a full disk ---
-
-
-@contextlib.contextmanager
-def small_disk(folder, megabytes):
-    """A file system of that size, where this machine lets us make one."""
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("no file system of our own can be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def fill(folder, left):
