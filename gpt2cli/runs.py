@@ -222,7 +222,7 @@ def prune(folder, saved, keep, keep_best=False, replaced=()):
 
 def set_aside(folder, step):
     """Rename the files of a step that is about to be written again; `recover` decides."""
-    for path in _files_of(folder, step):
+    for path in _files_of(Path(folder), step):
         os.replace(path, path.with_name(_ASIDE + path.name))
 
 
@@ -243,7 +243,7 @@ def recover(folder):
 
 
 def _files_of(folder, step):
-    found = ((path, _PARTS.fullmatch(path.name)) for path in Path(folder).iterdir())
+    found = ((path, _PARTS.fullmatch(path.name)) for path in folder.iterdir())
     return [path for path, match in found if match and int(match[1] or match[2]) == step]
 
 

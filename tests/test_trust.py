@@ -513,6 +513,14 @@ def test_a_flipped_bit_is_told_or_has_no_effect(cli, mini, flips):
     assert of_model["told"] > flips / 2 and of_run["told"] > flips / 3
 
 
+def test_a_checkpoint_that_was_being_written_again_is_gone_on_with(cli, mini):
+    assert cli("train", "text.txt", *FLAGS, "--steps", 1).returncode == 0
+    runs.set_aside("checkpoint/run1", 1)  # killed before the new files had their names
+    result = cli("train", "text.txt", *FLAGS, "--steps", 2)
+    assert result.returncode == 0 and "[2 |" in result.stderr and "[1 |" not in result.stderr
+    assert runs.steps("checkpoint/run1") == [1, 2]
+
+
 def test_a_damaged_newest_checkpoint_is_told_and_training_goes_on_from_the_one_before(cli, mini):
     assert cli("train", "text.txt", *FLAGS, "--steps", 4, "--save_every", 2).returncode == 0
     path = Path("checkpoint/run1/model-4" + runs.SHARD)

@@ -27,6 +27,7 @@ def run(config):
     """
     run_folder = folders.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
     with files.filling(run_folder, "train"):
+        runs.clear(run_folder)
         prefix, resumed = starting_point(config, run_folder)
         vocabulary = encoder.of_model(prefix.parent)
         tokens, held_out = texts(config, prefix.parent, vocabulary)
@@ -110,7 +111,6 @@ class Run:
 
         self.folder, self.source, self.checkpoint = folder, prefix.parent, checkpoint
         self.replaced = () if resumed else runs.steps(folder)
-        runs.clear(folder)
         _say(f"{prefix}: {engine.describe_devices()}")
         _say(memory_line(training.memory_needed(folders.read_config(prefix.parent), config)))
         network = checkpoint.load(prefix, config.precision, weights_precision="float32")
