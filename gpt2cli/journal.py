@@ -19,10 +19,13 @@ class Journal:
         step: lines of log.jsonl after this step are another run's, or of steps that are taken
             again, and go when the first line is written.
         always: what every line of log.jsonl says besides.
+        holds: keep the lines of log.jsonl back until `release`.
     """
 
-    def __init__(self, folder, step, always):
+    def __init__(self, folder, step, always, holds=False):
         self.path, self._step, self._always = Path(folder) / "log.jsonl", step, always
+        self._holds, self._held = holds, ""
+        self._last = self._written = step
         # tf.summary.scalar would need TensorBoard installed
         self._events = tf.summary.create_file_writer(str(folder))
 
@@ -30,7 +33,18 @@ class Journal:
         """Record named numbers of a step."""
         self._with_events(lambda: self._write_events(step, values))
         plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        line = json.dumps({"step": step, **self._always, **plain}) + "\n"
+        self._held += json.dumps({"step": step, **self._always, **plain}) + "\n"
+        self._last = step
+        if not self._holds:
+            self._write_lines()
+
+    def release(self):
+        """Write the lines that were kept back, and each from now on as it comes."""
+        self._holds = False
+        if self._held:
+            self._write_lines()
+
+    def _write_lines(self):
         try:
             if self._step is not None and self.path.exists():
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
@@ -38,9 +52,10 @@ class Journal:
                     file.writelines(text for text in lines if self._stays(text))
             self._step = None
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(self._held)
+            self._held, self._written = "", self._last
         except (OSError, UserError):  # a full disk is told of at the next save
-            self._step = step  # the next line takes out what was written of this one
+            self._step = self._written  # what was written of these lines is taken out first
 
     def _stays(self, line):
         """Whether a line is whole, which the last of a killed run may not be, and of before."""

@@ -20,6 +20,7 @@ GROUPS = (
     {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
     {"beams", "graph", "lite", "statedict"},
     {"inference", "formats"},
+    {"loop"},
     {"commands"},
     {"cli"},
 )

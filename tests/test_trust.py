@@ -1,6 +1,7 @@
 """What is promised of runs that are stopped, killed, out of disk or damaged: broken on purpose."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -144,7 +145,10 @@ def test_a_failed_save_of_a_replacing_run_leaves_the_old_one(cli, mini, monkeypa
     changed = {
         p.name for p in Path("checkpoint/run1").iterdir() if before.get(p.name) != p.read_bytes()
     }
-    assert not [name for name in changed if not name.startswith(("events", "log"))]
+    assert not [name for name in changed if not name.startswith("events")]
+    assert cli("train", "text.txt", *words, "--steps", 2).returncode == 0
+    told = [json.loads(line)["step"] for line in Path("checkpoint/run1/log.jsonl").open()]
+    assert told == [1, 2]
 
 
 def test_a_checkpoint_for_good_that_failed_is_for_good_later(cli, mini, monkeypatch):
@@ -184,6 +188,28 @@ def test_what_a_stop_broke_off_is_done_when_the_run_goes_on(cli, mini, monkeypat
     assert result.returncode == 0 and Path("samples/run1/samples-2").exists()
     told = [json.loads(line) for line in Path("checkpoint/run1/log.jsonl").open()]
     assert [line["step"] for line in told if "validation_loss" in line] == [0, 2]
+
+
+def test_samples_that_a_stop_broke_off_begin_as_they_would_have(cli, mini, monkeypatch):
+    """Of a model without a start token they go on from a token of the step's batch."""
+    from gpt2cli import inference
+
+    sizes = dataclasses.replace(SIZES, extra={"start_token": None})
+    folders.copy_description(mini / "models" / "mini", mini / "models" / "mini", sizes)
+    flags = (*UNSEEDED, "--seed", 7, "--sample_every", 2, "--sample_length", 4, "--steps", 2)
+    assert cli("train", "text.txt", *flags, "--run_name", "whole").returncode == 0
+
+    def stopping(self, *arguments, stop, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return iter(())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference.Model, "samples", stopping)
+        assert cli("train", "text.txt", *flags, "--save_every", 2).returncode == 143
+    assert not Path("samples/run1/samples-2").exists()
+    assert cli("train", "text.txt", *flags).returncode == 0
+    made = [Path(f"samples/{name}/samples-2").read_text() for name in ("whole", "run1")]
+    assert made[0] == made[1]
 
 
 def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
