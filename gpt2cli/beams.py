@@ -24,7 +24,7 @@ class Search:
     """The search for one prompt. Call `step` until `finished`; then `kept` is the result.
 
     Args:
-        generation: a sampling.Generation of one row, the prompt; it is used up.
+        generation: a generation.Generation of one row, the prompt; it is used up.
         row: an inference.Continuation, empty: what follows the prompt. Its `branch` gives another
             with one token more, and its `stopped` says that a stop text has come.
         settings: config.GenerateSettings: beams, length_penalty, and what Generation takes.
@@ -35,6 +35,7 @@ class Search:
 
     def __init__(self, generation, row, settings):
         self.generation, self.beams = generation, settings.beams
+        self._length, self._end = generation.rows[0].length, generation.rows[0].rules.end
         self.penalty = settings.length_penalty
         self.running, self.kept = [Beam(0.0, row)], []
         self.count = 0  # tokens of each running beam
@@ -45,12 +46,12 @@ class Search:
         scores = [beam.score for beam in self.running]
         ranked = self.generation.candidates(scores, 2 * self.beams)
         self.count += 1
-        full = self.count == self.generation.length
+        full = self.count == self._length
         running, parents, ended = [], [], []
         for place, (score, parent, token, logprob) in enumerate(ranked):
             if place >= self.beams and (full or len(running) == self.beams):
                 break
-            at_end = token == self.generation.end
+            at_end = token == self._end
             row = self.running[parent].row
             row = row if at_end else row.branch(token, logprob)
             if full or at_end or row.stopped:

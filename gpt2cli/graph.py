@@ -54,27 +54,34 @@ def run(network, cache, token, position, finished, past, noise, steps, rules):
         rules: graph_rules.Rules.
 
     Returns:
-        tokens [N, M] and their log-probabilities [N, M], of which the first `steps done` count,
-        steps done, cache, past.
+        The arrays of sampling.Chosen, of which the first `steps done` [N, M] count, steps done, and
+        the cache.
     """
     size = tf.shape(noise)[1]
+    kept = min(sampling.LIKELIEST, network.config.n_vocab)
 
-    def one(i, cache, token, finished, past, tokens, logprobs):
+    def one(i, cache, token, finished, past, told):
         logits, cache = step(network, cache, token, position + i)
         uniform = tf.gather(noise, i, axis=1)
-        chosen, logprob, past = graph_rules.choose(logits, uniform, past, rules)
+        chosen, past = graph_rules.choose(logits, uniform, past, rules)
         here = tf.range(size) == i
-        tokens = tf.where(here, chosen[:, None], tokens)
-        logprobs = tf.where(here, logprob[:, None], logprobs)
-        return i + 1, cache, chosen, finished | (chosen == rules.end), past, tokens, logprobs
+        now = chosen, *graph_rules.logprobs_of(logits, chosen, kept, rules.logprobs)
+
+        def put(old, new):  # [N, M, ...], [N, ...]
+            shape = [1, size, *[1] * (len(old.shape) - 2)]
+            return tf.where(tf.reshape(here, shape), new[:, None], old)
+
+        told = tf.nest.map_structure(put, told, now)
+        return i + 1, cache, chosen, finished | (chosen == rules.end), past, told
 
     def go_on(i, cache, token, finished, *rest):
         return (i < steps) & ~tf.reduce_all(finished)
 
-    empty = tf.zeros(tf.shape(noise), tf.int32), tf.zeros(tf.shape(noise))
-    start = [tf.constant(0), cache, token, finished, past, *empty]
-    i, cache, _, _, past, tokens, logprobs = tf.while_loop(go_on, one, start)
-    return tokens, logprobs, i, cache, past
+    flat, deep = tf.shape(noise), [*tf.unstack(tf.shape(noise)), kept]
+    empty = tf.zeros(flat, tf.int32), tf.zeros(flat), tf.zeros(deep, tf.int32), tf.zeros(deep)
+    start = [tf.constant(0), cache, token, finished, past, empty]
+    i, cache, _, _, _, told = tf.while_loop(go_on, one, start)
+    return told, i, cache
 
 
 def read(network, tokens, lengths):
@@ -126,6 +133,9 @@ class Graph:
             xla=True,
         )
 
+    def read_apart(self):
+        """Nothing: reading does not move a cache here; see lite.Lite."""
+
     def logits(self, tokens):
         """Ids of one row, up to n_ctx -> float32 [T, V]."""
         return self._call(np.array([tokens], np.int32))[0].numpy()
@@ -153,7 +163,7 @@ class Graph:
         ngrams = any(row.no_repeat_ngram for row in rules)
         padded = np.zeros([len(rows), sampling.CHUNK], np.float32)  # one shape, one compilation
         padded[:, :steps] = noise
-        tokens, found, done, cache, _ = self._run(
+        told, done, cache = self._run(
             cache,
             np.array([row[-1] for row in rows], np.int32),
             position,
@@ -161,13 +171,23 @@ class Graph:
             graph_rules.past_of(rows, generated, n_vocab, steps, ngrams and self.config.n_ctx),
             padded,
             np.int32(steps),
-            graph_rules.tensors_of(rules, logprobs, n_vocab),
+            graph_rules.tensors_of(rules, logprobs.any(), n_vocab),
         )
-        return tokens.numpy()[:, : int(done)], found.numpy()[:, : int(done)], cache
+        return sampling.Chosen(*(array.numpy()[:, : int(done)] for array in told), cache)
 
-    def regroup(self, cache, parents):
-        """The cache of new rows, each a copy of the present one of that number [N]."""
-        return tf.nest.map_structure(lambda kept: tf.gather(kept, parents), cache)
+    def arrange(self, cache, new, sources):
+        """The cache of other rows.
+
+        Args:
+            cache, new: caches, of which one may be None.
+            sources: for each row the number of one in `cache` or, counted on, in `new`; or -1 for
+                a place that holds nothing.
+        """
+        both = [c for c in (cache, new) if c is not None]
+        slots = max(c[0][0].shape[2] for c in both)
+        both = [_wide(c, slots, slots) for c in both]
+        places = np.maximum(np.array(sources, np.int32), 0)
+        return tf.nest.map_structure(lambda *rows: tf.gather(tf.concat(rows, 0), places), *both)
 
 
 def _wide(cache, needed, most):

@@ -13,7 +13,7 @@ class Rules(NamedTuple):
     """How each row chooses its next token; every field is a tensor or an array.
 
     temperature, top_p, repetition_penalty: float32 [B]; top_k, min_length: int32 [B].
-    no_repeat_ngram: int32 [], how many tokens in a row must not come twice; 0 allows it.
+    no_repeat_ngram: int32 [B], how many tokens in a row must not come twice; 0 allows it.
     end: int32 [], the token that ends a row, or -1.
     logprobs: bool [], whether anybody asks for the log-probabilities of what is chosen.
     bias: float32 [V], added to the logits; -inf where a token must never be chosen.
@@ -32,7 +32,7 @@ class Rules(NamedTuple):
 
 RULES_SPEC = Rules(
     *(tf.TensorSpec([None], t) for t in (tf.float32, tf.int32, tf.float32, tf.float32, tf.int32)),
-    no_repeat_ngram=tf.TensorSpec([], tf.int32),
+    no_repeat_ngram=tf.TensorSpec([None], tf.int32),
     end=tf.TensorSpec([], tf.int32),
     logprobs=tf.TensorSpec([], tf.bool),
     bias=tf.TensorSpec([None], tf.float32),
@@ -150,25 +150,26 @@ def _first_above(cumulative, mass, target):
 
 
 def forbid_repeats(logits, past, size):
-    """[B, V]: tokens at -inf that would write `size` tokens in a row that are in the row already.
+    """[B, V]: tokens at -inf that would write `size` [B] in a row that are in the row already.
 
-    A row in which that leaves no token stays as it is.
+    A row in which that leaves no token stays as it is, as does one whose size is 0.
     """
-    history, length = past.history, past.length
+    history, length, size = past.history, past.length, size[:, None]
     places = tf.range(tf.shape(history)[1])
     # where the row holds what would come again: the last token of an earlier `size` in a row
-    found = (places >= size - 1) & (places < length[:, None])  # [B, M]
+    found = (places >= size - 1) & (places < length[:, None]) & (size > 0)  # [B, M]
 
     def compare(back, found):
         earlier = tf.gather(history, tf.maximum(places - back, 0), axis=1)  # [B, M]
         # a finished row's length may be past the end
         at = tf.clip_by_value(length - back, 0, tf.size(places) - 1)
         last = tf.gather(history, at, batch_dims=1)  # [B]
-        return back + 1, found & (earlier == last[:, None])
+        return back + 1, found & ((earlier == last[:, None]) | (back >= size))
 
-    _, found = tf.while_loop(
-        lambda back, found: (back < size) & tf.reduce_any(found), compare, [tf.constant(1), found]
-    )
+    def go_on(back, found):
+        return tf.reduce_any((back < size) & found)
+
+    _, found = tf.while_loop(go_on, compare, [tf.constant(1), found])
     rows = tf.broadcast_to(tf.range(tf.shape(history)[0])[:, None], tf.shape(history))
     banned = tf.tensor_scatter_nd_max(
         tf.zeros(tf.shape(logits), tf.int32),
@@ -208,12 +209,11 @@ def apply_rules(logits, past, rules):
 
 
 def choose(logits, uniform, past, rules):
-    """The next token of each row [B] from logits [B, V], its log-probability [B], the new Past.
+    """The next token of each row [B] from logits [B, V], and the new Past.
 
-    After apply_rules: temperature, top-k, top-p. The log-probability, in nats, is the model's own,
-    before all of these; 0 where nobody asks for it.
+    After apply_rules: temperature, top-k, top-p.
     """
-    raw, logits = logits, apply_rules(logits, past, rules)
+    logits = apply_rules(logits, past, rules)
 
     def cool(logits):
         cold = tf.maximum(rules.temperature, 1e-6)[:, None]
@@ -232,12 +232,32 @@ def choose(logits, uniform, past, rules):
     cold = rules.temperature <= 0
     drawn = tf.cond(tf.reduce_all(cold), greedy, sample)
     chosen = tf.cond(tf.reduce_any(cold), lambda: tf.where(cold, greedy(), drawn), lambda: drawn)
-    logprob = tf.cond(
-        rules.logprobs,
-        lambda: tf.gather(raw, chosen, batch_dims=1) - tf.reduce_logsumexp(raw, -1),
-        lambda: tf.zeros(tf.shape(chosen)),
-    )
-    return chosen, logprob, past.after(chosen)
+    return chosen, past.after(chosen)
+
+
+def logprobs_of(logits, chosen, count, wanted):
+    """The log-probabilities of chosen tokens [B], in nats, and of the likeliest in their places.
+
+    Args:
+        logits: [B, V], before all rules.
+        count: how many of the likeliest.
+        wanted: bool [], whether anybody asks; else all is 0.
+
+    Returns:
+        float32 [B], int32 [B, count], float32 [B, count], best first.
+    """
+    rows = tf.size(chosen)
+
+    def found():
+        total = tf.reduce_logsumexp(logits, -1)
+        best, others = tf.math.top_k(logits, count)
+        own = tf.gather(logits, chosen, batch_dims=1)
+        return own - total, others, best - total[:, None]
+
+    def nothing():
+        return tf.zeros(rows), tf.zeros([rows, count], tf.int32), tf.zeros([rows, count])
+
+    return tf.cond(wanted, found, nothing)
 
 
 def past_of(rows, generated, n_vocab, steps, history):
@@ -261,12 +281,11 @@ def past_of(rows, generated, n_vocab, steps, history):
 def tensors_of(rules, logprobs, n_vocab):
     """The Rules of rows that have these sampling.Rules; one batch bans the same tokens."""
     kinds = {name: spec.dtype.as_numpy_dtype for name, spec in RULES_SPEC._asdict().items()}
-    own = {n: np.array([getattr(row, n) for row in rules], kinds[n]) for n in Rules._fields[:5]}
+    own = {n: np.array([getattr(row, n) for row in rules], kinds[n]) for n in Rules._fields[:6]}
     bias = np.zeros(n_vocab, np.float32)
     bias[list(rules[0].banned)] = -np.inf
     return Rules(
         **own,
-        no_repeat_ngram=np.int32(rules[0].no_repeat_ngram),
         end=np.int32(rules[0].end),
         logprobs=np.bool_(logprobs),
         bias=bias,

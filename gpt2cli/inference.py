@@ -4,11 +4,9 @@
 `Model`; text becomes ids and ids become text here, `sampling` knows only ids.
 """
 
-import copy
 import itertools
-import json
 import operator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -18,6 +16,7 @@ from gpt2cli import (
     checkpoint,
     encoder,
     folders,
+    generation,
     graph,
     lite,
     model,
@@ -26,122 +25,11 @@ from gpt2cli import (
     windows,
 )
 from gpt2cli.config import GenerateSettings, Precision, new_seed
+from gpt2cli.continuation import Continuation, Sample
 from gpt2cli.engine import gpus_for
 from gpt2cli.errors import UsageError, UserError
 
-BANNER = "=" * 40  # openai/gpt-2 src/generate_unconditional_samples.py
 STREAMED = 4  # tokens between two pieces of a streamed text
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One generated text.
-
-    Args:
-        index: its number among all samples of the call.
-        prompt: what it goes on from: a text, a list of ids, or None.
-        text: what was generated (after the prompt, with include_prefix); None without a vocabulary.
-        tokens: the generated ids, without the end token; with a stop text, up to the token that
-            completed it.
-        finish_reason: length, stop (a stop text) or end (the end token).
-        seed: with the same seed and index the same text comes again.
-        logprobs: with the setting of that name, the log-probability (nats) of each of `tokens`,
-            before temperature, penalty and bans.
-        score: of a beam: the sum of its log-probabilities, after penalty and bans, / its number of
-            tokens (with the end token) ** length_penalty.
-    """
-
-    index: int
-    prompt: str | list[int] | None
-    text: str | None
-    tokens: list[int]
-    finish_reason: str
-    seed: int
-    logprobs: list[float] | None = None
-    score: float | None = None
-
-    def as_json(self):
-        """A JSON object: the fields, without those of settings that are off."""
-        values = asdict(self)
-        off = [name for name in ("logprobs", "score") if values[name] is None]
-        return {name: value for name, value in values.items() if name not in off}
-
-    def show(self, format, delimiter=None):
-        """The sample as it is printed: "text", OpenAI's banner and the text, or "jsonl".
-
-        With a delimiter, the text and then the delimiter, on a line of its own, and no banner.
-        """
-        if format == "jsonl":
-            return json.dumps(self.as_json(), ensure_ascii=False)
-        text = " ".join(map(str, self.tokens)) if self.text is None else self.text
-        if delimiter is not None:
-            return f"{text}\n{delimiter}"
-        return f"{BANNER} SAMPLE {self.index + 1} {BANNER}\n{text}"
-
-
-class Continuation:
-    """The text of one row while it is generated: decodes, and finds where it stops."""
-
-    def __init__(self, index, prompt, vocabulary, settings):
-        self.index, self.prompt, self.settings = index, prompt, settings
-        self.tokens, self.logprobs = [], []
-        self.text = ""
-        self.stopped = False
-        self._given = 0
-        self._stream = vocabulary.stream() if vocabulary else None
-
-    def _ends(self, always=False):
-        """The texts that end it now; --stop waits for --min_length, --truncate does not."""
-        enough = always or len(self.tokens) >= self.settings.min_length
-        truncate = (self.settings.truncate,) if self.settings.truncate else ()
-        return (*(self.settings.stop if enough else ()), *truncate)
-
-    def feed(self, tokens):
-        """Add generated ids; sets `stopped` where a stop text is complete."""
-        for token in tokens:
-            if self.stopped:
-                return
-            self.tokens.append(token)
-            if self._stream:
-                self._add(self._stream.feed([token]))
-
-    def branch(self, token, logprob):
-        """Another Continuation: this one with a token more, and that token's log-probability."""
-        twin = copy.copy(self)
-        twin.tokens, twin.logprobs = self.tokens.copy(), [*self.logprobs, logprob]
-        twin._stream = copy.copy(self._stream)
-        twin.feed([token])
-        return twin
-
-    def finish(self):
-        """No more ids will come: give out what a half character held back."""
-        if self._stream and not self.stopped:
-            self._add(self._stream.finish())
-        self._stream = None
-
-    def _add(self, piece):
-        before, self.text = len(self.text), self.text + piece
-        found = []
-        for end in self._ends():
-            # It may have begun in the text before, but ends in this piece.
-            at = self.text.find(end, max(0, before - len(end) + 1))
-            keep = self.settings.keep_stop and end != self.settings.truncate
-            if at >= 0:
-                found.append((at, at + len(end) * keep))
-        if found:
-            self.text = self.text[: min(found)[1]]
-            self.stopped = True
-
-    def fresh(self, finished):
-        """Text that was not given out before; what may be the start of a stop text waits."""
-        ends = () if finished or self.stopped else self._ends(always=True)
-        held = max(
-            (n for end in ends for n in range(1, len(end)) if self.text.endswith(end[:n])),
-            default=0,
-        )
-        piece = self.text[self._given : len(self.text) - held]
-        self._given += len(piece)
-        return piece
 
 
 class Model:
@@ -226,16 +114,15 @@ class Model:
         seed, jobs = new_seed() if settings.seed is None else settings.seed, iter(jobs)
         if settings.beams > 1:
             for row, score in self._beams(jobs, settings, stop):
-                yield self._sample(row, settings, seed, score)
+                yield self.sample(row, seed, score)
             return
         while batch := list(itertools.islice(jobs, settings.batch_size)):
-            width = (width or len(batch)) if self.network.needs_full_batches else 0
-            growing = self._continue(batch, settings, seed, sampling.CHUNK, width or len(batch))
-            for rows, finished in growing:
+            width = width or len(batch)
+            for rows, finished in self._continue(batch, settings, seed, sampling.CHUNK, width):
                 if stop():
                     return
                 if finished:
-                    yield from (self._sample(row, settings, seed) for row in rows)
+                    yield from (self.sample(row, seed) for row in rows)
 
     def stream(self, prompt, settings, index=0):
         """Yield the text of one sample in pieces, as it is generated, and last the Sample.
@@ -246,11 +133,11 @@ class Model:
         if settings.beams > 1:
             ((row, score),) = self._beams([(index, prompt)], replace(settings, nsamples=1))
             yield row.fresh(finished=True)
-            yield self._sample(row, settings, seed, score)
+            yield self.sample(row, seed, score)
             return
         for (row,), finished in self._continue([(index, prompt)], settings, seed, STREAMED, 1):
             yield row.fresh(finished)
-        yield self._sample(row, settings, seed)
+        yield self.sample(row, seed)
 
     def check_prompt(self, prompt):
         """Refuse (UserError) a prompt that cannot be continued; returns its ids."""
@@ -285,39 +172,48 @@ class Model:
             )
         return tokens
 
+    def begin(self, index, prompt, settings, seed):
+        """The Continuation of a prompt, for a Batch; refuses (UserError) as `check_prompt`."""
+        ids = self.check_prompt(prompt)
+        if self.encoder is None and (settings.stop or settings.truncate):
+            raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
+        length = self.length_of(settings, prompt)
+        row = generation.Row(
+            *(ids, self._rules(settings), length, seed, index, settings.window, settings.logprobs)
+        )
+        return Continuation(index, prompt, self.encoder, settings, row)
+
+    def sample(self, text, seed, score=None):
+        """The Sample that a finished Continuation is."""
+        settings, prompt = text.settings, text.prompt or ""
+        full = len(text.tokens) >= self.length_of(settings, text.prompt)
+        reason = "stop" if text.stopped else "length" if full else "end"
+        shown = text.text if self.encoder else None
+        if settings.include_prefix and self.encoder:
+            shown = (prompt if isinstance(prompt, str) else self.encoder.decode(prompt)) + shown
+        logprobs = text.logprobs if settings.logprobs else None
+        return Sample(text.index, text.prompt, shown, text.tokens, reason, seed, logprobs, score)
+
     def _continue(self, batch, settings, seed, limit, width):
         """Generate a batch of (index, prompt); yields (Continuations, all finished) as they grow.
 
-        Rows are filled up to `width`.
+        Args:
+            width: rows to compute at the least, where another number would take compiling.
         """
-        ids = [self.check_prompt(prompt) for _, prompt in batch]
-        rows = [Continuation(i, prompt, self.encoder, settings) for i, prompt in batch]
-        spare = width - len(batch)
-        generation = self._generation(
-            ids + [[0]] * spare,
-            settings,
-            max(self.length_of(settings, prompt) for _, prompt in batch),
-            seed,
-            [row.index for row in rows] + [None] * spare,
-        )
-        while not generation.finished.all():
-            for number, tokens in enumerate(generation.step(limit)[: len(rows)]):
-                row, most = rows[number], self.length_of(settings, rows[number].prompt)
-                row.feed(tokens[: most - len(row.tokens)])
-                row.logprobs = generation.logprobs[number][: len(row.tokens)]
-                if row.stopped or len(row.tokens) >= most:
-                    generation.finish(number)
-                if generation.finished[number]:
-                    row.finish()
-            yield rows, bool(generation.finished.all())
+        texts = [self.begin(index, prompt, settings, seed) for index, prompt in batch]
+        growing = Batch(self.network, width)
+        growing.add(texts)
+        finished = False
+        while not finished:
+            growing.step(limit)
+            finished = growing.is_empty()
+            yield texts, finished
 
     def _beams(self, jobs, settings, stop=lambda: False):
         """Yield the nsamples likeliest Continuations of each prompt, with their scores."""
         for index, prompt in jobs:
-            ids, length = self.check_prompt(prompt), self.length_of(settings, prompt)
-            row = Continuation(index, prompt, self.encoder, settings)
-            generation = self._generation([ids], settings, length, 0, [index])
-            search = beams.Search(generation, row, settings)
+            text = self.begin(index, prompt, settings, 0)
+            search = beams.Search(generation.Generation(self.network, [text.row]), text, settings)
             while not search.finished:
                 if stop():
                     return
@@ -327,34 +223,48 @@ class Model:
                 row.index = index + place
                 yield row, score
 
-    def _generation(self, ids, settings, length, seed, indices):
-        """The sampling.Generation of rows of ids, with this model's end and banned tokens."""
-        if self.encoder is None and (settings.stop or settings.truncate):
-            raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
-        unknown = range(self.encoder.n_vocab, self.config.n_vocab) if self.encoder else ()
-        return sampling.Generation(
-            self.network,
-            ids,
-            settings,
-            length=length,
-            seed=seed,
-            indices=indices,
-            end=self.encoder.end if self.encoder else None,
-            banned=[*self.encoder.banned, *unknown] if self.encoder else [],
+    def _rules(self, settings):
+        """The sampling.Rules of settings, with this model's end and banned tokens."""
+        end, banned = None, []
+        if self.encoder:
+            unknown = range(self.encoder.n_vocab, self.config.n_vocab)
+            end, banned = self.encoder.end, [*self.encoder.banned, *unknown]
+        return sampling.Rules(
+            **{name: getattr(settings, name) for name in sampling.Rules._fields[:6]},
+            end=-1 if end is None else end,
+            banned=tuple(token for token in banned if token < self.config.n_vocab),
         )
 
-    def _sample(self, row, settings, seed, score=None):
-        if row.stopped:
-            reason = "stop"
-        else:
-            full = len(row.tokens) >= self.length_of(settings, row.prompt)
-            reason = "length" if full else "end"
-        text = row.text if self.encoder else None
-        if settings.include_prefix and self.encoder:
-            prompt = row.prompt or ""
-            text = (prompt if isinstance(prompt, str) else self.encoder.decode(prompt)) + text
-        logprobs = row.logprobs if settings.logprobs else None
-        return Sample(row.index, row.prompt, text, row.tokens, reason, seed, logprobs, score)
+
+class Batch:
+    """Continuations that grow side by side: the loop of all that generates but beams.
+
+    Args:
+        network, width: as of generation.Generation.
+    """
+
+    def __init__(self, network, width=0):
+        self._generation = generation.Generation(network, width=width)
+        self._texts = {}  # generation.Row -> Continuation
+
+    def add(self, texts):
+        """Let Continuations join, between two steps."""
+        self._texts |= {text.row: text for text in texts}
+        self._generation.add([text.row for text in texts])
+
+    def step(self, limit=sampling.CHUNK):
+        """Up to `limit` tokens more; returns the Continuations that were worked on."""
+        grown = []
+        for row, tokens in self._generation.step(limit):
+            text = self._texts[row]
+            text.grow(tokens)
+            grown.append(text)
+        self._texts = {row: text for row, text in self._texts.items() if not row.finished}
+        return grown
+
+    def is_empty(self):
+        """Whether all have finished."""
+        return not self._texts
 
 
 def load_model(path, precision="auto"):

@@ -58,7 +58,8 @@ class Lite:
         self.config = config
         if precision == "bfloat16":
             stored = _rounded(stored)
-        self._layers = Program(program.layers, config, stored, precision)
+        self._make_layers = lambda: Program(program.layers, config, stored, precision)
+        self._layers = self._reader = self._make_layers()
         self._head = Program(program.head, config, stored, precision)
         wpe = list(model.weight_shapes(config).items())[1]
         self._positions = np.asarray(stored(*wpe), np.float32)
@@ -67,6 +68,15 @@ class Lite:
         self._halves = [f"{half}{layer}" for layer in depth for half in ("keys", "values")]
         self._lock = threading.RLock()
         self._resident = _nothing  # gives the Cache that the program holds, while it is wanted
+
+    @_alone
+    def read_apart(self):
+        """From now on read by a program of its own, so that a cache stays where it is meanwhile.
+
+        For rows that join others: moving these takes as long as a step or two of all of them. It
+        takes the memory of the layers' weights once more.
+        """
+        self._reader = self._make_layers()
 
     @_alone
     def logits(self, tokens):
@@ -134,18 +144,49 @@ class Lite:
         return self._head(x=x[0])[0], cache
 
     @_alone
-    def regroup(self, cache, parents):
-        """The Cache of new rows, each a copy of the present one of that number [N]."""
-        used, seen = cache.used, cache.seen[parents]
-        if self._resident() is cache and len(parents) == len(cache.seen):
-            for half in self._halves:
-                memory = self._layers.input(half)
-                memory[:, :, :used] = memory[parents, :, :used]
-            cache.seen = seen
+    def arrange(self, cache, new, sources):
+        """The Cache of other rows.
+
+        Args:
+            cache, new: Caches, of which one may be None; both are used up.
+            sources: for each row the number of one in `cache` or, counted on, in `new`; or -1 for
+                a place that holds nothing.
+        """
+        both, sources = [c for c in (cache, new) if c], np.array(sources)
+        rows = [(c, number) for c in both for number in range(len(c.seen))]
+        if len(both) == 1 and np.array_equal(sources, range(len(rows))):
+            return both[0]
+        lengths = np.concatenate([(c.seen == 0).sum((1, 2, 3)) for c in both])
+        lengths = np.where(sources < 0, 0, lengths[sources])
+        used = max(1, int(lengths.max()))
+        slots = _room(used + 1)
+        seen = _mask(np.arange(slots) < lengths[:, None, None, None])
+        stays = cache and self._resident() is cache and len(sources) == len(cache.seen)
+        if stays and slots <= cache.seen.shape[-1] <= 2 * slots:
+            seen = _widened(seen, cache.seen.shape[-1])
+            self._arrange_in_place(len(cache.seen), new, sources, lengths)
+            cache.seen, cache.used = seen, used
             return cache
-        if self._resident() is cache:
+        if cache and self._resident() is cache:
             self._leave()
-        return Cache(seen, used, {half: a[parents] for half, a in cache.arrays.items()})
+        shape = len(sources), self.config.n_head, used, self.config.n_embd // self.config.n_head
+        arrays = {half: np.zeros(shape, np.float32) for half in self._halves}
+        for place, length in enumerate(lengths):
+            source, number = rows[sources[place]]
+            for half, array in arrays.items():
+                array[place, :, :length] = source.arrays[half][number, :, :length]
+        return Cache(seen, used, arrays)
+
+    def _arrange_in_place(self, count, new, sources, lengths):
+        """`arrange` in the program's memory, which has `count` rows and room enough."""
+        old = np.where((sources >= 0) & (sources < count), sources, np.arange(count))
+        for half in self._halves:
+            memory = self._layers.input(half)
+            if not np.array_equal(old, range(count)):
+                memory[:, :, : lengths.max()] = memory[old, :, : lengths.max()]
+            for place in np.flatnonzero(sources >= count):
+                length = lengths[place]
+                memory[place, :, :length] = new.arrays[half][sources[place] - count, :, :length]
 
     def run(self, *arguments):
         """As `sampling.run`."""
@@ -158,11 +199,12 @@ class Lite:
 
     def _read(self, row):
         """Ids [T] of one row -> x [T, E], and its keys and values, each [1, H, T, D]."""
-        self._leave()
+        if self._reader is self._layers:
+            self._leave()
         head = self.config.n_embd // self.config.n_head
         nothing = np.zeros([1, self.config.n_head, 1, head], np.float32)  # one for all tokens
         place = np.arange(len(row))
-        x, *new = self._layers(
+        x, *new = self._reader(
             x=self._embed(row, place),
             beside=_mask(place[:, None] >= place),
             seen=_mask(np.zeros([1, 1, 1, 1], bool)),
@@ -175,10 +217,7 @@ class Lite:
         if self._resident() is cache and needed <= cache.seen.shape[-1]:
             return
         self._leave()
-        more = _room(needed) - cache.seen.shape[-1]
-        if more > 0:
-            wider = [(0, 0), (0, 0), (0, 0), (0, more)]
-            cache.seen = np.pad(cache.seen, wider, constant_values=kernels.MASKED)
+        cache.seen = _widened(cache.seen, _room(needed))
         rows, *_, slots = cache.seen.shape
         shape = rows, self.config.n_head, slots, self.config.n_embd // self.config.n_head
         self._layers.reshape(
@@ -216,6 +255,12 @@ def _rounded(stored):
 def _room(slots):
     """So many slots, or the next multiple of SLOTS."""
     return -(-slots // SLOTS) * SLOTS
+
+
+def _widened(seen, slots):
+    """The same [N, 1, 1, S] with at least so many slots."""
+    more = [(0, 0), (0, 0), (0, 0), (0, max(0, slots - seen.shape[-1]))]
+    return np.pad(seen, more, constant_values=kernels.MASKED)
 
 
 def _mask(looks):

@@ -1,15 +1,11 @@
-"""Logits -> next token, and a batch of rows that grow by tokens.
-
-Past n_ctx tokens the window slides: when a row's window is full, its older half is dropped and the
-newer half processed again; or, with `--window last`, its last n_ctx - 1 tokens are read again for
-every token. A row's window depends on that row alone, not on its batch.
-"""
+"""Logits -> next token: the rules by which it is chosen, and the loop that chooses many."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 CHUNK = 32  # tokens a call of the loop may generate; more would delay --stop
+LIKELIEST = 5  # tokens whose log-probabilities are kept beside the chosen one's, as OpenAI's API
 BLOCK = 256  # about sqrt(50257): the two cumulative sums of `draw` are equally long
 
 
@@ -169,6 +165,30 @@ def rank(logits, scores, rows, generated, rules, count):
     return best[:count]
 
 
+def likeliest(logprobs, count):
+    """[V] -> the ids of the `count` likeliest, best first; the lower id where two are equal."""
+    found = np.argpartition(logprobs, -min(count, len(logprobs)))[-count:]
+    return found[np.lexsort((found, -logprobs[found]))]
+
+
+class Chosen(NamedTuple):
+    """What a call of the loop generated.
+
+    tokens: int32 [N, M].
+    logprobs: float32 [N, M], of the tokens, before all rules and temperature; nats.
+    others, other_logprobs: [N, M, LIKELIEST], the likeliest tokens in each one's place, best first.
+    cache: the network's, for the next call.
+
+    The three in the middle have a meaning only if they were asked for.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    others: np.ndarray
+    other_logprobs: np.ndarray
+    cache: object = None
+
+
 def run(network, cache, rows, position, finished, generated, noise, rules, logprobs):
     """Generate up to M tokens a row, one after another.
 
@@ -181,14 +201,15 @@ def run(network, cache, rows, position, finished, generated, noise, rules, logpr
         generated: [N], tokens of each row that came after the prompt.
         noise: [N, M], random numbers in [0, 1).
         rules: the Rules of each row.
-        logprobs: whether anybody asks for the log-probabilities.
+        logprobs: bool [N], whether anybody asks for the log-probabilities of a row.
 
     Returns:
-        Tokens [N, done] and their log-probabilities, before all rules and temperature, and the
-        cache; done is below M if all rows have ended.
+        Chosen, of fewer than M tokens if all rows have ended.
     """
     rows, finished = [list(row) for row in rows], finished.copy()
+    kept = min(LIKELIEST, network.config.n_vocab)
     tokens, found = np.zeros(noise.shape, np.int32), np.zeros(noise.shape, np.float32)
+    others, beside = np.zeros([*noise.shape, kept], np.int32), np.zeros([*noise.shape, kept])
     for i in range(noise.shape[1]):
         fed = np.array([row[-1] for row in rows], np.int32)
         logits, cache = network.feed(cache, fed, position + i)
@@ -196,170 +217,12 @@ def run(network, cache, rows, position, finished, generated, noise, rules, logpr
             token = choose(logits[n], noise[n, i], rows[n], generated[n] + i, rules[n])
             rows[n].append(token)
             tokens[n, i] = token
-            found[n, i] = log_softmax(logits[n])[token] if logprobs else 0
+            if logprobs[n]:
+                own = log_softmax(logits[n])
+                found[n, i], others[n, i] = own[token], likeliest(own, kept)
+                beside[n, i] = own[others[n, i]]
             finished[n] = token == rules[n].end
         if finished.all():
             break
-    return tokens[:, : i + 1], found[:, : i + 1], cache
-
-
-class Generation:
-    """One batch being generated. Call `step` until `finished` is all true.
-
-    Or, for beams: `candidates`, then `take` those that are to go on.
-
-    Args:
-        network: what reads and continues rows: a graph.Graph or a lite.Lite.
-        prompts: token ids of each row, at least one token each.
-        settings: config.GenerateSettings.
-        length: tokens to generate in a row.
-        seed: with a row's index it fixes all its random numbers.
-        indices: the index of each row among all samples; None for a row that only fills the batch.
-        end: the token that ends a row, or None.
-        banned: tokens never chosen.
-
-    Attributes:
-        rows: the ids of each row, prompt included, without the end token.
-        logprobs: of each row, the log-probability of each generated token.
-        finished: bool [B].
-    """
-
-    def __init__(self, network, prompts, settings, length, seed, indices, end, banned):
-        self.network, self.length = network, length
-        self.rows = [list(prompt) for prompt in prompts]
-        self.prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        self.finished = np.array([index is None for index in indices])
-        self.end = -1 if end is None else end
-        n_vocab, size = network.config.n_vocab, len(prompts)
-        self.rules = [
-            Rules(
-                **{name: getattr(settings, name) for name in Rules._fields[:6]},
-                end=-1 if end is None else end,
-                banned=tuple(token for token in banned if token < n_vocab),
-            )
-        ] * size
-        self.wants_logprobs = settings.logprobs
-        self.noise = [np.random.Generator(np.random.Philox(key=[seed, i or 0])) for i in indices]
-        self.logprobs = [[] for _ in prompts]
-        self.window = [0] * size  # where the part of each row that the model sees begins
-        self.sees_last = settings.window == "last"
-        self.full = network.config.n_ctx - (self.sees_last and network.config.n_ctx > 1)
-        self.cache = None
-
-    def step(self, limit=CHUNK):
-        """Generate up to `limit` tokens a row; returns the new ones of each row, [] if finished.
-
-        The end token is not among them; `finished` says which rows are done.
-        """
-        if self._must_read():
-            new, logprobs = self._choose_first()
-        else:
-            new, logprobs = self._decode(min(limit, CHUNK))
-        fresh = []
-        for row, tokens in enumerate(self.rows):
-            if self.finished[row]:
-                fresh.append([])
-                continue
-            added = new[row, : self.length - self._generated()[row]].tolist()
-            if self.end in added:
-                added = added[: added.index(self.end)]
-                self.finished[row] = True
-            tokens += added
-            self.logprobs[row] += logprobs[row, : len(added)].tolist()
-            self.finished[row] |= self._generated()[row] >= self.length
-            fresh.append(added)
-        return fresh
-
-    def candidates(self, scores, count):
-        """The likeliest rows of one token more: tuples of score, row, token, its log-probability.
-
-        Args:
-            scores: the log-probability of each row so far.
-            count: how many.
-
-        Returns:
-            Best first; fewer where the rules leave fewer.
-        """
-        if self._must_read():
-            logits = self._read_windows()
-        else:
-            token = np.array([tokens[-1] for tokens in self.rows], np.int32)
-            logits, self.cache = self.network.feed(self.cache, token, self._seen_lengths() - 1)
-        return rank(np.asarray(logits), scores, self.rows, self._generated(), self.rules, count)
-
-    def take(self, parents, tokens):
-        """Go on with new rows: each one of the present ones, by its number, and a token more."""
-        self.rows = [[*self.rows[p], token] for p, token in zip(parents, tokens, strict=True)]
-        parents = np.array(parents, np.int32)
-        if not np.array_equal(parents, np.arange(len(self.finished))):
-            self.window = [self.window[p] for p in parents]
-            self.prompt_lengths = self.prompt_lengths[parents]
-            self.rules = [self.rules[p] for p in parents]
-            self.finished = self.finished[parents]
-            self.cache = self.network.regroup(self.cache, parents)
-
-    def finish(self, row):
-        """End a row now, because of what its text says."""
-        self.finished[row] = True
-
-    def _generated(self):
-        return np.array([len(tokens) for tokens in self.rows], np.int32) - self.prompt_lengths
-
-    def _seen_lengths(self):
-        """Tokens in each row's window; finished rows count as one, they need no room."""
-        lengths = np.array([len(tokens) for tokens in self.rows]) - self.window
-        return np.where(self.finished, 1, lengths).astype(np.int32)
-
-    def _uniform(self, count):
-        """[B, count] of each row's own random numbers."""
-        return np.stack([noise.random(count, np.float32) for noise in self.noise])
-
-    def _must_read(self):
-        """Whether the next token takes a pass over the windows."""
-        return self.cache is None or self._seen_lengths().max() > self.full
-
-    def _read_windows(self):
-        """Move the windows that are too long, read them all; logits [B, V] after them."""
-        n_ctx = self.network.config.n_ctx
-        for row, tokens in enumerate(self.rows):
-            if len(tokens) - self.window[row] > self.full:
-                all_of_it = self.cache is None or self.sees_last
-                self.window[row] = len(tokens) - (self.full if all_of_it else max(1, n_ctx // 2))
-        lengths = self._seen_lengths()
-        slots = int(lengths.max() + self.length - self._generated().min())
-        windows = [
-            np.array(tokens[start : start + length], np.int32)
-            for tokens, start, length in zip(self.rows, self.window, lengths, strict=True)
-        ]
-        self.cache = None  # its memory is free for the new one
-        logits, self.cache = self.network.read(windows, min(n_ctx, slots))
-        return logits
-
-    def _choose_first(self):
-        """One token a row, after its window."""
-        logits, uniform = np.asarray(self._read_windows()), self._uniform(1)[:, 0]
-        generated = self._generated()
-        tokens = [
-            choose(logits[n], uniform[n], row, generated[n], self.rules[n])
-            for n, row in enumerate(self.rows)
-        ]
-        logprobs = log_softmax(logits) if self.wants_logprobs else np.zeros_like(logits)
-        rows = np.arange(len(tokens))
-        return np.array(tokens, np.int32)[:, None], logprobs[rows, tokens][:, None]
-
-    def _decode(self, limit):
-        """Generate up to `limit` tokens, no further than the fullest window."""
-        lengths, generated = self._seen_lengths(), self._generated()
-        most = int((self.length - generated[~self.finished]).max())
-        steps = min(limit, most, self.full - int(lengths.max()) + 1)
-        tokens, logprobs, self.cache = self.network.run(
-            self.cache,
-            self.rows,
-            lengths - 1,
-            self.finished,
-            generated,
-            self._uniform(steps),
-            self.rules,
-            self.wants_logprobs,
-        )
-        return tokens, logprobs
+    done = slice(i + 1)
+    return Chosen(tokens[:, done], found[:, done], others[:, done], beside[:, done], cache)

@@ -7,7 +7,7 @@ import oracle
 import pytest
 from conftest import TINY, compiled, lively
 
-from gpt2cli import beams, inference, sampling
+from gpt2cli import beams, continuation, generation, inference, sampling
 from gpt2cli.config import GenerateSettings, ModelConfig
 from gpt2cli.errors import UsageError
 
@@ -17,11 +17,16 @@ NAMES = ("a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601")
 def search(model, prompt, end=None, banned=(), **settings):
     """The search's result as (score, generated ids with the end token), best first."""
     settings = GenerateSettings(**settings)
-    generation = sampling.Generation(
-        *(model.network, [prompt], settings, settings.length, 0, [0]),
-        *(end, banned),
+    rules = sampling.Rules(
+        repetition_penalty=settings.repetition_penalty,
+        min_length=settings.min_length,
+        no_repeat_ngram=settings.no_repeat_ngram,
+        end=-1 if end is None else end,
+        banned=banned,
     )
-    found = beams.Search(generation, inference.Continuation(0, None, None, settings), settings)
+    row = generation.Row(prompt, rules, settings.length, window=settings.window)
+    text = continuation.Continuation(0, None, None, settings)
+    found = beams.Search(generation.Generation(model.network, [row]), text, settings)
     while not found.finished:
         found.step()
     return [

@@ -18,7 +18,7 @@ GROUPS = (
     {"folders"},
     {"encoder", "graph_rules", "model", "transfer", "windows"},
     {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
-    {"beams", "graph", "lite", "statedict"},
+    {"beams", "continuation", "generation", "graph", "lite", "statedict"},
     {"inference", "formats"},
     {"loop"},
     {"commands"},

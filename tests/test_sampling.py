@@ -7,9 +7,10 @@ import oracle
 import pytest
 from conftest import SHARED, compiled, lively
 
-from gpt2cli import config, graph_rules, inference, sampling
+from gpt2cli import config, generation, graph_rules, inference, sampling
 from gpt2cli.config import GenerateSettings
 from gpt2cli.engine import tf
+from gpt2cli.generation import Row
 
 ROWS = np.random.default_rng(0).normal(0, 3, [4, 300]).astype(np.float32)
 
@@ -240,7 +241,7 @@ def test_repeated_ngrams_are_found_wherever_they_are(how, size):
         past = graph_rules.Past(None, rows, lengths, None)
         logits = random.normal(size=[5, 7]).astype(np.float32)
         if how == "tensorflow":
-            found = np.array(graph_rules.forbid_repeats(logits, past, tf.constant(size)))
+            found = np.array(graph_rules.forbid_repeats(logits, past, tf.fill([5], size)))
         else:
             rule = sampling.Rules(no_repeat_ngram=size)
             before = zip(logits, rows, lengths, strict=True)
@@ -249,6 +250,14 @@ def test_repeated_ngrams_are_found_wherever_they_are(how, size):
             banned = sorted(oracle.repeats(row[:length].tolist(), size))
             assert np.flatnonzero(np.isinf(left)).tolist() == banned
             assert (left == before)[np.isfinite(left)].all()
+
+
+def grown(network, rows):
+    """The tokens of Rows that have grown to their ends together."""
+    together = generation.Generation(network, rows, width=len(rows))
+    while together.live():
+        together.step()
+    return [row.tokens for row in rows]
 
 
 @pytest.mark.parametrize("ngram, window", [(1, "half"), (3, "last")])
@@ -264,17 +273,12 @@ def test_no_ngram_comes_twice_in_a_row_of_any_length(plain_model, network, ngram
     "either", ["lite", pytest.param("graph", marks=pytest.mark.slow)], indirect=True
 )
 def test_rows_that_end_do_not_disturb_the_ngrams_of_the_others(either):
-    settings = GenerateSettings(temperature=0.9, no_repeat_ngram=2)
-    alone = []
-    for index, prompt in enumerate(PROMPTS):
-        row = sampling.Generation(either, [prompt], settings, 70, 1, [index], 3, [])
-        while not row.finished.all():
-            row.step()
-        alone.append(row.rows[0])
-    together = sampling.Generation(either, PROMPTS, settings, 70, 1, range(len(PROMPTS)), 3, [])
-    while not together.finished.all():
-        together.step()
-    assert together.rows == alone
+    rules = sampling.Rules(temperature=0.9, no_repeat_ngram=2, end=3)
+    alone = [
+        grown(either, [Row(prompt, rules, 70, 1, index)])[0] for index, prompt in enumerate(PROMPTS)
+    ]
+    rows = [Row(prompt, rules, 70, 1, index) for index, prompt in enumerate(PROMPTS)]
+    assert grown(either, rows) == alone
     assert len({len(row) for row in alone}) > 2  # some ended early
     for row, prompt in zip(alone, PROMPTS, strict=True):
         assert all(row[i] not in oracle.repeats(row[:i], 2) for i in range(len(prompt), len(row)))
@@ -305,6 +309,65 @@ def test_logprobs_are_the_models_own(plain_model, network, settings, window):
     assert plain_model.generate([5], length=3)[0].logprobs is None
 
 
+def test_the_likeliest_are_told_beside_what_was_chosen(either_model, network):
+    settings = GenerateSettings(length=30, seed=3, logprobs=True)
+    texts = [either_model.begin(n, prompt, settings, 3) for n, prompt in enumerate(([5, 6], [7]))]
+    batch = inference.Batch(either_model.network, 2)
+    batch.add(texts)
+    while not batch.is_empty():
+        batch.step(7)
+    for text in texts:
+        row = text.row
+        assert len(row.likeliest) == len(row.logprobs) == 30
+        for place, (found, logprob) in enumerate(zip(row.likeliest, row.logprobs, strict=True)):
+            seen = row.tokens[: row.prompt_length + place][-23:]
+            if place < 20:  # before the window slides
+                expected = oracle.log_softmax(either_model.logits(seen)[-1])
+                assert list(found) == np.argsort(-expected)[:5].tolist()
+                np.testing.assert_allclose(list(found.values()), np.sort(expected)[::-1][:5], 1e-4)
+            chosen = row.tokens[row.prompt_length + place]
+            assert logprob == pytest.approx(found.get(chosen, logprob)) and logprob < 1e-6
+
+
+@pytest.mark.parametrize(
+    "either", ["lite", pytest.param("graph", marks=pytest.mark.slow)], indirect=True
+)
+def test_rows_that_join_and_leave_are_what_they_are_alone(either):
+    """To the last bit on a CPU's programs; windows slide, and rows wait for a place."""
+    random = np.random.default_rng(5)
+    rules = [
+        sampling.Rules(temperature=1.3, top_k=int(k), no_repeat_ngram=int(n))
+        for k, n in random.integers(0, 6, [12, 2])
+    ]
+
+    def row(index):
+        size = np.random.default_rng(index)
+        prompt = size.integers(97, size=size.integers(1, 30)).tolist()
+        window = "last" if index == 4 else "half"
+        length = int(size.integers(1, 60))
+        return Row(prompt, rules[index], length, 9, index, window, logprobs=True)
+
+    alone = [row(index) for index in range(12)]
+    for one in alone:
+        grown(either, [one])
+    either.read_apart()
+    rows, waiting = [row(index) for index in range(12)], list(range(12))
+    batch = generation.Generation(either, width=4)
+    while waiting or batch.live():
+        while waiting and len(batch.live()) < 4 and random.random() < 0.5:
+            batch.add([rows[waiting.pop(0)]])
+        if len(waiting) == 3:
+            rows[8].finished |= random.random() < 0.2  # somebody goes away
+        batch.step(int(random.integers(1, 8)))
+    for one, other in zip(alone, rows, strict=True):
+        assert other.tokens == one.tokens[: len(other.tokens)]
+        assert other.tokens == one.tokens or one is alone[8]
+        if either.needs_full_batches:
+            np.testing.assert_allclose(other.logprobs, one.logprobs[: len(other.logprobs)], 1e-4)
+        else:
+            assert other.logprobs == one.logprobs[: len(other.logprobs)]
+
+
 def test_of_a_prompt_longer_than_the_window_the_end_is_read(either_model):
     long = list(np.arange(60) % 97)
     (sample,) = either_model.generate(long, length=1, temperature=0)
@@ -330,11 +393,8 @@ def test_nothing_is_traced_again_however_many_prompts_follow(network):
 
 def test_the_loop_ends_when_every_row_has_ended(either, monkeypatch):
     """With an end token that comes early, far fewer than `length` steps are computed."""
-    settings = GenerateSettings(temperature=0.0)
-    model_rows = sampling.Generation(either, [[5]], settings, 30, 1, [0], None, [])
-    while not model_rows.finished.all():
-        model_rows.step()
-    tokens = model_rows.rows[0][1:]
+    rules = sampling.Rules(temperature=0.0)
+    tokens = grown(either, [Row([5], rules, 30)])[0][1:]
     at = next(i for i in range(3, 30) if tokens[i] not in tokens[:i])
     end = tokens[at]
     steps = []
@@ -342,37 +402,30 @@ def test_the_loop_ends_when_every_row_has_ended(either, monkeypatch):
 
     def counted(*arguments):
         result = run(*arguments)
-        steps.append(result[0].shape[1])
+        steps.append(result.tokens.shape[1])
         return result
 
     monkeypatch.setattr(either, "run", counted)
-    ended = sampling.Generation(either, [[5], [5]], settings, 30, 1, [0, 1], end, [])
-    while not ended.finished.all():
-        ended.step()
-    assert [row[1:] for row in ended.rows] == [tokens[:at], tokens[:at]]
+    rows = [Row([5], rules._replace(end=end), 30, 1, index) for index in (0, 1)]
+    assert [row[1:] for row in grown(either, rows)] == [tokens[:at], tokens[:at]]
     assert sum(steps) == at  # the first token comes from the prompt's pass
 
 
 def test_before_the_minimal_length_the_end_token_is_not_chosen(either):
     for minimum in (0, 5, 9):
-        settings = GenerateSettings(seed=1, min_length=minimum, temperature=3.0)
+        rules = sampling.Rules(min_length=minimum, temperature=3.0, end=3)
         lengths = []
         for index in range(20):
-            row = sampling.Generation(either, [[5]], settings, 10, 1, [index], 3, [])
-            while not row.finished.all():
-                row.step()
-            assert 3 not in row.rows[0]
-            lengths.append(len(row.rows[0]) - 1)
+            (row,) = grown(either, [Row([5], rules, 10, 1, index)])
+            assert 3 not in row
+            lengths.append(len(row) - 1)
         assert min(lengths) >= minimum
 
 
 def test_a_banned_token_is_never_chosen(either):
-    settings = GenerateSettings(temperature=5.0)
-    banned = list(range(0, 97, 2))
-    row = sampling.Generation(either, [[5]], settings, 200, 1, [0], None, banned)
-    while not row.finished.all():
-        row.step()
-    assert len(row.rows[0]) == 201 and all(token % 2 for token in row.rows[0][1:])
+    rules = sampling.Rules(temperature=5.0, banned=tuple(range(0, 97, 2)))
+    (row,) = grown(either, [Row([5], rules, 200)])
+    assert len(row) == 201 and all(token % 2 for token in row[1:])
 
 
 @pytest.mark.parametrize("name", ["a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601"])
