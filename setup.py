@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["gpt2cli", "gpt2cli.*"]),
+    package_data={"gpt2cli": ["web/*.html", "web/static/*"]},  # the page of `serve`
     python_requires=">=3.10,<3.14",  # the Pythons that TensorFlow has wheels for
     install_requires=[
         "tensorflow>=2.18,<2.22",  # the graph; the suite was run on both ends
@@ -27,6 +28,12 @@ setup(
         "tokenizers>=0.20",  # BERT WordPiece; trains the vocabulary of models/tiny
     ],
     extras_require={
+        "serve": [
+            "starlette>=0.40,<2",  # requests, answers, streams
+            "uvicorn>=0.30,<1",  # HTTP/1.1
+            "jinja2>=3.1",  # the page, with everything escaped
+            "prometheus-client>=0.20",  # /metrics
+        ],
         "torch": ["torch>=2.6"],  # convert: weights in a .bin of PyTorch's
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [

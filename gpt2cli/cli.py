@@ -26,6 +26,7 @@ COMMANDS = {
     "train": (config.TrainConfig, ("dataset",)),
     "sample": (config.SampleConfig, ()),
     "interactive": (config.InteractiveConfig, ()),
+    "serve": (config.ServeConfig, ()),
     "evaluate": (config.EvaluateConfig, ("dataset",)),
     "convert": (config.ConvertConfig, ("src", "dst")),
     "export": (config.ExportConfig, ("run_name", "dst")),

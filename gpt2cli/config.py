@@ -615,6 +615,66 @@ class InteractiveConfig(SourceSettings, GenerateSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeConfig(SourceSettings):
+    """A web page and OpenAI's completions API for one model; needs pip install gpt2cli[serve].
+
+    SIGTERM finishes what was begun and leaves; SIGHUP takes the run's newest checkpoint.
+
+    Args:
+        host: address to listen on; 0.0.0.0 is every one of the machine's.
+        port: port to listen on; 0 takes a free one, and says which.
+        api_key: refuse (401) who does not send this as Authorization: Bearer; better given in the
+            environment, GPT2CLI_API_KEY, where other users do not see it.
+        precision: auto is float32; bfloat16 is for GPUs (a CPU rounds the weights to it, no more);
+            int8 is the fastest on a CPU, where it always runs, in a quarter of the memory.
+        max_batch: samples generated side by side.
+        max_queue: samples that may wait for a place among them; more are refused (503).
+        max_n: samples that one request may ask for, over all its prompts.
+        max_prompt: tokens of a prompt (default: n_ctx).
+        max_tokens: tokens of a sample (default: n_ctx).
+        max_body: bytes of a request (413).
+        max_time: seconds that a request may take, with its time in the queue (504).
+        max_idle: seconds that a client may keep silent before its connection is closed (408 in the
+            middle of a request).
+        max_connections: connections at once (503).
+        log_prompts: write prompts into the log as well.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 5000
+    api_key: str | None = None
+    precision: Precision = "auto"
+    max_batch: int = 16
+    max_queue: int = 64
+    max_n: int = 16
+    max_prompt: int | None = None
+    max_tokens: int | None = None
+    max_body: int = 1_000_000
+    max_time: float = 300.0
+    max_idle: float = 30.0
+    max_connections: int = 1000
+    log_prompts: bool = False
+
+    def __post_init__(self):
+        check(
+            self,
+            port=(0, 65535),
+            max_batch=(1, 1024),
+            max_queue=(0, None),
+            max_n=(1, None),
+            max_prompt=(1, _TOKENS),
+            max_tokens=(1, _TOKENS),
+            max_body=(100, None),
+            max_time=(0.1, 86400),
+            max_idle=(0.1, 86400),
+            max_connections=(1, 100_000),
+        )
+        self._check_source()
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise UsageError("--api_key takes letters, digits and signs without spaces")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SourceSettings, TextSettings):
     """Measure how well a model predicts a text: mean loss in nats a token, perplexity, tokens.
 

@@ -161,9 +161,10 @@ class BPE:
 
     def decode(self, ids):
         """Ids -> text; an id outside the vocabulary is nothing, a byte outside UTF-8 is U+FFFD."""
-        return self._bytes_of(ids).decode("utf-8", "replace")
+        return self.bytes_of(ids).decode("utf-8", "replace")
 
-    def _bytes_of(self, ids):
+    def bytes_of(self, ids):
+        """Ids -> bytes, which may end inside a character."""
         return b"".join(self._bytes.get(int(index), b"") for index in ids)
 
     def stream(self):
@@ -199,7 +200,7 @@ class BPEStream:
 
     def feed(self, ids):
         """The text that these ids complete."""
-        return self._decoder.decode(self._encoder._bytes_of(ids))
+        return self._decoder.decode(self._encoder.bytes_of(ids))
 
     def finish(self):
         """What was held back: a character whose last bytes never came is U+FFFD."""
@@ -318,6 +319,10 @@ class WordPiece:
     def stream(self):
         """A decoder for ids that arrive bit by bit; see WordPieceStream."""
         return WordPieceStream(self._tokens)
+
+    def bytes_of(self, ids):
+        """Ids -> their tokens as the vocabulary spells them, in UTF-8."""
+        return "".join(self._tokens.get(token, "") for token in ids).encode()
 
     def id_of(self, token):
         """The id of a token as the vocabulary spells it, or None."""

@@ -190,6 +190,14 @@ class Graph:
         return tf.nest.map_structure(lambda *rows: tf.gather(tf.concat(rows, 0), places), *both)
 
 
+def cache_sizes(n_ctx):
+    """The numbers of slots that caches have, of which each is compiled."""
+    sizes = [n_ctx]
+    while SMALLEST_CACHE < sizes[0]:
+        sizes.insert(0, max(SMALLEST_CACHE, 1 << (sizes[0] - 1).bit_length() - 1))
+    return sizes
+
+
 def _wide(cache, needed, most):
     """The cache with room for as many slots as are needed, in one of few sizes."""
     size = max(SMALLEST_CACHE, 1 << (needed - 1).bit_length())

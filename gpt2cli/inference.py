@@ -55,6 +55,20 @@ class Model:
         """Ids of one text, 2 or more -> mean nats a token; see `evaluate`."""
         return self.evaluate(windows.Tokens([np.array(self._checked(tokens), np.int32)])).loss
 
+    def logprobs(self, tokens):
+        """How likely each of up to n_ctx ids was: (nats, {id: nats} of the likeliest) of each.
+
+        Of the first, which nothing goes before, None and {}.
+        """
+        tokens, found = self._checked(tokens), [(None, {})]
+        for logits, token in zip(self.logits(tokens), tokens[1:], strict=False):
+            own = sampling.log_softmax(logits)
+            best = sampling.likeliest(own, sampling.LIKELIEST)
+            found.append(
+                (float(own[token]), dict(zip(best.tolist(), own[best].tolist(), strict=True)))
+            )
+        return found
+
     def evaluate(self, tokens, batch_size=1):
         """windows.Tokens -> training.Score: mean loss in nats a token, accuracy, tokens.
 
@@ -138,6 +152,18 @@ class Model:
         for (row,), finished in self._continue([(index, prompt)], settings, seed, STREAMED, 1):
             yield row.fresh(finished)
         yield self.sample(row, seed)
+
+    def warm(self, width=1):
+        """Compile, and run once, what a Batch of up to so many rows needs."""
+        settings, compiles = GenerateSettings(length=2), self.network.needs_full_batches
+        sizes = graph.cache_sizes(self.config.n_ctx) if compiles else [graph.SMALLEST_CACHE]
+        for slots in sizes:
+            prompt = [0] * max(1, slots - 2)
+            for rows in [width] if compiles else [1, width]:
+                batch = Batch(self.network, width)
+                batch.add([self.begin(number, prompt, settings, 0) for number in range(rows)])
+                while not batch.is_empty():
+                    batch.step()
 
     def check_prompt(self, prompt):
         """Refuse (UserError) a prompt that cannot be continued; returns its ids."""

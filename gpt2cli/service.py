@@ -1,0 +1,322 @@
+"""What `serve` does with a request, whichever way it came: the model, its queue, answers.
+
+The loop of asyncio only waits; vocabulary and model work in threads.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import sys
+import threading
+import time
+import uuid
+
+import prometheus_client
+
+from gpt2cli import completions, folders, scheduler
+from gpt2cli.completions import Refused
+from gpt2cli.config import new_seed
+from gpt2cli.errors import UserError
+
+
+class Metrics:
+    """What /metrics tells, in Prometheus' form."""
+
+    def __init__(self, service):
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=registry)
+        self.requests = prometheus_client.Counter(
+            "gpt2cli_requests", "requests answered", ["route", "status"], registry=registry
+        )
+        self.prompt_tokens = prometheus_client.Counter(
+            "gpt2cli_prompt_tokens", "tokens of prompts", registry=registry
+        )
+        self.first = prometheus_client.Histogram(
+            "gpt2cli_first_token_seconds",
+            "time from a request to its first token",
+            buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
+            registry=registry,
+        )
+
+        def number(name, text, value):
+            prometheus_client.Gauge(name, text, registry=registry).set_function(value)
+
+        number("gpt2cli_samples_running", "samples in the batch", lambda: service.counts()[0])
+        number("gpt2cli_samples_waiting", "samples in the queue", lambda: service.counts()[1])
+        prometheus_client.Gauge(
+            "gpt2cli_generated_tokens", "tokens generated since the start", registry=registry
+        ).set_function(lambda: service.scheduler.tokens)
+
+
+class Service:
+    """The model that is served, and what everybody who asks shares.
+
+    Args:
+        config: ServeConfig.
+        load: function that gives an inference.Model, ready, and the name of its checkpoint.
+        leave: function that has the server end.
+    """
+
+    def __init__(self, config, load, leave):
+        self.config, self._load, self._leave = config, load, leave
+        self.name = config.run_name or config.model_name or folders.DEFAULT_MODEL
+        self.loop = None  # of asyncio, once it runs
+        self.model, self.checkpoint, self.failure = None, None, None
+        self.began = int(time.time())
+        self.scheduler = scheduler.Scheduler(config.max_batch, config.max_queue)
+        self.metrics = Metrics(self)
+        self._loading = threading.Lock()
+        self._scores = asyncio.Semaphore(1)  # logits of a whole prompt: hundreds of megabytes
+
+    def counts(self):
+        """Samples that run, and that wait."""
+        return self.scheduler.counts()
+
+    def described(self):
+        """The model as the API lists it."""
+        return {"id": self.name, "object": "model", "created": self.began, "owned_by": "gpt2cli"}
+
+    def load(self, again=False):
+        """Load the model, or the newest one instead of that which is there; in any thread."""
+        if not self._loading.acquire(blocking=False):
+            _say("SIGHUP: a model is being loaded already")
+            return
+        try:
+            self.model, self.checkpoint = self._load()
+            _say(f"{self.checkpoint} is served")
+        except Exception as error:
+            if again:
+                _say(f"gpt2cli: {error}. {self.checkpoint} is served on")
+                return
+            self.failure = error
+            self._leave()
+        finally:
+            self._loading.release()
+
+    def ready(self):
+        """The model; Refused while there is none."""
+        if self.model is None:
+            raise Refused(
+                503, "the model is being loaded", code="loading", headers={"retry-after": "2"}
+            )
+        return self.model
+
+    def check_key(self, given):
+        """Refuse who does not know the key."""
+        key = self.config.api_key
+        if key and not hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()):
+            raise Refused(
+                401,
+                "this server wants its key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+    async def begin(self, request, streams):
+        """The Answer to a CompletionRequest, which has a place in the queue; or Refused."""
+        model, config = self.ready(), self.config
+        if request.model not in (None, self.name):
+            raise Refused(
+                404,
+                f"the model {request.model:.100} is not here; this server has {self.name}",
+                "model",
+                "model_not_found",
+            )
+        prompts = request.prompts()
+        if len(prompts) * request.n > config.max_n:
+            count = f"{len(prompts)} prompts x n {request.n}"
+            message = f"{count} are more samples than a request may have here, {config.max_n}"
+            raise Refused(400, message, "n")
+        most = config.max_tokens or model.config.n_ctx
+        if request.max_tokens > most:
+            message = f"max_tokens {request.max_tokens} is more than this server's {most}"
+            raise Refused(400, message, "max_tokens")
+        answer = await asyncio.to_thread(Answer, self, model, request, prompts, streams)
+        if request.echo and request.logprobs is not None:
+            async with self._scores:
+                await asyncio.to_thread(answer.score_prompts)
+        if request.max_tokens:
+            try:
+                self.scheduler.submit(answer.job)
+            except scheduler.Full as full:
+                raise Refused(
+                    503,
+                    f"{sum(self.counts())} samples are at work or wait; try again later",
+                    code="queue_full",
+                    headers={"retry-after": str(full.seconds)},
+                ) from None
+        self.metrics.prompt_tokens.inc(answer.prompt_tokens)
+        return answer
+
+
+class Answer:
+    """What is known of a request that is being answered.
+
+    Args:
+        service: the Service.
+        model: the inference.Model that answers, whatever is loaded meanwhile.
+        request: CompletionRequest.
+        prompts: its prompts.
+        streams: tell of the text while it grows.
+
+    Raises:
+        Refused: a prompt cannot be continued.
+    """
+
+    def __init__(self, service, model, request, prompts, streams):
+        self.service, self.model, self.request = service, model, request
+        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.asked = time.monotonic()
+        settings = request.settings()
+        seed = new_seed() if request.seed is None else request.seed
+        most = service.config.max_prompt or model.config.n_ctx
+        self.texts = []
+        try:
+            for prompt in prompts:
+                for index in range(request.n):
+                    self.texts.append(model.begin(index, prompt, settings, seed))
+                if (length := self.texts[-1].row.prompt_length) > most:
+                    raise Refused(
+                        400,
+                        f"the prompt has {length} tokens, and this server takes up to {most}",
+                        "prompt",
+                        "context_length_exceeded",
+                    )
+        except UserError as error:
+            raise completions.refused(error, "prompt") from None
+        self.prompt_tokens = sum(text.row.prompt_length for text in self.texts[:: request.n])
+        self.scores = None
+        self._loop, self._news = service.loop, asyncio.Queue()
+        self.job = scheduler.Job(model, self.texts, self._tell, service.config.max_time, streams)
+        shown = [self._prompt_text(text) for text in self.texts]
+        # characters before the next token of which logprobs are told; None: from the prompt's on
+        self._at = [None if request.echo else len(text) for text in shown]
+        self.echoes = shown if request.echo else [""] * len(shown)
+
+    def _prompt_text(self, text):
+        if text.prompt is None or isinstance(text.prompt, str):
+            return text.prompt or ""
+        return self.model.encoder.decode(text.prompt)
+
+    def _tell(self, pieces):
+        with contextlib.suppress(RuntimeError):  # the server has left
+            self._loop.call_soon_threadsafe(self._news.put_nowait, pieces)
+
+    def score_prompts(self):
+        """Find the log-probabilities of the prompts; in a thread, one at a time."""
+        try:
+            self.scores = [
+                self.model.logprobs(text.row.tokens[: text.row.prompt_length])
+                for text in self.texts[:: self.request.n]
+            ]
+        except UserError as error:
+            raise completions.refused(error, "prompt") from None
+
+    async def pieces(self):
+        """The Pieces of all texts, as they come; Refused where it broke off."""
+        left = len(self.texts) if self.request.max_tokens else 0
+        while left:
+            for piece in await self._news.get():
+                if piece.error == "timeout":
+                    seconds = self.service.config.max_time
+                    raise Refused(504, f"not done within {seconds:g} seconds", code="timeout")
+                if piece.error:
+                    raise Refused(500, "the server failed; its log says why", code="failure")
+                left -= piece.done
+                yield piece
+
+    def logprobs(self, number, begin, end):
+        """The logprobs object of tokens of a text; the first time with its prompt's, for echo."""
+        if self.request.logprobs is None:
+            return None
+        row, tokens = self.texts[number].row, self.texts[number].tokens[begin:end]
+        found = list(zip(row.logprobs, row.likeliest, strict=False))[begin:end]
+        if self.scores and self._at[number] is None:
+            tokens = row.tokens[: row.prompt_length] + tokens
+            found = self.scores[number // self.request.n] + found
+            self._at[number] = 0
+        made, self._at[number] = completions.logprobs_object(
+            self.model.encoder, tokens, found, self.request.logprobs, self._at[number]
+        )
+        return made
+
+    def reason(self, number):
+        """Why a text ended."""
+        if not self.request.max_tokens:
+            return "length"
+        return self.model.sample(self.texts[number], 0).finish_reason
+
+    def generated(self):
+        """Tokens generated so far."""
+        return sum(len(text.tokens) for text in self.texts)
+
+    def as_json(self, choices, **more):
+        """The object that carries choices."""
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.service.name,
+            "choices": choices,
+            **more,
+        }
+
+    def usage(self):
+        """The usage object."""
+        return completions.usage(self.prompt_tokens, self.generated())
+
+    async def whole(self):
+        """The texts, once all are done."""
+        async for _ in self.pieces():
+            pass
+        return self.as_json(
+            [
+                completions.choice(
+                    number,
+                    self.echoes[number] + text.text * bool(self.request.max_tokens),
+                    self.reason(number),
+                    self.logprobs(number, 0, len(text.tokens)),
+                )
+                for number, text in enumerate(self.texts)
+            ],
+            usage=self.usage(),
+        )
+
+    async def events(self):
+        """Server-sent events, the last of which is [DONE]."""
+        try:
+            for number, echo in enumerate(self.echoes):
+                if echo or not self.request.max_tokens:
+                    reason = None if self.request.max_tokens else "length"
+                    found = self.logprobs(number, 0, 0)
+                    yield _event(self.as_json([completions.choice(number, echo, reason, found)]))
+            async for piece in self.pieces():
+                if not (piece.text or piece.done):
+                    continue
+                number = piece.number
+                reason = self.reason(number) if piece.done else None
+                found = self.logprobs(number, piece.begin, piece.end)
+                choice = completions.choice(number, piece.text, reason, found)
+                yield _event(self.as_json([choice]))
+            if self.request.stream_options.get("include_usage"):
+                yield _event(self.as_json([], usage=self.usage()))
+            yield "data: [DONE]\n\n"
+        except Refused as error:
+            yield _event(error.as_json())
+        finally:
+            self.close()
+
+    def close(self):
+        """Free the places, whoever went away, and count."""
+        if self.job.first:
+            self.service.metrics.first.observe(self.job.first - self.asked)
+        self.service.scheduler.cancel(self.job)
+
+
+def _event(value):
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _say(text):
+    print(text, file=sys.stderr, flush=True)

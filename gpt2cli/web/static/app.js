@@ -1,0 +1,127 @@
+// Shows a completion while it is generated. Without this file the form works as a form.
+"use strict";
+
+const form = document.getElementById("form");
+const go = document.getElementById("go");
+const stop = document.getElementById("stop");
+const status = document.getElementById("status");
+const error = document.getElementById("error");
+const samples = document.getElementById("samples");
+const OPTIONS = ["max_tokens", "n", "temperature", "top_k", "top_p", "repetition_penalty", "random_seed"];
+const API_NAME = { random_seed: "seed" };
+const STORE = "gpt2cli";
+let running = null;
+
+// A browser may forbid storage; then nothing is remembered.
+function remember() {
+  const kept = Object.fromEntries(OPTIONS.map((name) => [name, form.elements[name].value]));
+  try {
+    localStorage.setItem(STORE, JSON.stringify(kept));
+    sessionStorage.setItem(STORE, form.elements.seed.value);
+  } catch {}
+}
+
+function recall() {
+  try {
+    const kept = JSON.parse(localStorage.getItem(STORE) || "{}");
+    for (const name of OPTIONS) {
+      if (typeof kept[name] === "string") form.elements[name].value = kept[name];
+    }
+    if (!form.elements.seed.value) form.elements.seed.value = sessionStorage.getItem(STORE) || "";
+  } catch {}
+}
+
+function wanted() {
+  const body = { model: form.dataset.model, prompt: form.elements.seed.value, stream: true };
+  for (const name of OPTIONS) {
+    const text = form.elements[name].value;
+    if (text !== "") body[API_NAME[name] || name] = Number(text);
+  }
+  return body;
+}
+
+function frames(count, prompt) {
+  samples.replaceChildren();
+  return Array.from({ length: count }, () => {
+    const article = document.createElement("article");
+    const [old, added] = [document.createElement("span"), document.createElement("span")];
+    [article.dir, old.className, added.className] = ["auto", "prompt", "new"];
+    old.textContent = prompt;
+    article.append(old, added);
+    samples.append(article);
+    return added;
+  });
+}
+
+// The objects of a stream of server-sent events.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("the server broke off");
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+async function generate() {
+  const body = wanted();
+  const places = frames(body.n, body.prompt);
+  const headers = { "Content-Type": "application/json" };
+  if (form.elements.key) headers.Authorization = `Bearer ${form.elements.key.value}`;
+  const asked = { method: "POST", headers, body: JSON.stringify(body), signal: running.signal };
+  const response = await fetch("v1/completions", asked);
+  if (!response.ok) {
+    const told = await response.json().catch(() => null);
+    throw new Error(told?.error?.message || `the server answered ${response.status}`);
+  }
+  for await (const event of events(response)) {
+    if (event.error) throw new Error(event.error.message);
+    for (const choice of event.choices) places[choice.index].append(choice.text);
+  }
+}
+
+async function start() {
+  if (running || !form.reportValidity()) return;
+  remember();
+  running = new AbortController();
+  error.textContent = "";
+  status.textContent = "generating …";
+  go.disabled = true;
+  stop.hidden = false;
+  let said = "done";
+  try {
+    await generate();
+  } catch (problem) {
+    said = running.signal.aborted ? "stopped" : "";
+    if (!said) error.textContent = problem.message;
+    // a place in which nothing came says nothing
+    for (const place of samples.querySelectorAll(".new:empty")) place.parentElement.remove();
+  }
+  running = null;
+  status.textContent = said;
+  go.disabled = false;
+  stop.hidden = true;
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  start();
+});
+form.addEventListener("change", remember);
+stop.addEventListener("click", () => {
+  running?.abort();
+  go.focus();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) start();
+  if (event.key === "Escape") running?.abort();
+});
+document.getElementById("keys").hidden = false;
+recall();
