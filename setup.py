@@ -4,6 +4,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = [
+    "starlette>=0.40,<2",  # requests, answers, streams
+    "uvicorn>=0.30,<1",  # HTTP/1.1
+    "jinja2>=3.1",  # the page, with everything escaped
+    "prometheus-client>=0.20",  # /metrics
+]
+
 setup(
     name="gpt2cli",
     version="0.1.0",
@@ -28,21 +35,20 @@ setup(
         "tokenizers>=0.20",  # BERT WordPiece; trains the vocabulary of models/tiny
     ],
     extras_require={
-        "serve": [
-            "starlette>=0.40,<2",  # requests, answers, streams
-            "uvicorn>=0.30,<1",  # HTTP/1.1
-            "jinja2>=3.1",  # the page, with everything escaped
-            "prometheus-client>=0.20",  # /metrics
-        ],
+        "serve": SERVE,
         "torch": ["torch>=2.6"],  # convert: weights in a .bin of PyTorch's
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [
+            *SERVE,
+            "openai>=1.50",  # `serve`, as its users' programs talk to it; httpx comes with it
             "pytest>=8",
             "pytest-xdist>=3.5",  # two tests at a time
             "hypothesis>=6.100",  # texts nobody would think of
             "pexpect>=4.9",  # `interactive` on a terminal
             "ruff>=0.6,<0.18",  # a newer one may format otherwise
         ],
+        # make serve-proof: the page in a browser, requests made from the OpenAPI document
+        "browser": ["playwright>=1.45", "schemathesis>=4,<5"],
         "fuzz": ["atheris>=2.3"],  # make fuzz: noise that looks for new paths through the parsers
     },
     entry_points={"console_scripts": ["gpt2cli=gpt2cli.cli:main"]},

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 
 import jinja2
 import prometheus_client
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -104,6 +105,23 @@ def connection_class(most, idle):
             self._stalled = None
 
     return Connection
+
+
+def make_server(service):
+    """The uvicorn.Server of a service.Service; `should_exit` ends it once all is answered."""
+    config = service.config
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(service),
+            http=connection_class(config.max_connections, config.max_idle),
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=config.max_idle,
+            timeout_graceful_shutdown=int(config.max_time) + 1,
+        )
+    )
 
 
 def make_app(service):

@@ -18,8 +18,6 @@ def run(config):
         UserError: the extra is not installed, the port is taken, or there is no such model.
     """
     try:
-        import uvicorn
-
         from gpt2cli import server
     except ImportError as error:
         raise UserError(
@@ -49,18 +47,7 @@ def run(config):
 
     shared = service.Service(config, load, leave)
     allow_connections(config.max_connections)
-    served = uvicorn.Server(
-        uvicorn.Config(
-            server.make_app(shared),
-            http=server.connection_class(config.max_connections, config.max_idle),
-            ws="none",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=config.max_idle,
-            timeout_graceful_shutdown=int(config.max_time) + 1,
-        )
-    )
+    served = server.make_server(shared)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     _say(f"{prefix}: {engine.describe_devices(config.precision)}")

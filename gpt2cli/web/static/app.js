@@ -37,6 +37,7 @@ function wanted() {
     const text = form.elements[name].value;
     if (text !== "") body[API_NAME[name] || name] = Number(text);
   }
+  body.seed ??= Math.floor(Math.random() * 2 ** 31); // told below, so that it can be had again
   return body;
 }
 
@@ -70,8 +71,7 @@ async function* events(response) {
   }
 }
 
-async function generate() {
-  const body = wanted();
+async function generate(body) {
   const places = frames(body.n, body.prompt);
   const headers = { "Content-Type": "application/json" };
   if (form.elements.key) headers.Authorization = `Bearer ${form.elements.key.value}`;
@@ -95,9 +95,10 @@ async function start() {
   status.textContent = "generating …";
   go.disabled = true;
   stop.hidden = false;
-  let said = "done";
+  const body = wanted();
+  let said = `done, seed ${body.seed}`;
   try {
-    await generate();
+    await generate(body);
   } catch (problem) {
     said = running.signal.aborted ? "stopped" : "";
     if (!said) error.textContent = problem.message;

@@ -1,0 +1,639 @@
+"""`serve`: OpenAI's client against it, the page as a form, limits, faults and signals."""
+
+import concurrent.futures
+import contextlib
+import html
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import oracle
+import pytest
+from conftest import ROOT, compiled
+
+from gpt2cli import completions, inference, scheduler, server, service
+from gpt2cli.config import ServeConfig
+from gpt2cli.errors import UserError
+
+SECRET = "Nobody may read this in the log"
+
+
+@contextlib.contextmanager
+def serving(model, load=None, **settings):
+    """A server of a Model in this process: its address and its Service."""
+    config = ServeConfig(model_name="tiny", port=0, **settings)
+    made = service.Service(config, load or (lambda: (model, "model.ckpt")), lambda: None)
+    served = server.make_server(made)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2000)
+    thread = threading.Thread(target=served.run, kwargs={"sockets": [listener]})
+    thread.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        wait_until(lambda: served.started and (load or made.model))
+        yield address, made
+    finally:
+        served.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def wait_until(is_so, seconds=60):
+    """Until a function says so; what it says."""
+    until = time.monotonic() + seconds
+    while not (found := is_so()):
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="module")
+def served(tiny):
+    tiny.network.read_apart()
+    with serving(tiny, max_idle=2, max_tokens=400) as (address, made):
+        yield address, made
+
+
+@pytest.fixture
+def address(served):
+    yield served[0]
+    wait_until(lambda: served[1].counts() == (0, 0))  # nothing of a test is left behind
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def complete(address, **fields):
+    return httpx.post(f"{address}/v1/completions", json=fields, timeout=60)
+
+
+def test_a_completion_is_what_the_library_generates(tiny, client):
+    prompts, settings = ["The import", "x = ", ""], dict(temperature=0.9, top_p=0.9)
+    found = client.completions.create(
+        model="tiny",
+        prompt=prompts,
+        max_tokens=30,
+        n=2,
+        seed=5,
+        extra_body={"top_k": 30},
+        **settings,
+    )
+    choices, generated = iter(found.choices), 0
+    # in generate() a sample is numbered among all, here among those of its prompt
+    for prompt in prompts:
+        for sample in tiny.generate(prompt, length=30, nsamples=2, seed=5, top_k=30, **settings):
+            choice = next(choices)
+            assert choice.text == sample.text
+            assert choice.finish_reason == {"end": "stop"}.get(
+                sample.finish_reason, sample.finish_reason
+            )
+            generated += len(sample.tokens)
+    assert [choice.index for choice in found.choices] == list(range(6))
+    count = sum(len(tiny.check_prompt(prompt)) for prompt in prompts)
+    assert found.usage.prompt_tokens == count and found.usage.completion_tokens == generated
+
+
+def test_token_ids_defaults_and_stops(tiny, client):
+    ids = tiny.encoder.encode("The import")
+    (text,) = client.completions.create(model="tiny", prompt=ids, seed=1).choices
+    assert text.text == tiny.generate([ids], length=16, seed=1)[0].text
+    both = client.completions.create(model="tiny", prompt=[ids, ids[:1]], seed=1).choices
+    assert both[0].text == text.text and len(both) == 2
+    words = dict(model="tiny", prompt="The", max_tokens=300, seed=2, temperature=0.8)
+    (stopped,) = client.completions.create(stop=["\n\n", "."], **words).choices
+    assert stopped.finish_reason == "stop" and not re.search(r"\n\n|\.", stopped.text)
+    (greedy,) = client.completions.create(model="tiny", prompt="a", temperature=0).choices
+    assert greedy.text == tiny.generate("a", length=16, temperature=0)[0].text
+
+
+@pytest.mark.parametrize("stop", [None, ["the", "\n\n"]])
+def test_a_streams_pieces_are_the_whole(client, stop):
+    words = dict(model="tiny", prompt=["The import", "def"], max_tokens=40, n=2, seed=3, stop=stop)
+    whole = client.completions.create(**words, logprobs=1, echo=True)
+    options = {"include_usage": True}
+    texts, tokens, reasons, usage = [""] * 4, [[] for _ in range(4)], [None] * 4, None
+    pieces = 0
+    stream = client.completions.create(
+        **words, logprobs=1, echo=True, stream=True, stream_options=options
+    )
+    for event in stream:
+        usage = event.usage or usage
+        for choice in event.choices:
+            pieces += 1
+            texts[choice.index] += choice.text
+            tokens[choice.index] += zip(
+                choice.logprobs.tokens,
+                choice.logprobs.token_logprobs,
+                choice.logprobs.text_offset,
+                strict=True,
+            )
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert usage == whole.usage and pieces > 8
+    for found, choice in zip(tokens, whole.choices, strict=True):
+        logprobs = choice.logprobs
+        told = zip(logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset, strict=True)
+        assert found == list(told)
+
+
+def test_logprobs_are_the_models_own(tiny, client):
+    words = dict(model="tiny", prompt="The import", max_tokens=12, seed=4, logprobs=3, echo=True)
+    (choice,) = client.completions.create(**words).choices
+    found = choice.logprobs
+    ids = tiny.encoder.encode("The import")
+    ids += tiny.generate("The import", length=12, seed=4)[0].tokens
+    assert "".join(found.tokens) == choice.text
+    assert [choice.text[at:] for at in found.text_offset[:2]] == [choice.text, choice.text[3:]]
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+    expected = oracle.log_softmax(tiny.logits(ids).astype(np.float64))
+    for place in range(1, len(ids)):
+        own = expected[place - 1]
+        assert found.token_logprobs[place] == pytest.approx(own[ids[place]], abs=1e-3)
+        best = {tiny.encoder.decode([t]) for t in np.argsort(-own)[:3]}
+        assert set(found.top_logprobs[place]) == best | {found.tokens[place]}
+    # what evaluation harnesses ask: the prompt alone
+    (scored,) = client.completions.create(**words | {"max_tokens": 0}).choices
+    assert scored.text == "The import" and scored.logprobs.tokens == ["The", " import"]
+    (plain,) = client.completions.create(**words | {"echo": False, "logprobs": 0}).choices
+    assert plain.logprobs.top_logprobs is None
+    assert plain.logprobs.token_logprobs == pytest.approx(found.token_logprobs[2:], abs=1e-4)
+    assert plain.logprobs.text_offset[0] == len("The import")
+
+
+def test_a_token_that_is_no_text_is_told_by_its_bytes(tiny):
+    half = next(i for i in range(tiny.encoder.n_vocab) if tiny.encoder.decode([i]) == "\ufffd")
+    raw = tiny.encoder.bytes_of([half])
+    assert completions.token_text(tiny.encoder, half) == "bytes:" + "".join(
+        f"\\x{byte:02x}" for byte in raw
+    )
+
+
+WRONG = [
+    (b"{", None),
+    (b"[1]", None),
+    (b"\xff", None),
+    (b'{"temperature": NaN}', None),
+    (b"[" * 100_000, None),
+    (b'{"prompt": 7}', "prompt"),
+    (b'{"prompt": []}', "prompt"),
+    (b'{"prompt": [[1], []]}', "prompt"),
+    (b'{"prompt": [99999999]}', "prompt"),
+    (b'{"prompt": [-1]}', "prompt"),
+    (b'{"prompt": ["a", 1]}', "prompt"),
+    (b'{"max_tokens": "many"}', "max_tokens"),
+    (b'{"max_tokens": 0}', "max_tokens"),
+    (b'{"max_tokens": 401}', "max_tokens"),
+    (b'{"max_tokens": 1e99}', "max_tokens"),
+    (b'{"n": 0}', "n"),
+    (b'{"n": 17}', "n"),
+    (b'{"n": 9, "prompt": ["a", "b"]}', "n"),
+    (b'{"temperature": -0.1}', "temperature"),
+    (b'{"top_p": 1.1}', "top_p"),
+    (b'{"top_p": "x"}', "top_p"),
+    (b'{"seed": 1.5}', "seed"),
+    (b'{"stop": [""]}', "stop"),
+    (b'{"stop": {"a": 1}}', "stop"),
+    (b'{"logprobs": 6}', "logprobs"),
+    (b'{"echo": 1}', "echo"),
+    (b'{"stream": "yes"}', "stream"),
+    (b'{"stream_options": {"x": 1}}', "stream_options"),
+    (b'{"repetition_penalty": 0}', "repetition_penalty"),
+    (b'{"min_length": 20}', "min_length"),
+    (b'{"presence_penalty": 0.5}', "presence_penalty"),
+    (b'{"logit_bias": {"5": 1}}', "logit_bias"),
+    (b'{"suffix": "x"}', "suffix"),
+    (b'{"best_of": 2}', "best_of"),
+    (b'{"messages": []}', "messages"),
+]
+
+
+@pytest.mark.parametrize("body, param", WRONG, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_is_named(address, body, param):
+    headers = {"content-type": "application/json"}
+    found = httpx.post(f"{address}/v1/completions", content=body, headers=headers)
+    error = found.json()["error"]
+    assert found.status_code == 400 and error["param"] == param, error
+    assert error["type"] == "invalid_request_error" and len(error["message"]) < 600
+    assert param is None or re.search(rf"\b{param}\b", error["message"]) or param == "prompt"
+
+
+def test_errors_have_openais_form(address, client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="x", temperature=-1)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="gpt-4", prompt="x")
+    assert caught.value.code == "model_not_found" and "tiny" in str(caught.value)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="tiny", messages=[])
+    assert httpx.get(f"{address}/v1/completions").status_code == 405
+    posted = httpx.post(f"{address}/v1/completions", content="{}")
+    assert posted.status_code == 415 and "application/json" in posted.json()["error"]["message"]
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_any_other_is_taken(tiny, address):
+    n_ctx = tiny.config.n_ctx
+    found = complete(address, prompt=[1] * (n_ctx + 1))
+    assert found.status_code == 400
+    error = found.json()["error"]
+    assert error["code"] == "context_length_exceeded" and str(n_ctx) in error["message"]
+    # gpt-2-flask-api crashed from 514 tokens on: prompt and text were to fit the window
+    found = complete(address, prompt=[1] * n_ctx, max_tokens=100, seed=1).json()
+    expected = tiny.generate([[1] * n_ctx], length=100, seed=1)
+    assert found["choices"][0]["text"] == expected[0].text
+
+
+def test_the_same_seed_gives_the_same_text_however_busy_it_is(tiny, address):
+    """More than there are places for, of every length; each is what it is alone."""
+    random = np.random.default_rng(1)
+    asked = [
+        {
+            "prompt": random.integers(0, 2000, random.integers(1, 60)).tolist(),
+            "max_tokens": int(random.integers(1, 90)),
+            "seed": number,
+            "temperature": float(random.choice([0, 0.7, 1.0])),
+            "top_k": int(random.choice([0, 40])),
+            "min_length": int(random.choice([0, 1])),
+        }
+        for number in range(40)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(lambda fields: complete(address, **fields).json(), asked))
+    for fields, answer in zip(asked, found, strict=True):
+        names = ("seed", "temperature", "top_k", "min_length")
+        settings = {name: fields[name] for name in names}
+        (alone,) = tiny.generate([fields["prompt"]], length=fields["max_tokens"], **settings)
+        assert answer["choices"][0]["text"] == alone.text
+        assert answer["usage"]["completion_tokens"] == len(alone.tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(served, stream):
+    address, made = served
+    port = int(address.rpartition(":")[2])
+    body = json.dumps({"prompt": "x", "max_tokens": 400, "n": 16, "stream": stream})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+        wait_until(lambda: made.counts()[0] == 16)
+        before = made.scheduler.tokens
+    wait_until(lambda: made.counts() == (0, 0))
+    assert made.scheduler.tokens - before < 16 * 300
+
+
+def test_health_models_metrics_and_documents(address):
+    assert httpx.get(f"{address}/health").json()["status"] == "ok"
+    complete(address, prompt="x", max_tokens=5)
+    told = httpx.get(f"{address}/metrics").text
+    assert 'gpt2cli_requests_total{route="/v1/completions",status="200"}' in told
+    for name in ("first_token_seconds_bucket", "generated_tokens", "samples_running"):
+        assert f"gpt2cli_{name}" in told
+    document = httpx.get(f"{address}/openapi.json").json()
+    body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
+    fields = body["application/json"]["schema"]["properties"]
+    assert fields["max_tokens"]["default"] == 16 and fields["top_p"]["maximum"] == 1
+    docs = httpx.get(f"{address}/docs").text
+    assert all(f"<code>{name}</code>" in docs for name in fields)
+
+
+def test_the_page_works_as_a_form_and_escapes(tiny, address):
+    page = httpx.get(address)
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert "http" not in re.sub(r"<!doctype.*?>", "", page.text)  # nothing from elsewhere
+    for name in re.findall(r'(?:src|href)="(static/[^"]+)"', page.text):
+        assert httpx.get(f"{address}/{name}").status_code == 200
+    text = '\n<script>alert(1)</script> "&\r\nx'
+    sent = {"seed": text, "random_seed": "3", "max_tokens": "20", "n": "2"}
+    shown = httpx.post(address, data=sent, timeout=60).text
+    assert "<script>alert" not in shown
+    plain = text.replace("\r\n", "\n")
+    assert html.unescape(shown).count(f'<span class="prompt">{plain}</span>') == 2
+    assert f"autofocus>\n{html.escape(plain)}</textarea>" in shown.replace("&#34;", "&quot;")
+    settings = dict(length=20, temperature=0.7, top_k=40, seed=3, nsamples=2)
+    for sample in tiny.generate(plain, **settings):
+        assert f'<span class="new">{sample.text}</span>' in html.unescape(shown)
+
+
+def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
+    """Its one field, and its result in red; where it failed, a sentence and what was typed."""
+    found = httpx.post(address, data={"seed": "The", "submit": "Enter"}, timeout=60)
+    assert found.status_code == 200 and '<span class="prompt">The</span>' in found.text
+    assert len(re.findall(r'<span class="new">', found.text)) == 1
+    for data, status, said in (
+        ({"submit": "Enter"}, 400, "seed"),
+        ({"seed": "x", "n": "many"}, 400, "n takes integer"),
+        ({"seed": "x" * 5, "max_tokens": "500"}, 400, "max_tokens 500"),
+    ):
+        found = httpx.post(address, data=data)
+        assert found.status_code == status and said in html.unescape(found.text)
+    assert f">\n{'x' * 5}</textarea>" in found.text
+    elsewhere = {"sec-fetch-site": "cross-site"}
+    assert httpx.post(address, data={"seed": "x"}, headers=elsewhere).status_code == 403
+    assert httpx.post(address, content=b"seed=%ff").status_code == 400
+    assert httpx.post(address, data={str(n): "" for n in range(60)}).status_code == 400
+
+
+def test_limits_answer_clearly(tiny, capfd):
+    limits = dict(max_batch=2, max_queue=1, max_n=3, max_body=1000, max_time=0.6, max_idle=0.4)
+    with serving(tiny, api_key="sesame", max_prompt=5, log_prompts=True, **limits) as (
+        address,
+        made,
+    ):
+        key = {"authorization": "Bearer sesame"}
+
+        def post(headers=key, **fields):
+            url = f"{address}/v1/completions"
+            return httpx.post(url, json=fields, headers=headers, timeout=60)
+
+        for headers in ({}, {"authorization": "Bearer open"}, {"authorization": "sesame"}):
+            found = post(headers, prompt="x")
+            assert found.status_code == 401 and found.headers["www-authenticate"] == "Bearer"
+        for path in ("/metrics", "/v1/models", "/v1/models/tiny"):
+            assert httpx.get(f"{address}{path}").status_code == 401
+            assert httpx.get(f"{address}{path}", headers=key).status_code == 200
+        assert 'name="key"' in httpx.get(address).text
+        form = {"seed": "x", "max_tokens": "5"}
+        assert httpx.post(address, data=form).status_code == 401
+        assert httpx.post(address, data=form | {"key": "sesame"}).status_code == 200
+        assert post(prompt="x" * 2000).status_code == 413
+        assert post(prompt=[1] * 6).json()["error"]["code"] == "context_length_exceeded"
+
+        late = {**key, "content-type": "application/json", "content-length": "900"}
+        found = raw(address, "POST", "/v1/completions", late, b"{")
+        assert found.status == 408
+        found = raw(address, "POST", "/v1/completions", {**late, "content-length": "x"}, b"")
+        assert found.status == 400
+        chunked = {**key, "content-type": "application/json", "transfer-encoding": "chunked"}
+        found = raw(
+            address, "POST", "/v1/completions", chunked, b"3e9\r\n" + b"x" * 1001 + b"\r\n0\r\n\r\n"
+        )
+        assert found.status == 413
+
+        long = dict(prompt=SECRET[:6], max_tokens=tiny.config.n_ctx)
+        slow = made.scheduler._step  # so that a fast machine takes long as well
+
+        def slowly(*arguments):
+            time.sleep(0.05)
+            slow(*arguments)
+
+        made.scheduler._step = slowly
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            first = pool.submit(post, **long, n=3)
+            wait_until(lambda: made.counts() == (2, 1))
+            full = post(prompt="x")
+            assert full.status_code == 503 and int(full.headers["retry-after"]) > 0
+            assert full.json()["error"]["code"] == "queue_full"
+            assert first.result().status_code == 504
+        events = post(**long, stream=True).text.strip().split("\n\n")
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+        wait_until(lambda: made.counts() == (0, 0))
+    assert repr(SECRET[:6]) in capfd.readouterr().err
+
+
+def raw(address, method, path, headers, body):
+    """An answer to a request that no client would make."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+    connection.putrequest(method, path)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    connection.send(body)
+    return connection.getresponse()
+
+
+def test_nothing_of_a_prompt_is_in_the_log(served, address, capfd):
+    complete(address, prompt=SECRET, max_tokens=3)
+    complete(address, prompt=SECRET, temperature=-1)
+    httpx.post(address, data={"seed": SECRET})
+    log = capfd.readouterr().err
+    assert SECRET not in log and "POST '/v1/completions' 200" in log and "+3 tokens" in log
+
+
+def test_a_client_that_does_not_read_is_let_go(served):
+    address, made = served
+    before = len(os.listdir("/proc/self/fd"))
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+        connection.settimeout(0.5)
+        with contextlib.suppress(OSError):
+            for _ in range(20_000):  # answers of a hundred megabytes, more than buffers hold
+                connection.sendall(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
+    assert get_status(f"{address}/health") == 200
+
+
+def test_silent_clients_are_let_go(served):
+    address, made = served
+    port = int(address.rpartition(":")[2])
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+    for connection, said in zip(
+        connections[2:], (b"G", b"GET / HTTP/1.1\r\nX: ", b"\0" * 9), strict=False
+    ):
+        connection.sendall(said)
+    began = time.monotonic()
+    while time.monotonic() - began < 1.5:  # a byte now and then is no request either
+        connections[0].sendall(b"G")
+        time.sleep(0.3)
+    for connection in connections:
+        connection.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(1000):
+                pass
+        connection.close()
+    wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+
+
+def test_more_connections_than_allowed_are_told(tiny):
+    with serving(tiny, max_connections=3) as (address, _):
+        port = int(address.rpartition(":")[2])
+        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        time.sleep(0.3)
+        found = httpx.get(f"{address}/health")
+        assert found.status_code == 503 and found.headers["retry-after"]
+        for connection in held:
+            connection.close()
+        wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_connections_that_are_opened_and_dropped_and_noise(served, count):
+    """Nothing is left open, nothing is a 500, and it serves on."""
+    address, made = served
+    port = int(address.rpartition(":")[2])
+    random = np.random.default_rng(2)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(count):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            if number % 3 == 1:
+                noise = random.bytes(int(random.integers(1, 300)))
+                begin = (b"", b"POST /v1/completions HTTP/1.1\r\n", b"GET /")[number % 9 // 3]
+                with contextlib.suppress(OSError):
+                    connection.sendall(begin + noise)
+            if number % 30 == 1:
+                connection.settimeout(0.3)
+                with contextlib.suppress(OSError):
+                    assert b" 500 " not in connection.recv(100)
+    assert complete(address, prompt="x", max_tokens=3).status_code == 200
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 5)
+
+
+def test_a_failing_step_answers_and_the_next_request_is_served(tiny, capfd, monkeypatch):
+    with serving(tiny) as (address, made):
+        real = scheduler.Batch.step
+        monkeypatch.setattr(scheduler.Batch, "step", lambda *_: 1 / 0)
+        found = complete(address, prompt="x")
+        assert found.status_code == 500 and "ZeroDivisionError" not in found.text
+        monkeypatch.setattr(scheduler.Batch, "step", real)
+        assert complete(address, prompt="x").status_code == 200
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_until_the_model_is_there_it_says_so(tiny):
+    loaded = threading.Event()
+
+    def load():
+        loaded.wait(30)
+        return tiny, "model.ckpt"
+
+    with serving(tiny, load) as (address, made):
+        for found in (httpx.get(f"{address}/health"), complete(address, prompt="x")):
+            assert found.status_code == 503 and found.headers["retry-after"]
+        assert httpx.get(address).status_code == 200
+        loaded.set()
+        wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+
+
+def test_the_newest_model_is_taken_while_others_are_served(tiny, network):
+    other = inference.Model(compiled("lite", network), tiny.encoder)
+    models = iter([(tiny, "model-1"), (other, "model-2")])
+
+    def load():
+        found = next(models, None)
+        if found is None:
+            raise UserError("no third one")
+        return found
+
+    with serving(tiny, load, max_tokens=2000) as (address, made):
+        wait_until(lambda: made.model is tiny)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(complete, address, prompt="The", max_tokens=1500, seed=1)
+            wait_until(lambda: made.counts()[0] == 1)
+            made.load(again=True)
+            fresh = complete(address, prompt=[5, 6], max_tokens=9, seed=1).json()
+            assert made.counts()[0] == 1, "the first was done too early for this test"
+            text = running.result().json()["choices"][0]["text"]
+        assert text == tiny.generate("The", length=1500, seed=1)[0].text
+        expected = other.generate([5, 6], length=9, seed=1)[0]
+        assert fresh["choices"][0]["text"] == expected.text
+        made.load(again=True)
+        assert made.checkpoint == "model-2"
+        assert (
+            complete(address, prompt=[5, 6], max_tokens=9, seed=1).json()["choices"]
+            == fresh["choices"]
+        )
+
+
+@pytest.mark.slow  # XLA compiles a quarter of a minute
+def test_a_graph_serves_too(tiny, network):
+    model = inference.Model(compiled("graph", network), tiny.encoder)
+    model.warm(4)
+    with serving(model, max_batch=4, max_tokens=99) as (address, made):
+        asked = [
+            dict(prompt=[5] * (n + 1), max_tokens=4 * n + 1, seed=n, temperature=0, logprobs=2)
+            for n in range(9)
+        ]
+        with concurrent.futures.ThreadPoolExecutor(9) as pool:
+            found = list(pool.map(lambda fields: complete(address, **fields).json(), asked))
+    for fields, answer in zip(asked, found, strict=True):
+        (alone,) = model.generate([fields["prompt"]], length=fields["max_tokens"], temperature=0)
+        assert answer["choices"][0]["text"] == alone.text
+
+
+@pytest.fixture
+def process(workdir):
+    """Start `gpt2cli serve` as a user would; gives the process and its address."""
+    started = []
+
+    def start(*words):
+        command = [sys.executable, "-m", "gpt2cli", "serve", "--port", "0", *map(str, words)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        log = open(workdir / "log", "w")
+        one = subprocess.Popen(command, env=environment, stderr=log, stdout=subprocess.PIPE)
+        started.append(one)
+        log.close()
+        wait_until(lambda: one.poll() is not None or "http://" in Path("log").read_text())
+        found = re.search(r"http://[\d.:]+", Path("log").read_text())
+        return one, found and found[0]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+def test_the_command_serves_takes_a_new_checkpoint_and_finishes_what_it_began(process, workdir):
+    run = workdir / "checkpoint" / "run1"
+    shutil.copytree(workdir / "models" / "tiny", run)
+    one, address = process("--run_name", "run1")
+    wait_until(lambda: get_status(f"{address}/health") == 200)
+    told = httpx.get(f"{address}/health").json()
+    assert told["model"] == "run1" and told["checkpoint"] == "model.ckpt"
+    for path in list(run.glob("model.ckpt*")):
+        path.rename(run / path.name.replace("model.ckpt", "model-7"))
+    one.send_signal(signal.SIGHUP)
+    wait_until(lambda: httpx.get(f"{address}/health").json()["checkpoint"] == "model-7")
+    with httpx.stream(
+        *("POST", f"{address}/v1/completions"),
+        json={"prompt": "x", "max_tokens": 256, "n": 4, "stream": True},
+        timeout=60,
+    ) as answer:
+        pieces = answer.iter_text()
+        next(pieces)
+        one.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):
+            for _ in range(200):
+                time.sleep(0.05)
+                httpx.get(f"{address}/health")
+        assert "".join(pieces).endswith("data: [DONE]\n\n")
+    assert one.wait(60) == 0 and one.stdout.read() == b""
+    log = Path("log").read_text()
+    assert "model.ckpt is served" in log and "terminated" in log and "Traceback" not in log
+
+
+def get_status(url):
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url).status_code
+
+
+def test_what_cannot_be_served_is_said_at_once(cli, workdir, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = cli("serve", "--model_name", "tiny", "--port", port)
+    assert found.returncode == 1 and f"port {port}" in found.stderr and "--port" in found.stderr
+    assert cli("serve", "--run_name", "none").returncode == 1
+    assert cli("serve", "--model_name", "tiny", "--port", 99999).returncode == 2
+    (workdir / "models" / "tiny" / "vocab.bpe").unlink()
+    (workdir / "models" / "tiny" / "encoder.json").unlink()
+    found = cli("serve", "--model_name", "tiny")
+    assert found.returncode == 1 and "vocabulary" in found.stderr
+    monkeypatch.setitem(sys.modules, "gpt2cli.server", None)
+    monkeypatch.delattr("gpt2cli.server")
+    found = cli("serve", "--model_name", "tiny")
+    assert found.returncode == 1 and "pip install 'gpt2cli[serve]'" in found.stderr
