@@ -104,7 +104,7 @@ def fault(folder, step, to_train=True):
         path = folder / Path(name).name
         if name.startswith("optimizer") and not to_train:
             continue
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for what no file may be named
             return f"{path} is missing"
         try:
             if _digest(path) != digest:

@@ -23,7 +23,7 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 def targets():
     """Name -> function of bytes."""
-    from gpt2cli import cli, config, dataset, encoder, files, folders, jobs, runs
+    from gpt2cli import cli, completions, config, dataset, encoder, files, folders, jobs, runs
     from gpt2cli.commands import sample
 
     vocabulary = encoder.load(TINY)
@@ -75,6 +75,10 @@ def targets():
         with contextlib.redirect_stdout(io.StringIO()):
             cli.read_command_line(words)
 
+    def request(data):
+        with contextlib.suppress(completions.Refused):
+            completions.CompletionRequest.parse(data).prompts()
+
     return {
         "hparams": lambda data: config.ModelConfig.from_json(data.decode("utf-8", "replace")),
         "object": lambda data: files.read_object(file("object.json", data)),
@@ -88,6 +92,7 @@ def targets():
         "sums": sums,
         "lines": lines,
         "flags": flags,
+        "request": request,
     }
 
 
@@ -116,6 +121,7 @@ def seeds():
         "state": (FOLDER / "state-1.json").read_bytes(),
         "sums": hashlib.sha256(b"{}").hexdigest().encode() + b"  hparams.json\n",
         "lines": b'{"index": 0, "error": "x"}\n{"index": 1}\n',
+        "request": b'{"prompt": [[1], [2]], "max_tokens": 5, "stop": ["a"], "top_p": 0.5}',
         "flags": b"sample\0--prompt\0x\0--top_k=3\0--stop=a\0--nsamples\0002",
     }
 

@@ -1,5 +1,6 @@
 """Any bytes in any file that we parse: a UserError at the worst. The long form is fuzz.py."""
 
+import contextlib
 import json
 
 import fuzz
@@ -43,3 +44,12 @@ def test_any_bytes_are_read_or_refused_in_words(name):
 
     TARGETS[name](fuzz.seeds()[name])  # what is right is read
     check()
+
+
+FOUND = (("sums", b"0  " + b"n" * 300), ("sums", b"0  a\0b"))  # by the noise of fuzz.py
+
+
+@pytest.mark.parametrize("name, data", FOUND)
+def test_what_noise_has_found_is_read_or_refused(name, data):
+    with contextlib.suppress(UserError):
+        TARGETS[name](data)
