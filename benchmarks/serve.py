@@ -3,8 +3,8 @@
     benchmarks/serve.py MODEL_FOLDER [--precision int8] [--clients 32] [--requests 2000]
 
 Every client sends a request, reads the stream to its end, and sends the next. Prompts have 4 to 64
-tokens and ask for 8 to 64, drawn once; `sample` gets the same prompts and the mean length. A share of
-the answers is compared with what the library generates alone.
+tokens and ask for 8 to 64, drawn once; `sample` gets the first eighth of them and the mean length,
+before and after. Twenty of the answers are asked for again alone and must be the same.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def ask(connection, body):
 
 
 def clients(port, count, bodies):
-    """Answers in the order of the bodies, and the seconds that all took; in a process of its own."""
+    """Answers in the order of the bodies, and the seconds that all took."""
     waiting, found = queue.SimpleQueue(), {}
     for pair in enumerate(bodies):
         waiting.put(pair)

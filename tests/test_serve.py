@@ -550,6 +550,23 @@ def test_the_newest_model_is_taken_while_others_are_served(tiny, network):
         )
 
 
+@pytest.mark.slow
+def test_requests_made_from_the_openapi_document(address):
+    pytest.importorskip("schemathesis", reason="pip install -e .[browser]")
+    program = Path(sys.executable).with_name("schemathesis")
+    words = ["run", f"{address}/openapi.json", "--checks", CHECKS, "--seed", 1]
+    words += ["--max-examples", 150, "--request-timeout", 60, "--no-color"]
+    command = [str(word) for word in (program, *words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,"
+    "response_schema_conformance,negative_data_rejection,unsupported_method"
+)
+
+
 @pytest.mark.slow  # XLA compiles a quarter of a minute
 def test_a_graph_serves_too(tiny, network):
     model = inference.Model(compiled("graph", network), tiny.encoder)
@@ -615,6 +632,23 @@ def test_the_command_serves_takes_a_new_checkpoint_and_finishes_what_it_began(pr
     assert one.wait(60) == 0 and one.stdout.read() == b""
     log = Path("log").read_text()
     assert "model.ckpt is served" in log and "terminated" in log and "Traceback" not in log
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="the examples need curl")
+def test_the_examples_of_the_readme_run(served, address, capsys, tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = text.partition("## A page and an API\n")[2].partition("\n## ")[0]
+    part = part.replace("http://127.0.0.1:5000", address)
+    shells = re.findall(r"```sh\n(.*?)```", part, re.S)
+    (curls,) = (block for block in shells if "curl" in block)
+    done = subprocess.run(["bash", "-e", "-c", curls], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    answer, _, page = done.stdout.partition("<!doctype")
+    assert json.loads(answer)["choices"][0]["text"] and 'class="new"' in page
+    (block,) = re.findall(r"```python\n(.*?)```", part, re.S)
+    exec(compile(block.replace('model="books"', 'model="tiny"'), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 20
+    assert (ROOT / re.search(r"!\[.*\]\((.*?)\)", part)[1]).stat().st_size < 200_000
 
 
 def get_status(url):
