@@ -13,6 +13,10 @@ test-all:  ## the long tests too
 trust:  ## the long form of README's promises: kills, full disks, flipped bits, about an hour
 	bin/test -m '' -k "trust or jobs or download or bad_input"
 
+serve-proof:  ## `serve` in a browser (apt-get install chromium), under requests made from its OpenAPI document
+	bin/install test,browser
+	SCREENSHOTS=$(SCREENSHOTS) bin/test -m '' -rs -k "serve or browser"
+
 fuzz:  ## a minute of coverage-guided noise for each parser that is ours
 	bin/install test,fuzz
 	for target in $$(.venv/bin/python tests/fuzz.py list); do \
@@ -31,4 +35,4 @@ tiny:  ## train models/tiny anew, about a quarter of an hour
 	bin/install
 	.venv/bin/python models/make_tiny.py
 
-.PHONY: help install test test-all trust fuzz lint bench tiny
+.PHONY: help install test test-all trust serve-proof fuzz lint bench tiny
