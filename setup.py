@@ -40,7 +40,8 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [
             *SERVE,
-            "openai>=1.50",  # `serve`, as its users' programs talk to it; httpx comes with it
+            "openai>=1.50",  # `serve`, as its users' programs talk to it
+            "httpx>=0.27",  # `serve`, as nobody should talk to it
             "pytest>=8",
             "pytest-xdist>=3.5",  # two tests at a time
             "hypothesis>=6.100",  # texts nobody would think of

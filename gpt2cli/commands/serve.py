@@ -21,7 +21,8 @@ def run(config):
         from gpt2cli import server
     except ImportError as error:
         raise UserError(
-            f"serve needs more packages ({error.name} is missing): pip install 'gpt2cli[serve]'"
+            f"serve needs more packages ({error.name} is missing): pip install 'gpt2cli[serve]', "
+            "or in a clone bin/install serve"
         ) from None
     if config.api_key is None and os.environ.get("GPT2CLI_API_KEY"):
         config = dataclasses.replace(config, api_key=os.environ["GPT2CLI_API_KEY"])
