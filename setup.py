@@ -5,8 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 SERVE = [
-    "starlette>=0.40,<2",  # requests, answers, streams
-    "uvicorn>=0.30,<1",  # HTTP/1.1
+    "starlette>=0.49.1,<2",  # requests, answers, streams; before it Range could cost much
+    "uvicorn>=0.30,<1",  # the server
+    "h11>=0.16",  # HTTP/1.1; before it a request could be smuggled in another
     "jinja2>=3.1",  # the page, with everything escaped
     "prometheus-client>=0.20",  # /metrics
 ]

@@ -18,7 +18,7 @@ RANGES = {
     "temperature": (0, 100),
     "top_p": (0, 1),
     "n": (1, 2**31 - 1),
-    "seed": (0, 2**63 - 1),
+    "seed": (-(2**63), 2**63 - 1),
     "logprobs": (0, 5),  # OpenAI's limit
     "top_k": (0, 2**31 - 1),
     "min_length": (0, 2**31 - 1),
@@ -27,17 +27,21 @@ RANGES = {
     "frequency_penalty": (0, 0),
 }
 STOPS = 16  # texts in `stop`; each is looked for after every token
+STOP_LENGTH = 1000  # characters
+
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second does nothing here
 
 # The form of what takes more than one type, in OpenAPI's words.
 _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _TEXT = {"type": "string"}
+_STOP = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
 _PROMPT = [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, _TOKENS]
 FORMS = {
     "prompt": {"anyOf": [*_PROMPT, {"type": "array", "items": _TOKENS, "minItems": 1}]},
-    "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": STOPS}]},
+    "stop": {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": STOPS}]},
     "stream_options": {
         "type": "object",
-        "properties": {"include_usage": {"type": "boolean"}},
+        "properties": {name: {"type": "boolean"} for name in STREAM_OPTIONS},
         "additionalProperties": False,
     },
     "logit_bias": {"type": "object", "maxProperties": 0},
@@ -125,13 +129,17 @@ class CompletionRequest:
 
     def __post_init__(self):
         flags.check(self, **RANGES)
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if not isinstance(stop, list) or len(stop) > STOPS or not all(map(_is_text, stop)):
-            raise UsageError(f"--stop takes a text or a list of up to {STOPS}, none of them empty")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        stop = [] if stop is None else stop
+        if not isinstance(stop, list) or len(stop) > STOPS or not all(map(_is_stop, stop)):
+            raise UsageError(
+                f"--stop takes a text or a list of up to {STOPS}, each of 1 to {STOP_LENGTH:,} "
+                "characters"
+            )
         object.__setattr__(self, "stop", tuple(stop))
-        options = self.stream_options or {}
-        known = isinstance(options, dict) and set(options) <= {"include_usage"}
-        if not known or type(options.get("include_usage", False)) is not bool:
+        options = {} if self.stream_options is None else self.stream_options
+        known = isinstance(options, dict) and set(options) <= {*STREAM_OPTIONS}
+        if not known or not all(type(value) is bool for value in options.values()):
             raise UsageError("--stream_options takes an object with include_usage, true or false")
         object.__setattr__(self, "stream_options", options)
         if self.logit_bias not in (None, {}) or self.suffix:
@@ -148,7 +156,7 @@ class CompletionRequest:
     def parse(cls, body):
         """The request that some bytes are; Refused names the field that is wrong."""
         try:
-            values = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+            values = _clean(json.loads(body.decode("utf-8"), parse_constant=_no_number))
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not JSON: {error}") from None
         if not isinstance(values, dict):
@@ -200,8 +208,19 @@ def checked(values):
     return request
 
 
-def _is_text(value):
-    return isinstance(value, str) and value != ""
+def _is_stop(value):
+    return isinstance(value, str) and 1 <= len(value) <= STOP_LENGTH
+
+
+def _clean(value):
+    """The same JSON value; half a character, which no UTF-8 can hold, becomes U+FFFD."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        return {_clean(name): _clean(item) for name, item in value.items()}
+    return value
 
 
 def _is_ids(value):
@@ -230,11 +249,12 @@ def token_text(vocabulary, token):
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def logprobs_object(vocabulary, tokens, found, count, offset):
+def logprobs_object(vocabulary, tokens, found, count, stream, offset):
     """OpenAI's logprobs of some tokens.
 
     Args:
         tokens: ids.
+        stream: the decoder of the text, which has seen all before.
         found: of each its log-probability and {id: log-probability} of the likeliest.
         count: of these so many are told.
         offset: the characters before the first.
@@ -243,7 +263,7 @@ def logprobs_object(vocabulary, tokens, found, count, offset):
         The object, and the characters before what follows.
     """
     texts = [token_text(vocabulary, token) for token in tokens]
-    offsets, stream = [], vocabulary.stream()
+    offsets = []
     for token in tokens:
         offsets.append(offset)
         offset += len(stream.feed([token]))

@@ -131,7 +131,12 @@ class Continuation:
         """Text that was not given out before; what may be the start of a stop text waits."""
         ends = () if finished or self.stopped else self._ends(always=True)
         held = max(
-            (n for end in ends for n in range(1, len(end)) if self.text.endswith(end[:n])),
+            (
+                n
+                for end in ends
+                for n in range(1, min(len(end), len(self.text) + 1))
+                if self.text.endswith(end[:n])
+            ),
             default=0,
         )
         piece = self.text[self._given : len(self.text) - held]

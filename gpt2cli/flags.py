@@ -98,7 +98,7 @@ def check(config, **limits):
         value = getattr(config, name)
         try:
             object.__setattr__(config, name, _accepted(hint, value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UsageError(
                 f"--{spelled(name)} takes {describe_type(hint)}, not {value!r}"
             ) from None

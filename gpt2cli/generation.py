@@ -177,7 +177,7 @@ class Generation:
         """Read the windows of these rows, which get their places in the cache; logits [N, V]."""
         windows = [row.window(self._n_ctx) for row in rows]
         slots = max(row.seen + row.length - row.generated for row in rows)
-        if len(rows) == len(self.live()):
+        if len(rows) == sum(row is not None for row in self.rows):
             self._cache, self._held = None, []  # its memory is free for the new one
         logits, new = self.network.read(windows, min(self._n_ctx, slots))
         self._arrange(new, rows)

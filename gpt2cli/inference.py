@@ -155,15 +155,16 @@ class Model:
 
     def warm(self, width=1):
         """Compile, and run once, what a Batch of up to so many rows needs."""
-        settings, compiles = GenerateSettings(length=2), self.network.needs_full_batches
+        compiles = self.network.needs_full_batches
         sizes = graph.cache_sizes(self.config.n_ctx) if compiles else [graph.SMALLEST_CACHE]
-        for slots in sizes:
+        cases = itertools.product(sizes, [width] if compiles else [1, width], [0, 2])
+        for slots, rows, ngram in cases:
             prompt = [0] * max(1, slots - 2)
-            for rows in [width] if compiles else [1, width]:
-                batch = Batch(self.network, width)
-                batch.add([self.begin(number, prompt, settings, 0) for number in range(rows)])
-                while not batch.is_empty():
-                    batch.step()
+            settings = GenerateSettings(length=2, no_repeat_ngram=ngram)
+            batch = Batch(self.network, width)
+            batch.add([self.begin(number, prompt, settings, 0) for number in range(rows)])
+            while not batch.is_empty():
+                batch.step()
 
     def check_prompt(self, prompt):
         """Refuse (UserError) a prompt that cannot be continued; returns its ids."""
@@ -198,9 +199,13 @@ class Model:
             )
         return tokens
 
-    def begin(self, index, prompt, settings, seed):
-        """The Continuation of a prompt, for a Batch; refuses (UserError) as `check_prompt`."""
-        ids = self.check_prompt(prompt)
+    def begin(self, index, prompt, settings, seed, ids=None):
+        """The Continuation of a prompt, for a Batch; refuses (UserError) as `check_prompt`.
+
+        Args:
+            ids: what `check_prompt` gave for the prompt, if that was asked before.
+        """
+        ids = self.check_prompt(prompt) if ids is None else ids
         if self.encoder is None and (settings.stop or settings.truncate):
             raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
         length = self.length_of(settings, prompt)

@@ -59,7 +59,7 @@ class Job:
         self.deadline = time.monotonic() + seconds
         self.first = None
         self._told = [0] * len(texts)  # tokens
-        self._over = [False] * len(texts)
+        self._over = [False] * len(texts)  # this and the rows are the scheduler's thread's alone
 
     def is_over(self):
         """Whether nothing more is to be told."""
@@ -80,13 +80,18 @@ class Job:
             self._tell(pieces)
 
     def stop(self, error=None):
-        """Take its rows out of the batch; with an error tell of that."""
+        """Take its rows out of the batch; with an error tell of that. Nothing is told any more."""
         for text in self.texts:
             text.row.finished = True
         if error and not self.is_over():
             left = [number for number, over in enumerate(self._over) if not over]
             self._tell([Piece(number, done=True, error=error) for number in left])
         self._over = [True] * len(self.texts)
+        self._tell = _nobody  # who asked holds the job: a circle would keep the model in memory
+
+
+def _nobody(pieces):
+    pass
 
 
 class Scheduler:
@@ -95,17 +100,15 @@ class Scheduler:
     Args:
         width: rows that grow side by side.
         queue: texts that may wait for a place among them.
-
-    Attributes:
-        tokens: generated so far.
     """
 
     def __init__(self, width, queue):
-        self.width, self.queue, self.tokens = width, queue, 0
+        self.width, self.queue = width, queue
         self._change = threading.Condition()
         self._waiting = collections.deque()  # (Job, number of its text)
         self._running = {}  # Continuation -> (Job, number, when it began)
         self._batches = {}  # Model -> Batch
+        self._cancelled = []
         self._closing = False
         self._pace = 1.0  # seconds that a text takes, of late
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
@@ -122,9 +125,13 @@ class Scheduler:
 
     def cancel(self, job):
         """Nobody waits for this Job any more: its places are free from the next step on."""
-        job.stop()
         with self._change:
+            self._cancelled.append(job)
             self._change.notify()
+
+    def is_alive(self):
+        """Whether there is somebody to do the work."""
+        return self._thread.is_alive()
 
     def counts(self):
         """Texts in the batch, and those that wait."""
@@ -139,22 +146,41 @@ class Scheduler:
         self._thread.join()
 
     def _work(self):
-        while True:
-            with self._change:
-                while not (self._waiting or self._running or self._closing):
-                    self._change.wait()
-                if not (self._waiting or self._running):
-                    return
-                begun = self._admit()
-            for model, texts in begun.items():
-                batch = self._batches.setdefault(model, Batch(model.network, self.width))
-                batch.add(texts)
-            for model, batch in list(self._batches.items()):
-                self._step(model, batch)
+        while self._round():
+            pass
+
+    def _round(self):
+        """Wait for work and do a step of it; False when it is time to leave.
+
+        A method, so that nothing keeps a model that is no longer served while there is no work.
+        """
+        with self._change:
+            while not (self._waiting or self._running or self._cancelled or self._closing):
+                self._change.wait()
+            if not (self._waiting or self._running or self._cancelled):
+                return False
+            begun = self._admit()
+        for model, texts in begun.items():
+            self._batches.setdefault(model, Batch(model.network, self.width)).add(texts)
+        for model, batch in list(self._batches.items()):
+            try:
+                grown = batch.step(STREAMED)
+                self._tell(grown)
+            except Exception:  # ours, or no memory: other models' texts and later ones go on
+                traceback.print_exc(file=sys.stderr)
+                for job in {job for job, *_ in self._running.values() if job.model is model}:
+                    job.stop("failure")
+                batch = None
+            if batch is None or batch.is_empty():
+                del self._batches[model]
+        self._forget_finished()
+        return True
 
     def _admit(self):
         """Move what waits to the places that are free; {Model: Continuations}."""
         now, begun = time.monotonic(), {}
+        while self._cancelled:
+            self._cancelled.pop().stop()
         for job in {job for job, *_ in (*self._waiting, *self._running.values())}:
             if now > job.deadline:
                 job.stop("timeout")
@@ -166,27 +192,18 @@ class Scheduler:
             begun.setdefault(job.model, []).append(text)
         return begun
 
-    def _step(self, model, batch):
-        """Some tokens more of a model's texts; tell of them, and forget those that are done."""
-        before = {text: len(text.tokens) for text in self._running}
-        try:
-            grown = batch.step(STREAMED)
-        except Exception:  # ours, or no memory: the texts of other models and later ones go on
-            traceback.print_exc(file=sys.stderr)
-            for job in {job for job, *_ in self._running.values() if job.model is model}:
-                job.stop("failure")
-            grown, batch = [], None
+    def _tell(self, grown):
+        """Tell whose Continuations these are."""
         told = {}
         for text in grown:
-            self.tokens += len(text.tokens) - before[text]
             job, number, _ = self._running[text]
             told.setdefault(job, []).append(number)
         for job, numbers in told.items():
             job.grown(numbers)
+
+    def _forget_finished(self):
         now = time.monotonic()
         with self._change:
             for text in [text for text in self._running if text.row.finished]:
                 *_, began = self._running.pop(text)
                 self._pace += 0.1 * (now - began - self._pace)
-        if batch is None or batch.is_empty():
-            del self._batches[model]

@@ -13,7 +13,9 @@ import jinja2
 import prometheus_client
 import uvicorn
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -37,6 +39,7 @@ OVERFULL = (
     b"content-length: 0\r\n\r\n"
 )
 CLOSE = {"connection": "close"}
+GONE = Refused(499, "the client went away")  # which nobody reads; the number is nginx'
 
 # The fields of the page: its name -> the API's. `seed`, the text, is named as gpt-2-flask-api did,
 # whose lengths and temperatures the defaults are (deployment/run_server.py); it had no others.
@@ -115,6 +118,7 @@ def make_server(service):
             make_app(service),
             http=connection_class(config.max_connections, config.max_idle),
             ws="none",
+            proxy_headers=False,  # who may be believed is not known
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -200,7 +204,7 @@ class Logged:
         if path in ("/health", "/metrics") and status == 200:
             return  # asked every few seconds
         client = (scope.get("client") or ["-"])[0]
-        line = f"{time.strftime('%F %T')} {client} {scope['method']} {path[:200]!a} {status}"
+        line = f"{time.strftime('%F %T')} {client!a} {scope['method']} {path[:200]!a} {status}"
         if answer:
             line += f" {answer.prompt_tokens}+{answer.generated()} tokens"
         line += f" {seconds:.2f} s"
@@ -215,7 +219,7 @@ def _error(error):
 
 def _not_here(request, error):
     """A wrong path or method, in the API's form."""
-    text = f"{request.method} {request.url.path:.100} is not here. See /docs"
+    text = f"{request.method} {request.scope['path']:.100} is not here. See /docs"
     return _error(Refused(error.status_code, text, headers=error.headers))
 
 
@@ -248,43 +252,61 @@ async def _body(request):
 
     try:
         return await asyncio.wait_for(read(), config.max_idle)
+    except ClientDisconnect:
+        raise GONE from None
     except asyncio.TimeoutError:  # noqa: UP041, in Python 3.10 it is not the builtin one
         late = f"the request did not come within {config.max_idle:g} seconds"
         raise Refused(408, late, headers=CLOSE) from None
 
 
-async def _whole(request, answer):
-    """The object of an Answer; None if the client goes away before it is done."""
-    request.state.answer = answer
+async def _unless_gone(request, work):
+    """What a coroutine gives; it is cancelled if the client goes away before."""
 
     async def gone():
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(answer.whole()), asyncio.ensure_future(gone())]
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return await tasks[0] if tasks[0].done() else None
+        if not tasks[0].done():
+            raise GONE
+        return await tasks[0]
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _begun(request, wanted, streams):
+    """The Answer to a CompletionRequest; see Service.begin."""
+    answer = await _unless_gone(request, _service(request).begin(wanted, streams))
+    request.state.answer = answer
+    return answer
+
+
+async def _whole(request, wanted):
+    """The object that answers a CompletionRequest."""
+    answer = await _begun(request, wanted, False)
+    try:
+        return await _unless_gone(request, answer.whole())
+    finally:
         answer.close()
 
 
 async def complete(request):
     """POST /v1/completions."""
-    service = _checked(request)
+    _checked(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which a page from elsewhere cannot send unasked
         raise Refused(415, "send the request as JSON: Content-Type: application/json")
     wanted = CompletionRequest.parse(await _body(request))
-    answer = await service.begin(wanted, wanted.stream)
-    if wanted.stream:
-        request.state.answer = answer
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(answer.events(), 200, headers, "text/event-stream")
-    found = await _whole(request, answer)
-    return JSONResponse(found) if found else Response(status_code=499)
+    if not wanted.stream:
+        return JSONResponse(await _whole(request, wanted))
+    answer = await _begun(request, wanted, True)
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    # a client may go away before the first event is asked for, which would close it
+    done = BackgroundTask(answer.close)
+    return StreamingResponse(answer.events(), 200, headers, "text/event-stream", done)
 
 
 async def models(request):
@@ -341,22 +363,29 @@ def _page(request, name, status=200, headers=None, **values):
 async def home(request):
     """The page; POST is for browsers without JavaScript and programs for gpt-2-flask-api."""
     service, form = _service(request), FORM_DEFAULTS
-    length = service.model.config.n_ctx // 2 if service.model else 512
-    form = {"max_tokens": str(length), **form}
+    n_ctx = service.model.config.n_ctx if service.model else 1024
+    form = {"max_tokens": str(min(n_ctx // 2, service.config.max_tokens or n_ctx)), **form}
     if request.method != "POST":
         return _page(request, "page.html", form=form)
     try:
-        site = request.headers.get("sec-fetch-site", "none")
-        if site not in ("same-origin", "none"):
+        if not _is_from_here(request.headers):
             raise Refused(403, "this form is for the page of this server alone")
         form |= _form(await _body(request))
         service.check_key(form["key"])
-        found = await _whole(request, await service.begin(_wanted(form), False))
+        found = await _whole(request, _wanted(form))
     except Refused as error:
         about = {"error": str(error), "form": form}
         return _page(request, "page.html", error.status, error.headers, **about)
-    samples = [choice["text"] for choice in found["choices"]] if found else []
+    samples = [choice["text"] for choice in found["choices"]]
     return _page(request, "page.html", form=form, samples=samples)
+
+
+def _is_from_here(headers):
+    """Whether a form was sent by our page or by no page; a browser tells, in one way or another."""
+    if site := headers.get("sec-fetch-site"):
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")  # where there is no TLS, browsers tell only this
+    return origin is None or origin.partition("://")[2] == headers.get("host")
 
 
 def _form(body):

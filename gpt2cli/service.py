@@ -32,6 +32,9 @@ class Metrics:
         self.prompt_tokens = prometheus_client.Counter(
             "gpt2cli_prompt_tokens", "tokens of prompts", registry=registry
         )
+        self.generated = prometheus_client.Counter(
+            "gpt2cli_generated_tokens", "tokens of samples", registry=registry
+        )
         self.first = prometheus_client.Histogram(
             "gpt2cli_first_token_seconds",
             "time from a request to its first token",
@@ -44,9 +47,6 @@ class Metrics:
 
         number("gpt2cli_samples_running", "samples in the batch", lambda: service.counts()[0])
         number("gpt2cli_samples_waiting", "samples in the queue", lambda: service.counts()[1])
-        prometheus_client.Gauge(
-            "gpt2cli_generated_tokens", "tokens generated since the start", registry=registry
-        ).set_function(lambda: service.scheduler.tokens)
 
 
 class Service:
@@ -67,6 +67,8 @@ class Service:
         self.scheduler = scheduler.Scheduler(config.max_batch, config.max_queue)
         self.metrics = Metrics(self)
         self._loading = threading.Lock()
+        self._again = False
+        self._prepared = 0  # samples whose prompts are encoded, not yet in the queue
         self._scores = asyncio.Semaphore(1)  # logits of a whole prompt: hundreds of megabytes
 
     def counts(self):
@@ -79,23 +81,27 @@ class Service:
 
     def load(self, again=False):
         """Load the model, or the newest one instead of that which is there; in any thread."""
-        if not self._loading.acquire(blocking=False):
-            _say("SIGHUP: a model is being loaded already")
-            return
-        try:
-            self.model, self.checkpoint = self._load()
-            _say(f"{self.checkpoint} is served")
-        except Exception as error:
-            if again:
+        self._again = again
+        while self._loading.acquire(blocking=False):
+            try:
+                self._again = False
+                self.model, self.checkpoint = self._load()
+                _say(f"{self.checkpoint} is served")
+            except Exception as error:
+                if self.model is None:
+                    self.failure = error
+                    self._leave()
+                    return
                 _say(f"gpt2cli: {error}. {self.checkpoint} is served on")
+            finally:
+                self._loading.release()
+            if not self._again:  # who asked meanwhile found the lock held, and means a newer one
                 return
-            self.failure = error
-            self._leave()
-        finally:
-            self._loading.release()
 
     def ready(self):
         """The model; Refused while there is none."""
+        if not self.scheduler.is_alive():
+            raise Refused(503, "the server has failed; its log says why", code="failure")
         if self.model is None:
             raise Refused(
                 503, "the model is being loaded", code="loading", headers={"retry-after": "2"}
@@ -114,7 +120,10 @@ class Service:
             )
 
     async def begin(self, request, streams):
-        """The Answer to a CompletionRequest, which has a place in the queue; or Refused."""
+        """The Answer to a CompletionRequest, which has a place in the queue; or Refused.
+
+        May be cancelled while it is prepared, which takes no more than --max_time either.
+        """
         model, config = self.ready(), self.config
         if request.model not in (None, self.name):
             raise Refused(
@@ -124,30 +133,61 @@ class Service:
                 "model_not_found",
             )
         prompts = request.prompts()
-        if len(prompts) * request.n > config.max_n:
-            count = f"{len(prompts)} prompts x n {request.n}"
-            message = f"{count} are more samples than a request may have here, {config.max_n}"
-            raise Refused(400, message, "n")
-        most = config.max_tokens or model.config.n_ctx
-        if request.max_tokens > most:
-            message = f"max_tokens {request.max_tokens} is more than this server's {most}"
+        count, most = len(prompts) * request.n, min(config.max_n, self._places())
+        if count > most:
+            message = f"{len(prompts)} prompts x n {request.n} are more samples than a request may"
+            raise Refused(400, f"{message} have here, {most}", "n")
+        longest = config.max_tokens or model.config.n_ctx
+        if request.max_tokens > longest:
+            message = f"max_tokens {request.max_tokens} is more than this server's {longest}"
             raise Refused(400, message, "max_tokens")
-        answer = await asyncio.to_thread(Answer, self, model, request, prompts, streams)
-        if request.echo and request.logprobs is not None:
-            async with self._scores:
-                await asyncio.to_thread(answer.score_prompts)
+        if sum(self.counts()) + self._prepared + count > self._places():
+            raise self._full(1)
+        self._prepared += count
+        try:
+            work = self._prepare(model, request, prompts, streams)
+            answer = await asyncio.wait_for(work, config.max_time)
+        except asyncio.TimeoutError:  # noqa: UP041, in Python 3.10 it is not the builtin one
+            raise self.late() from None
+        finally:
+            self._prepared -= count
         if request.max_tokens:
             try:
                 self.scheduler.submit(answer.job)
             except scheduler.Full as full:
-                raise Refused(
-                    503,
-                    f"{sum(self.counts())} samples are at work or wait; try again later",
-                    code="queue_full",
-                    headers={"retry-after": str(full.seconds)},
-                ) from None
+                raise self._full(full.seconds) from None
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         return answer
+
+    async def _prepare(self, model, request, prompts, streams):
+        """The Answer, its prompts encoded and, for echo with logprobs, looked at."""
+        answer = await asyncio.to_thread(Answer, self, model, request, prompts, streams)
+        if request.echo and request.logprobs is not None:
+            for text in answer.texts[:: request.n]:
+                prompt = text.row.tokens[: text.row.prompt_length]
+                async with self._scores:
+                    try:
+                        found = await asyncio.to_thread(model.logprobs, prompt)
+                    except UserError as error:
+                        raise completions.refused(error, "prompt") from None
+                answer.scores.append(found)
+        return answer
+
+    def _places(self):
+        """Samples that may run or wait."""
+        return self.config.max_batch + self.config.max_queue
+
+    def _full(self, seconds):
+        return Refused(
+            503,
+            f"{sum(self.counts())} samples are at work or wait; try again later",
+            code="queue_full",
+            headers={"retry-after": str(seconds)},
+        )
+
+    def late(self):
+        """The refusal of what took too long."""
+        return Refused(504, f"not done within {self.config.max_time:g} seconds", code="timeout")
 
 
 class Answer:
@@ -169,29 +209,33 @@ class Answer:
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.asked = time.monotonic()
         settings = request.settings()
-        seed = new_seed() if request.seed is None else request.seed
+        seed = new_seed() if request.seed is None else request.seed % 2**63
         most = service.config.max_prompt or model.config.n_ctx
         self.texts = []
-        try:
-            for prompt in prompts:
-                for index in range(request.n):
-                    self.texts.append(model.begin(index, prompt, settings, seed))
-                if (length := self.texts[-1].row.prompt_length) > most:
+        for prompt in prompts:
+            try:
+                ids = model.check_prompt(prompt)
+                if len(ids) > most:
                     raise Refused(
                         400,
-                        f"the prompt has {length} tokens, and this server takes up to {most}",
+                        f"the prompt has {len(ids)} tokens, and this server takes up to {most}",
                         "prompt",
                         "context_length_exceeded",
                     )
-        except UserError as error:
-            raise completions.refused(error, "prompt") from None
+                self.texts += [
+                    model.begin(index, prompt, settings, seed, ids) for index in range(request.n)
+                ]
+            except UserError as error:
+                raise completions.refused(error, "prompt") from None
         self.prompt_tokens = sum(text.row.prompt_length for text in self.texts[:: request.n])
-        self.scores = None
+        self._closed = False
+        self.scores = []  # of each prompt what Model.logprobs says, for echo with logprobs
         self._loop, self._news = service.loop, asyncio.Queue()
         self.job = scheduler.Job(model, self.texts, self._tell, service.config.max_time, streams)
         shown = [self._prompt_text(text) for text in self.texts]
-        # characters before the next token of which logprobs are told; None: from the prompt's on
-        self._at = [None if request.echo else len(text) for text in shown]
+        # of each text the decoder and the place of the next token of which logprobs are told
+        self._streams = [None if request.echo else model.encoder.stream() for _ in shown]
+        self._places = [0 if request.echo else len(text) for text in shown]
         self.echoes = shown if request.echo else [""] * len(shown)
 
     def _prompt_text(self, text):
@@ -203,24 +247,13 @@ class Answer:
         with contextlib.suppress(RuntimeError):  # the server has left
             self._loop.call_soon_threadsafe(self._news.put_nowait, pieces)
 
-    def score_prompts(self):
-        """Find the log-probabilities of the prompts; in a thread, one at a time."""
-        try:
-            self.scores = [
-                self.model.logprobs(text.row.tokens[: text.row.prompt_length])
-                for text in self.texts[:: self.request.n]
-            ]
-        except UserError as error:
-            raise completions.refused(error, "prompt") from None
-
     async def pieces(self):
         """The Pieces of all texts, as they come; Refused where it broke off."""
         left = len(self.texts) if self.request.max_tokens else 0
         while left:
             for piece in await self._news.get():
                 if piece.error == "timeout":
-                    seconds = self.service.config.max_time
-                    raise Refused(504, f"not done within {seconds:g} seconds", code="timeout")
+                    raise self.service.late()
                 if piece.error:
                     raise Refused(500, "the server failed; its log says why", code="failure")
                 left -= piece.done
@@ -232,14 +265,23 @@ class Answer:
             return None
         row, tokens = self.texts[number].row, self.texts[number].tokens[begin:end]
         found = list(zip(row.logprobs, row.likeliest, strict=False))[begin:end]
-        if self.scores and self._at[number] is None:
-            tokens = row.tokens[: row.prompt_length] + tokens
-            found = self.scores[number // self.request.n] + found
-            self._at[number] = 0
-        made, self._at[number] = completions.logprobs_object(
-            self.model.encoder, tokens, found, self.request.logprobs, self._at[number]
+        if self.scores and self._streams[number] is None:
+            begin = row.prompt_length - self._told_length(number)
+            tokens = row.tokens[begin : row.prompt_length] + tokens
+            found = self.scores[number // self.request.n][begin:] + found
+        self._streams[number] = self._streams[number] or self.model.encoder.stream()
+        made, self._places[number] = completions.logprobs_object(
+            *(self.model.encoder, tokens, found, self.request.logprobs),
+            *(self._streams[number], self._places[number]),
         )
         return made
+
+    def _told_length(self, number):
+        """Tokens of a prompt, without those that the model puts before every text."""
+        prompt, row = self.texts[number].prompt, self.texts[number].row
+        if prompt is None or isinstance(prompt, str):
+            return len(self.model.encoder.encode(prompt or ""))
+        return row.prompt_length
 
     def reason(self, number):
         """Why a text ended."""
@@ -253,6 +295,8 @@ class Answer:
 
     def as_json(self, choices, **more):
         """The object that carries choices."""
+        if self.request.stream_options.get("include_usage"):
+            more = {"usage": None} | more
         return {
             "id": self.id,
             "object": "text_completion",
@@ -292,7 +336,7 @@ class Answer:
                     found = self.logprobs(number, 0, 0)
                     yield _event(self.as_json([completions.choice(number, echo, reason, found)]))
             async for piece in self.pieces():
-                if not (piece.text or piece.done):
+                if not (piece.text or piece.done) and self.request.logprobs is None:
                     continue
                 number = piece.number
                 reason = self.reason(number) if piece.done else None
@@ -308,9 +352,13 @@ class Answer:
             self.close()
 
     def close(self):
-        """Free the places, whoever went away, and count."""
+        """Free the places, whoever went away, and count; any more calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
         if self.job.first:
             self.service.metrics.first.observe(self.job.first - self.asked)
+        self.service.metrics.generated.inc(self.generated())
         self.service.scheduler.cancel(self.job)
 
 

@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import html
 import http.client
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import httpx
@@ -24,7 +27,7 @@ import pytest
 from conftest import ROOT, compiled
 
 from gpt2cli import completions, inference, scheduler, server, service
-from gpt2cli.config import ServeConfig
+from gpt2cli.config import GenerateSettings, ServeConfig
 from gpt2cli.errors import UserError
 
 SECRET = "Nobody may read this in the log"
@@ -75,6 +78,17 @@ def address(served):
 def client(address):
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+def slow_down(made, monkeypatch):
+    """Let a step take as long as one of a large model."""
+    tell = made.scheduler._tell
+
+    def slowly(grown):
+        time.sleep(0.05)
+        tell(grown)
+
+    monkeypatch.setattr(made.scheduler, "_tell", slowly)
 
 
 def complete(address, **fields):
@@ -151,6 +165,36 @@ def test_a_streams_pieces_are_the_whole(client, stop):
         assert found == list(told)
 
 
+@pytest.mark.parametrize("fields", [{"seed": 20}, {"seed": 6, "stop": ["the ", " a", "\n"]}])
+def test_logprobs_come_where_a_character_is_cut_or_a_text_held_back(address, fields):
+    fields = {"prompt": "xé", "max_tokens": 60, "logprobs": 1, "temperature": 1.8, **fields}
+    (whole,) = complete(address, **fields).json()["choices"]
+    found = {"tokens": [], "text_offset": [], "token_logprobs": []}
+    for event in complete(address, **fields, stream=True).text.split("\n\n"):
+        if event.startswith("data: {"):
+            (choice,) = json.loads(event[6:])["choices"]
+            for name, values in found.items():
+                values += choice["logprobs"][name]
+    assert found == {name: whole["logprobs"][name] for name in found}
+    assert any(token.startswith("bytes:") for token in found["tokens"]) or "stop" in fields
+
+
+def test_half_a_character_is_no_text_and_no_500(address):
+    for fields in ({"model": "\ud800"}, {"\ud800": 1}, {"prompt": "a\ud800", "echo": True}):
+        body = json.dumps({"max_tokens": 3, **fields})
+        headers = {"content-type": "application/json"}
+        found = httpx.post(f"{address}/v1/completions", content=body, headers=headers)
+        assert found.status_code == (200 if "echo" in fields else 404 if "model" in fields else 400)
+    assert found.json()["choices"][0]["text"].startswith("a\ufffd")
+
+
+def test_an_empty_prompt_is_no_token_of_the_echo(client):
+    words = dict(model="tiny", prompt="", max_tokens=2, logprobs=1, echo=True, seed=1)
+    (choice,) = client.completions.create(**words).choices
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert choice.logprobs.text_offset[0] == 0 and choice.logprobs.token_logprobs[0] is not None
+
+
 def test_logprobs_are_the_models_own(tiny, client):
     words = dict(model="tiny", prompt="The import", max_tokens=12, seed=4, logprobs=3, echo=True)
     (choice,) = client.completions.create(**words).choices
@@ -208,6 +252,10 @@ WRONG = [
     (b'{"seed": 1.5}', "seed"),
     (b'{"stop": [""]}', "stop"),
     (b'{"stop": {"a": 1}}', "stop"),
+    (b'{"stop": {}}', "stop"),
+    (b'{"stop": "' + b"x" * 1001 + b'"}', "stop"),
+    (b'{"temperature": 1' + b"0" * 400 + b"}", "temperature"),
+    (b'{"stream_options": []}', "stream_options"),
     (b'{"logprobs": 6}', "logprobs"),
     (b'{"echo": 1}', "echo"),
     (b'{"stream": "yes"}', "stream"),
@@ -285,17 +333,50 @@ def test_the_same_seed_gives_the_same_text_however_busy_it_is(tiny, address):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(served, stream):
+def test_a_client_that_goes_away_frees_its_place(served, stream, monkeypatch):
     address, made = served
+    slow_down(made, monkeypatch)
     port = int(address.rpartition(":")[2])
     body = json.dumps({"prompt": "x", "max_tokens": 400, "n": 16, "stream": stream})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+        before = made.metrics.registry.get_sample_value(GENERATED)
         wait_until(lambda: made.counts()[0] == 16)
-        before = made.scheduler.tokens
+        time.sleep(0.2)
     wait_until(lambda: made.counts() == (0, 0))
-    assert made.scheduler.tokens - before < 16 * 300
+    wait_until(lambda: before < made.metrics.registry.get_sample_value(GENERATED) < before + 3000)
+
+
+GENERATED = "gpt2cli_generated_tokens_total"
+
+
+def test_who_goes_away_before_the_answer_begins_costs_nothing(tiny, served, monkeypatch):
+    """A prompt's own logprobs are computed before it waits in the queue."""
+    address, made = served
+    port, calls, real = int(address.rpartition(":")[2]), [], tiny.logprobs
+
+    def slowly(tokens):
+        calls.append(1)
+        time.sleep(0.05)
+        return real(tokens)
+
+    monkeypatch.setattr(tiny, "logprobs", slowly)
+    fields = {"prompt": ["a"] * 16, "max_tokens": 0, "echo": True, "logprobs": 1}
+    body = json.dumps(fields).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for _ in range(4):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            time.sleep(0.1)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+    begun = len(calls)
+    assert complete(address, prompt="x", max_tokens=3).status_code == 200
+    time.sleep(0.3)
+    assert len(calls) <= begun + 1 < 4 * 16
+    many = [complete(address, **{**fields, "prompt": "a"}).status_code for _ in range(2)]
+    assert many == [200, 200]
 
 
 def test_health_models_metrics_and_documents(address):
@@ -345,18 +426,18 @@ def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
         found = httpx.post(address, data=data)
         assert found.status_code == status and said in html.unescape(found.text)
     assert f">\n{'x' * 5}</textarea>" in found.text
-    elsewhere = {"sec-fetch-site": "cross-site"}
-    assert httpx.post(address, data={"seed": "x"}, headers=elsewhere).status_code == 403
+    for elsewhere in ({"sec-fetch-site": "cross-site"}, {"origin": "http://elsewhere"}):
+        assert httpx.post(address, data={"seed": "x"}, headers=elsewhere).status_code == 403
+    for here in ({"sec-fetch-site": "same-origin"}, {"origin": address}):
+        assert httpx.post(address, data={"seed": "x"}, headers=here, timeout=60).is_success
     assert httpx.post(address, content=b"seed=%ff").status_code == 400
     assert httpx.post(address, data={str(n): "" for n in range(60)}).status_code == 400
 
 
-def test_limits_answer_clearly(tiny, capfd):
+def test_limits_answer_clearly(tiny, capfd, monkeypatch):
     limits = dict(max_batch=2, max_queue=1, max_n=3, max_body=1000, max_time=0.6, max_idle=0.4)
-    with serving(tiny, api_key="sesame", max_prompt=5, log_prompts=True, **limits) as (
-        address,
-        made,
-    ):
+    limits |= dict(api_key="sesame", max_prompt=5, log_prompts=True)
+    with serving(tiny, **limits) as (address, made):
         key = {"authorization": "Bearer sesame"}
 
         def post(headers=key, **fields):
@@ -370,6 +451,8 @@ def test_limits_answer_clearly(tiny, capfd):
             assert httpx.get(f"{address}{path}").status_code == 401
             assert httpx.get(f"{address}{path}", headers=key).status_code == 200
         assert 'name="key"' in httpx.get(address).text
+        found = post(prompt="x", n=4)
+        assert found.status_code == 400 and found.json()["error"]["param"] == "n"
         form = {"seed": "x", "max_tokens": "5"}
         assert httpx.post(address, data=form).status_code == 401
         assert httpx.post(address, data=form | {"key": "sesame"}).status_code == 200
@@ -388,13 +471,7 @@ def test_limits_answer_clearly(tiny, capfd):
         assert found.status == 413
 
         long = dict(prompt=SECRET[:6], max_tokens=tiny.config.n_ctx)
-        slow = made.scheduler._step  # so that a fast machine takes long as well
-
-        def slowly(*arguments):
-            time.sleep(0.05)
-            slow(*arguments)
-
-        made.scheduler._step = slowly
+        slow_down(made, monkeypatch)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             first = pool.submit(post, **long, n=3)
             wait_until(lambda: made.counts() == (2, 1))
@@ -423,7 +500,10 @@ def test_nothing_of_a_prompt_is_in_the_log(served, address, capfd):
     complete(address, prompt=SECRET, max_tokens=3)
     complete(address, prompt=SECRET, temperature=-1)
     httpx.post(address, data={"seed": SECRET})
+    forged = {"x-forwarded-for": "6.6.6.6 \x1b[31m"}
+    httpx.get(f"{address}/nothing", headers=forged)
     log = capfd.readouterr().err
+    assert "6.6.6.6" not in log and "GET '/nothing' 404" in log
     assert SECRET not in log and "POST '/v1/completions' 200" in log and "+3 tokens" in log
 
 
@@ -458,6 +538,12 @@ def test_silent_clients_are_let_go(served):
                 pass
         connection.close()
     wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+
+
+def test_the_page_asks_for_no_more_than_the_server_gives(tiny):
+    with serving(tiny, max_tokens=20) as (address, _):
+        assert 'min="1" required value="20"' in httpx.get(address).text
+        assert httpx.post(address, data={"seed": "x"}, timeout=60).status_code == 200
 
 
 def test_more_connections_than_allowed_are_told(tiny):
@@ -581,6 +667,52 @@ def test_a_graph_serves_too(tiny, network):
     for fields, answer in zip(asked, found, strict=True):
         (alone,) = model.generate([fields["prompt"]], length=fields["max_tokens"], temperature=0)
         assert answer["choices"][0]["text"] == alone.text
+
+
+def test_a_model_that_is_no_longer_served_leaves_the_memory(tiny, network):
+    seen = []
+
+    def load():
+        model = inference.Model(compiled("lite", network), tiny.encoder)
+        seen.append(weakref.ref(model))
+        return model, f"model-{len(seen)}"
+
+    gc.collect()
+    gc.disable()  # nothing may need it
+    try:
+        with serving(tiny, load) as (address, made):
+            wait_until(lambda: made.model)
+            for _ in range(3):
+                for stream in (False, True):
+                    assert complete(address, prompt=[5], max_tokens=5, stream=stream).is_success
+                made.load(again=True)
+            wait_until(lambda: [one() is None for one in seen] == [True, True, True, False])
+    finally:
+        gc.enable()
+
+
+def test_places_that_are_freed_at_any_moment_change_no_other_text(network):
+    """Cancelled from another thread, as by a client that goes away."""
+    model = inference.Model(compiled("lite", network), None)
+    settings = GenerateSettings(length=40)
+    (alone,) = model.generate([5, 6], length=40, seed=1)
+    made, found = scheduler.Scheduler(4, 10_000), queue.SimpleQueue()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for number in range(150):
+            texts = [model.begin(n, [5] * (number % 20 + 1), settings, number) for n in range(2)]
+            gone = scheduler.Job(model, texts, lambda pieces: None, 60)
+            stays = model.begin(0, [5, 6], settings, 1)
+            made.submit(gone)
+            made.submit(scheduler.Job(model, [stays], lambda _, s=stays: found.put(s), 60))
+            time.sleep(0.0003 * (number % 11))
+            made.cancel(gone)
+        texts = [found.get(timeout=60) for _ in range(150)]
+    finally:
+        sys.setswitchinterval(interval)
+        made.close()
+    assert all(text.tokens == alone.tokens for text in texts)
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ def run(config):
     if not encoder.exists(prefix.parent):
         raise UserError(f"{prefix.parent} has no vocabulary, so there is no text to serve")
     listener = listen(config)
+    if hasattr(signal, "SIGHUP"):  # until it means something it must not end us
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     from gpt2cli import engine, inference, service  # what can be refused was refused before this
 
@@ -68,10 +70,11 @@ def listen(config):
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second of a name that no host can have
+        reason = getattr(error, "strerror", None) or "no such host"
         raise UserError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror}. Name another "
-            "with --port or --host"
+            f"cannot listen on {config.host} port {config.port}: {reason}. Name another with "
+            "--port or --host"
         ) from None
     return listener
 

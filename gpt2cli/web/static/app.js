@@ -9,7 +9,7 @@ const error = document.getElementById("error");
 const samples = document.getElementById("samples");
 const OPTIONS = ["max_tokens", "n", "temperature", "top_k", "top_p", "repetition_penalty", "random_seed"];
 const API_NAME = { random_seed: "seed" };
-const STORE = "gpt2cli";
+const STORE = `gpt2cli ${form.dataset.model}`; // what fits one model may not fit another
 let running = null;
 
 // A browser may forbid storage; then nothing is remembered.
