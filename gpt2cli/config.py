@@ -297,11 +297,15 @@ class TrainConfig(TextSettings):
             without the optimizer's state, which starts anew), fresh (the model), or the path of a
             checkpoint, run folder or model folder.
         overwrite: let `--restore_from fresh` replace the checkpoints of an existing run.
+        strategy: which devices train, each with --batch_size sequences: one, mirrored (all GPUs of
+            this host), multiworker (those of all hosts that TF_CONFIG names; the first writes the
+            run, which all must see), or auto, as many as there are.
         steps: stop when the run has done this many steps in all; 0 runs until Ctrl-C.
         epochs: stop when the run has read the text this many times, instead of --steps.
         sampling: random (windows that begin anywhere), sequential (one window after the other, in
             order), or documents (pieces of one document each, in a new order every time).
-        batch_size: sequences in a step (in each of its parts, with --accumulate_gradients).
+        batch_size: sequences in a step on each device (in each of its parts, with
+            --accumulate_gradients).
         seq_length: tokens of a sequence; 0 is the model's n_ctx.
         learning_rate: peak step size of the optimizer.
         optimizer: adam and sgd as in nshepperd/gpt-2; adamw; adafactor needs the least memory
@@ -350,6 +354,7 @@ class TrainConfig(TextSettings):
     run_name: str = "run1"
     restore_from: str = "latest"
     overwrite: bool = False
+    strategy: Literal["auto", "one", "mirrored", "multiworker"] = "auto"
     steps: int = 0
     epochs: int = 0
     sampling: Literal["random", "sequential", "documents"] = "random"

@@ -5,6 +5,7 @@ training.py knows what a step is, runs.py which checkpoints there are, checkpoin
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from gpt2cli import (
 )
 from gpt2cli.config import GenerateSettings, new_seed
 from gpt2cli.errors import UserError
+from gpt2cli.replicas import Replicas
 
 SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run ends
 TRY_AGAIN = 60.0  # seconds after which a checkpoint that could not be written is tried again
@@ -47,11 +49,13 @@ class Run:
     """
 
     def __init__(self, config, folder, prefix, resumed, vocabulary):
-        self.folder, self.source = folder, prefix.parent
+        self.replicas = Replicas(config.strategy)  # of several hosts: waits for all of them
+        self.folder, self.prefix, self.source = folder, prefix, prefix.parent
         self.replaced = () if resumed else runs.steps(folder)
-        _say(f"{prefix}: {engine.describe_devices()}")
-        _say(memory_line(training.memory_needed(folders.read_config(prefix.parent), config)))
-        network = checkpoint.load(prefix, config.precision, weights_precision="float32")
+        self.say(f"{prefix}: {engine.describe_devices()}")
+        self.say(memory_line(training.memory_needed(folders.read_config(prefix.parent), config)))
+        with self.replicas.strategy.scope():
+            network = checkpoint.load(prefix, config.precision, weights_precision="float32")
         self.model = inference.Model(graph.Graph(network), vocabulary)
         tensors, state = {}, None
         if resumed and config.restore_from == "weights":
@@ -60,15 +64,15 @@ class Run:
             tensors, state = checkpoint.load_training(prefix)
         if resumed and not tensors:
             why = "" if state is None else ", as --restore_from weights asks"
-            _say(f"without the optimizer's state{why}: the optimizer starts anew")
+            self.say(f"without the optimizer's state{why}: the optimizer starts anew")
         slots = {}
         if not tensors and config.optimizer == "adafactor_gpt2_ml":
             slots = checkpoint.load_slots(prefix, config.optimizer)
         state = state or {"step": _step_of(prefix) if resumed else 0}
         seed = config.seed if config.seed is not None else state.get("seed")
         if seed is None:
-            seed = new_seed()
-            _say(f"seed {seed}")
+            seed = self.replicas.of_chief(new_seed())
+            self.say(f"seed {seed}")
         self.config = self.given = dataclasses.replace(config, seed=seed)
         self.step = self.saved = state["step"]
         self.running_loss = state.get("running_loss", [0.0, 0.0])
@@ -82,28 +86,49 @@ class Run:
         self.batch = None  # the last that was learned from
         self.try_again = math.inf  # when a checkpoint that failed is to be written
         self.skipped = 0  # steps in a row
-        self.trainer = training.Trainer(network, self.config)
+        self.stops = False  # whether any host was asked to
+        self.trainer = training.Trainer(network, self.config, self.replicas)
         if tensors:
             self.trainer.restore(tensors)
         elif slots and self.trainer.adopt(slots):
-            _say("the optimizer goes on with the moments in the checkpoint")
+            self.say("the optimizer goes on with the moments in the checkpoint")
         # lines after the present step are of steps that are taken again, or another run's
         always = {"seq_length": config.seq_length or self.model.config.n_ctx}
         # those of a run that is replaced stay as long as its checkpoints do
         start = self.step if resumed else -1
-        self.journal = journal.Journal(folder, start, always, holds=bool(self.replaced))
+        self.journal = None
+        if self.replicas.is_chief:
+            self.journal = journal.Journal(folder, start, always, holds=bool(self.replaced))
+
+    def say(self, text):
+        """A line on stderr, of the chief alone where there are several hosts."""
+        if self.replicas.is_chief:
+            _say(text)
+
+    def record(self, **values):
+        """Numbers of this step for the journal."""
+        if self.journal:
+            self.journal.write(self.step, **values)
 
     def train(self, tokens, held_out, stop):
         """Take steps until --steps, --patience or `stop`; save, sample and validate on the way."""
         length = self.config.seq_length or self.model.config.n_ctx
-        rows = self.config.batch_size * self.config.accumulate_gradients
+        many = self.replicas.count
+        rows = self.config.batch_size * self.config.accumulate_gradients * many
         sampler = self.sampler(tokens, length, self.config.seed)
         if self.config.epochs:
             steps = -(-self.config.epochs * sampler.count // rows)
             self.config = dataclasses.replace(self.config, epochs=0, steps=steps)
             self.trainer.config = self.config
         config = self.config
-        _say(
+        self.check_hosts(tokens)
+        if many > 1:
+            hosts = f" on {self.replicas.hosts} hosts" * (self.replicas.hosts > 1)
+            self.say(
+                f"{many} devices{hosts}: a global batch of {config.batch_size * many} x {length}, "
+                f"{rows * length:,} tokens a step"
+            )
+        self.say(
             f"{config.dataset}: {tokens.total:,} tokens; a step reads {rows} x {length}, an epoch "
             f"takes {sampler.count / rows:,.1f} steps; run {self.folder}, step {self.step}"
             + (f" of {config.steps}" if config.steps else "")
@@ -115,12 +140,13 @@ class Run:
             self.batch = sampler.batch(self.step - 1, rows, config.noise, vocabulary_size)
             self.write_samples(stop)
         if config.steps and self.step >= config.steps:
-            _say(f"the run is at step {self.step} and --steps is {config.steps}: nothing to do")
+            self.say(f"the run is at step {self.step} and --steps is {config.steps}: nothing to do")
             return
         self.began = self.reported = time.monotonic()
         self.reported_step = self.step
-        while not (stop.received or self.is_over()):
-            self.take_step(sampler, rows)
+        self.stops = bool(stop.received) and self.replicas.hosts == 1
+        while not (self.stops or self.is_over()):
+            self.take_step(sampler, rows, stop)
             paused = time.monotonic()
             every = {"validation": config.val_every, "samples": config.sample_every}
             self.due = [name for name, n in every.items() if n and self.step % n == 0]
@@ -134,9 +160,10 @@ class Run:
                 self.write_samples(stop)
             self.reported += time.monotonic() - paused  # the speed is that of training alone
         self.save(last=True)
-        self.journal.close()
+        if self.journal:
+            self.journal.close()
         name = shlex.quote(f"--run_name={config.run_name}")
-        _say(
+        self.say(
             f"saved {self.folder} at step {self.step}; sample from it with: gpt2cli sample {name}"
             if self.has_saved()
             else "stopped before the first step; nothing is saved"
@@ -145,18 +172,42 @@ class Run:
     def is_over(self):
         """Whether the run has taken all its steps, or no longer gets better."""
         if self.config.patience and self.worse >= self.config.patience:
-            _say(
+            self.say(
                 f"the validation loss has not fallen {self.worse} times in a row; it was lowest at "
                 f"step {self.best['step']}, {self.best['loss']:.4f}"
             )
             return True
         return bool(self.config.steps) and self.step >= self.config.steps
 
-    def take_step(self, sampler, rows):
+    def check_hosts(self, tokens):
+        """Refuse (UserError) hosts that would not do the same."""
+        if self.replicas.hosts == 1:
+            return
+        weights = files.digest(f"{self.prefix}.index")
+        config = {**dataclasses.asdict(self.config), "verbose": False}
+        alike = [config, tokens.total, self.step, self.best, self.worse, self.due, weights]
+        digest = hashlib.sha256(json.dumps(alike).encode()).digest()
+        if not self.replicas.all_have(int.from_bytes(digest[:4], "big")):
+            raise UserError(
+                "the hosts are not at the same work: give all of them the same command and texts, "
+                f"and let all see the same {self.folder} and model"
+            )
+
+    def take_step(self, sampler, rows, stop):
         """One step with its batch, and the line that tells of it."""
         config = self.config
         batch = sampler.batch(self.step, rows, config.noise, self.model.config.n_vocab)
-        done = self.trainer.step(self.step, batch)
+        try:
+            done = self.trainer.step(self.step, batch, bool(stop.received))
+        except engine.tf.errors.OpError as error:
+            if self.replicas.hosts == 1:
+                raise
+            reason = str(error.message).partition("\n")[0][:200]
+            raise UserError(
+                f"step {self.step + 1}: another host is gone ({reason}). Start all again: they go "
+                f"on from the checkpoint of step {self.saved}"
+            ) from None
+        self.stops = done.stops > 0 or (bool(stop.received) and self.replicas.hosts == 1)
         self.validated = {}
         if not done.is_finite:
             self.refuse(done, batch, sampler.origin(self.step, rows))
@@ -177,16 +228,16 @@ class Run:
 
     def report(self, done, tokens):
         """Print the line of a step that read `tokens` tokens; the speed is that since the last."""
+        config = self.config
         now, average = time.monotonic(), self.running_loss[0] / self.running_loss[1]
         speed = tokens * (self.step - self.reported_step) / (now - self.reported)
         self.reported, self.reported_step = now, self.step
-        _say(
+        self.say(
             f"[{self.step} | {now - self.began:.2f}] loss={done.loss:.4f} avg={average:.4f} "
             f"acc={done.accuracy:.3f} {speed:.0f} tokens/s"
         )
-        self.journal.write(
-            self.step,
-            learning_rate=float(self.trainer.optimizer.learning_rate),
+        self.record(
+            learning_rate=training.learning_rate(config, self.step - 1),
             loss=done.loss,
             accuracy=done.accuracy,
             gradient_norm=done.norm,
@@ -207,7 +258,7 @@ class Run:
         if self.config.on_nonfinite == "skip" and self.skipped < SKIPS:
             self.skipped += 1
             self.step += 1
-            _say(f"{said}. It is skipped: no weight has changed")
+            self.say(f"{said}. It is skipped: no weight has changed")
             return
         self.diverged(said)
 
@@ -232,6 +283,9 @@ class Run:
         it is a UserError.
         """
         if self.saved == self.step:
+            return
+        if not self.replicas.is_chief:
+            self.saved, self.replaced = self.step, ()
             return
         if self.batch is not None:
             # The last loss was that before the update: ask once more, of the weights to be saved.
@@ -281,6 +335,8 @@ class Run:
 
     def write_samples(self, stop):
         """Write samples/RUN_NAME/samples-STEP, and show them; broken off by `stop`."""
+        if not self.replicas.is_chief:
+            return
         config = self.config
         explicit = config.top_k is not None
         settings = GenerateSettings(
@@ -317,17 +373,18 @@ class Run:
         batches = (
             sampler.batch(number, config.val_batch_size) for number in range(config.val_batch_count)
         )
-        score = self.model.score(itertools.takewhile(lambda _: not stop.received, batches))
-        if stop.received:
-            return
+        if self.replicas.count > 1:  # a device that broke off would leave the others waiting
+            score = self.trainer.score(batches)
+        else:
+            score = self.model.score(itertools.takewhile(lambda _: not stop.received, batches))
+            if stop.received:
+                return
         perplexity = math.exp(min(score.loss, 700))
-        _say(
+        self.say(
             f"[{self.step}] validation loss={score.loss:.4f} perplexity={perplexity:.2f} "
             f"acc={score.accuracy:.3f}"
         )
-        self.journal.write(
-            self.step, validation_loss=score.loss, validation_accuracy=score.accuracy
-        )
+        self.record(validation_loss=score.loss, validation_accuracy=score.accuracy)
         self.due = [name for name in self.due if name != "validation"]
         is_finite = math.isfinite(score.loss)
         self.validated = {"validation_loss": score.loss} if is_finite else {}

@@ -26,6 +26,8 @@ WTE_STDDEV = 0.02  # openai/gpt-2 src/model.py, wte
 WPE_STDDEV = 0.01  # openai/gpt-2 src/model.py, wpe: half of wte, easy to swap
 W_STDDEV = 0.02  # openai/gpt-2 src/model.py, conv1d
 
+PHILOX = 1  # the generator's number in TensorFlow's operations; on CPU and GPU it is the default
+
 IN_LAYER = re.compile(r"model/h\d+/|newslm/layer\d+/")  # names of what is in a layer
 MATRIX = re.compile(r"/(w|kernel)$")  # names of the matrices of linear maps
 # The parts of a layer, for each arch: name, inputs and outputs in units of E; a norm has no inputs.
@@ -107,17 +109,33 @@ class Dropout:
     Args:
         rate: the share.
         seed: int32 [2], of this step.
+        first: int32 [], the place of this tensor's first row among those of the whole batch, whose
+            other rows are on other devices; None if it has all of them.
     """
 
-    def __init__(self, rate, seed):
-        self.rate, self.seed = rate, seed
+    def __init__(self, rate, seed, first=None):
+        self.rate, self.seed, self.first = rate, seed, first
 
     def __call__(self, x):
-        return tf.nn.experimental.stateless_dropout(x, self.rate, self.seed)
+        if self.first is None:
+            return tf.nn.experimental.stateless_dropout(x, self.rate, self.seed)
+        return tf.nn.experimental.general_dropout(x, self.rate, self._uniform)
+
+    def _uniform(self, shape, dtype):
+        """What stateless_dropout draws for these rows: Philox can begin anywhere."""
+        size = tf.reduce_prod(shape)
+        start = tf.cast(self.first, tf.int64) * tf.cast(size // shape[0], tf.int64)
+        key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=self.seed)
+        skipped = tf.stack([tf.cast(start // 4, tf.uint64), tf.zeros([], tf.uint64)])
+        rest = tf.cast(start % 4, tf.int32)  # a step of the counter gives four numbers
+        drawn = tf.raw_ops.StatelessRandomUniformV2(
+            shape=[size + rest], key=key, counter=counter + skipped, alg=PHILOX, dtype=dtype
+        )
+        return tf.reshape(drawn[rest:], shape)
 
     def at(self, place):
         """The Dropout of one place in the network."""
-        return Dropout(self.rate, tf.random.fold_in(self.seed, place))
+        return Dropout(self.rate, tf.random.fold_in(self.seed, place), self.first)
 
 
 class LayerNorm:

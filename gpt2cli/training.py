@@ -1,5 +1,6 @@
 """Loss, learning-rate schedule, optimizer, and one compiled step of training."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.model import IN_LAYER, LOGIT_ROWS, MATRIX, Dropout, weight_shapes
+from gpt2cli.replicas import Replicas
 
 
 def learning_rate(config, step):
@@ -253,11 +255,12 @@ def layer_by_layer(model, inputs, targets, weight, dropout):
 
 class Step(NamedTuple):
     """What came of one step: the mean loss before the update, the share of targets that were the
-    likeliest token, and the norm of all gradients, before clipping."""
+    likeliest token, the norm of all gradients, before clipping, and whether any host is to stop."""
 
     loss: float
     accuracy: float
     norm: float
+    stops: float = 0.0
 
     @property
     def is_finite(self):
@@ -268,33 +271,65 @@ class Trainer:
     """A model being trained: its optimizer and the compiled step.
 
     Args:
-        model: a GPT2 with float32 weights.
+        model: a GPT2 with float32 weights, made in the scope of the strategy.
         config: TrainConfig.
+        replicas: Replicas; one device if not given.
     """
 
-    def __init__(self, model, config):
-        self.model, self.config = model, config
+    def __init__(self, model, config, replicas=None):
+        self.model, self.config, self.replicas = model, config, replicas or Replicas()
         self.variables = [
             variable
             for name, variable in model.weights.items()
             # as nshepperd/gpt-2 train.py: what is in a layer, so ln_f stays too
             if IN_LAYER.match(name) or not config.only_train_transformer_layers
         ]
-        self.optimizer = make_optimizer(config, self.variables)
+        with self.replicas.strategy.scope():
+            self.optimizer = make_optimizer(config, self.variables)
+        # Keras sums gradients over replicas; here they are, before clipping and their norm
+        self.optimizer._all_reduce_sum_gradients = list
         batches = config.accumulate_gradients
         tokens = tf.TensorSpec([batches, None, None], tf.int32)
         masks = tf.TensorSpec([batches, None, None], tf.float32)
+        signature = [tokens, tokens, masks, tf.TensorSpec([batches, 2], tf.int32)]
+        signature.append(tf.TensorSpec([]))
+        alone = self.replicas.count == 1  # else a tensor is one for each replica, always as large
         self._step = tf.function(
             self._take_step,
-            input_signature=[tokens, tokens, masks, tf.TensorSpec([batches, 2], tf.int32)],
+            input_signature=signature if alone else None,
             autograph=False,
         )
 
-    def _take_step(self, inputs, targets, mask, seeds):
-        """Batches [A, B, T], whose gradients are averaged -> what a Step has, each []."""
+        self._sums = tf.function(self._score, autograph=False)
+
+    def _take_step(self, inputs, targets, mask, seeds, stops):
+        """Batches [A, B, T], whose gradients are averaged -> what a Step has, each [].
+
+        Each replica has rows of its own; the update is that of all rows, on every one of them.
+        """
+        told, gradients = self.replicas.run(self._learn, inputs, targets, mask, seeds, stops)
+        told = self.replicas.first(told)
+        if not gradients:  # they were applied in parts
+            return told
+
+        def apply():
+            self.replicas.run(self._apply, gradients, self.variables)
+            return True
+
+        if self.config.on_nonfinite == "skip":
+            loss, _, norm, _ = told
+            tf.cond(tf.math.is_finite(loss) & tf.math.is_finite(norm), apply, lambda: False)
+        else:
+            apply()
+        return told
+
+    def _learn(self, inputs, targets, mask, seeds, stops):
+        """On one replica: what a Step has, and the gradients of self.variables, summed over all.
+
+        In place of the gradients (), where the update was made in parts.
+        """
         batches, clip_norm = self.config.accumulate_gradients, self.config.clip_norm
-        skips = self.config.on_nonfinite == "skip"
-        total = tf.maximum(tf.reduce_sum(mask), 1.0)
+        total = tf.maximum(self.replicas.sum(tf.reduce_sum(mask)), 1.0)
 
         def collected(i):
             """Loss, hits and all gradients of batch i, in the order of self.variables."""
@@ -307,60 +342,92 @@ class Trainer:
             sums = [a + b for a, b in zip(gradients, one[2], strict=True)]
             return i + 1, loss + one[0], hits + one[1], sums
 
-        if batches == 1 and not clip_norm and not skips:
+        if batches == 1 and not clip_norm and self.config.on_nonfinite == "stop":
             loss, hits, parts = self._parts(inputs[0], targets[0], mask[0] / total, seeds[0])
             number = tf.identity(self.optimizer.iterations)
-            squares = []
-            for variables, gradients in parts:  # each is applied and forgotten at once
-                squares += [tf.nn.l2_loss(gradient) for gradient in gradients]
+            squares, gradients = [], ()
+            for variables, own in parts:  # each is applied and forgotten at once
+                own = self.replicas.sum(list(own))
+                squares += [tf.nn.l2_loss(gradient) for gradient in own]
                 self.optimizer.iterations.assign(number)
-                with tf.control_dependencies(squares[-len(gradients) :]):
-                    self._apply(gradients, variables)
-            return loss, hits, _norm(squares)
-        loss, hits, gradients = collected(0)
-        if batches > 1:
-            _, loss, hits, gradients = tf.while_loop(
-                lambda i, *_: i < batches,
-                add,
-                [tf.constant(1), loss, hits, gradients],
-                parallel_iterations=1,
-            )
-        norm = _norm([tf.nn.l2_loss(gradient) for gradient in gradients])
-        if clip_norm:
-            gradients, _ = tf.clip_by_global_norm(gradients, clip_norm, use_norm=norm)
-        if skips:
-            is_finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
-            tf.cond(is_finite, lambda: self._apply(gradients, self.variables), lambda: False)
+                with tf.control_dependencies(squares[-len(own) :]):
+                    self._apply(own, variables)
+            norm = _norm(squares)
         else:
-            self._apply(gradients, self.variables)
-        return loss, hits, norm
+            loss, hits, gradients = collected(0)
+            if batches > 1:
+                _, loss, hits, gradients = tf.while_loop(
+                    lambda i, *_: i < batches,
+                    add,
+                    [tf.constant(1), loss, hits, gradients],
+                    parallel_iterations=1,
+                )
+            gradients = self.replicas.sum(gradients)
+            norm = _norm([tf.nn.l2_loss(gradient) for gradient in gradients])
+            if clip_norm:
+                gradients, _ = tf.clip_by_global_norm(gradients, clip_norm, use_norm=norm)
+        loss, hits, stops = self.replicas.sum([loss, hits, tf.identity(stops)])
+        return (loss, hits, norm, stops), gradients
 
     def _parts(self, inputs, targets, weight, seed):
         """[B, T] each -> this batch's share of loss and hits, and parts of what is trained."""
         config, trained = self.config, {id(variable) for variable in self.variables}
         gradients_of = layer_by_layer if config.memory_saving_gradients else all_at_once
-        dropout = Dropout(config.dropout, seed) if config.dropout else None
+        first = None
+        if self.replicas.count > 1:
+            first = self.replicas.number() * tf.shape(inputs)[0]
+        dropout = Dropout(config.dropout, seed, first) if config.dropout else None
         loss, hits, parts = gradients_of(self.model, inputs, targets, weight, dropout)
         return loss, hits, _only(parts, trained)
 
     def _apply(self, gradients, variables):
-        """One update, begun when the last of the gradients is there; True.
+        """One update, begun when the last of the gradients is there.
 
         A variable is changed in place: a gradient still being computed would read it half new.
         """
         with tf.control_dependencies(gradients):
             gradients = [tf.identity(gradient) for gradient in gradients]
         self.optimizer.apply(gradients, variables)
-        return True
 
-    def step(self, number, batch):
-        """Take step `number` (0, 1, ...) with a windows.Batch of [A * B, T]; returns a Step."""
+    def step(self, number, batch, stops=False):
+        """Take step `number` (0, 1, ...) with a windows.Batch [A * R, T] of all replicas' rows.
+
+        Args:
+            stops: whether this host is to stop; every host's Step tells of it.
+
+        Returns:
+            A Step.
+        """
         self.optimizer.learning_rate = learning_rate(self.config, number)
         parts = self.config.accumulate_gradients
-        split = (np.reshape(field, [parts, -1, field.shape[1]]) for field in batch)
+        split = [np.reshape(field, [parts, -1, field.shape[1]]) for field in batch]
         numbers = (number * parts + np.arange(parts)) % 2**31
         seeds = np.stack([np.full(parts, (self.config.seed or 0) % 2**31), numbers], 1)
-        return Step(*map(float, self._step(*split, seeds.astype(np.int32))))
+        split = self.replicas.spread(split, axis=1)
+        return Step(*map(float, self._step(*split, seeds.astype(np.int32), np.float32(stops))))
+
+    def score(self, batches):
+        """As `score`, with the batches spread over the replicas; each is used once."""
+        many, sums = self.replicas.count, [0.0, 0.0, 0.0]
+        batches = iter(batches)
+        while group := list(itertools.islice(batches, many)):
+            empty = group[0]._replace(mask=np.zeros_like(group[0].mask))
+            group += [empty] * (many - len(group))
+            fields = [np.concatenate(arrays) for arrays in zip(*group, strict=True)]
+            found = self._sums(*self.replicas.spread(fields, axis=0))
+            sums = [one + float(other) for one, other in zip(sums, found, strict=True)]
+        loss, hits, count = sums
+        return Score(loss / max(count, 1), hits / max(count, 1), int(count))
+
+    def _score(self, inputs, targets, mask):
+        """Rows [R, T] of all replicas -> the sums of losses and hits and the tokens, of all."""
+
+        def own(inputs, targets, mask):
+            nats, hits = self.model.losses(self.model.hidden(inputs)[0], targets)
+            sums = [tf.reduce_sum(nats * mask), tf.reduce_sum(hits * mask), tf.reduce_sum(mask)]
+            return self.replicas.sum(sums)
+
+        return self.replicas.first(self.replicas.run(own, inputs, targets, mask))
 
     def state(self):
         """The optimizer's variables by name, the learning rate apart."""
@@ -370,8 +437,9 @@ class Trainer:
         """Set those of the optimizer's variables that are in {name: array}; how many there were."""
         ours = self.state()
         fitting = [n for n in ours if n in tensors and tuple(ours[n].shape) == tensors[n].shape]
-        for name in fitting:
-            ours[name].assign(tensors[name])
+        with self.replicas.strategy.scope():
+            for name in fitting:
+                ours[name].assign(tensors[name])
         return len(fitting)
 
     def restore(self, tensors):
@@ -387,8 +455,9 @@ class Trainer:
                 "weights. Go on with the same flags, or start a new run from its weights: "
                 "--restore_from checkpoint/RUN --run_name NEW"
             )
-        for name, value in tensors.items():
-            ours[name].assign(value)
+        with self.replicas.strategy.scope():
+            for name, value in tensors.items():
+                ours[name].assign(value)
 
 
 def _norm(squares):

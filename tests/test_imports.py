@@ -13,8 +13,8 @@ GROUPS = (
     {"errors"},
     {"flags"},
     {"config"},
-    {"files", "engine"},
-    {"runs", "jobs", "journal", "kernels", "completions"},
+    {"files", "engine", "cluster"},
+    {"runs", "jobs", "journal", "kernels", "completions", "replicas"},
     {"folders"},
     {"encoder", "graph_rules", "model", "transfer", "windows"},
     {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
@@ -40,6 +40,7 @@ WITHOUT_TENSORFLOW = (
         "vocabularies",
         "completions",
         "server",
+        "cluster",
     ),
     *("cli", "commands"),
 )

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 
-from gpt2cli import dataset, encoder, files, folders, runs
+from gpt2cli import cluster, dataset, encoder, files, folders, runs
 from gpt2cli.errors import UserError
 
 
@@ -16,8 +16,10 @@ def run(config):
         The run folder, a Path.
     """
     run_folder = folders.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
-    with files.filling(run_folder, "train"):
-        runs.clear(run_folder)
+    is_chief = cluster.of_strategy(config.strategy).is_chief
+    with files.filling(run_folder, "train") if is_chief else contextlib.nullcontext():
+        if is_chief:
+            runs.clear(run_folder)
         prefix, resumed = starting_point(config, run_folder)
         vocabulary = encoder.of_model(prefix.parent)
         tokens, held_out = texts(config, prefix.parent, vocabulary)

@@ -1,0 +1,95 @@
+"""The devices that train together: one, those of this host, or those of several hosts.
+
+On tf.distribute: MirroredStrategy, or MultiWorkerMirroredStrategy where TF_CONFIG names the hosts.
+A replica is a device with a copy of the weights; each computes its rows of a batch, and what is
+summed is summed over all of them, so that their weights stay equal.
+"""
+
+import numpy as np
+
+from gpt2cli import cluster
+from gpt2cli.engine import GPUS, tf
+
+
+class Replicas:
+    """Who trains.
+
+    Args:
+        kind: "one", "mirrored", "multiworker", or "auto": the hosts of TF_CONFIG if it names more
+            than one, else all GPUs of this host.
+
+    Attributes:
+        strategy: the tf.distribute.Strategy; with one device the default, which does nothing.
+        count: replicas on all hosts.
+        hosts: how many there are.
+        is_chief: whether this host is the one that writes files.
+
+    Raises:
+        UserError: TF_CONFIG is wrong or missing.
+    """
+
+    def __init__(self, kind="one"):
+        self.hosts, self.is_chief = cluster.of_strategy(kind)
+        if self.hosts > 1 or kind == "multiworker":
+            self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        elif kind == "mirrored" or (kind == "auto" and len(GPUS) > 1):
+            devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+            self.strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
+        else:
+            self.strategy = tf.distribute.get_strategy()
+        self.count = self.strategy.num_replicas_in_sync
+
+    def spread(self, fields, axis):
+        """Arrays of a whole batch -> for each replica its rows, which lie along `axis`."""
+        if self.count == 1:
+            return fields
+
+        def share(array):
+            parts = np.split(array, self.count, axis)
+            of = self.strategy.experimental_distribute_values_from_function
+            return of(lambda context: tf.constant(parts[context.replica_id_in_sync_group]))
+
+        return [share(array) for array in fields]
+
+    def run(self, function, *arguments):
+        """Call a function on every replica, inside a tf.function; what each of this host gives."""
+        return self.strategy.run(function, arguments)
+
+    def first(self, values):
+        """Of what was given by `run` that of this host's first replica."""
+        local = self.strategy.experimental_local_results
+        return tf.nest.map_structure(lambda value: local(value)[0], values)
+
+    def number(self):
+        """In a function that is run: the number of this replica among all."""
+        context = tf.distribute.get_replica_context()
+        return tf.cast(context.replica_id_in_sync_group, tf.int32)
+
+    def sum(self, tensors):
+        """In a function that is run: tensors summed over all replicas."""
+        if self.count == 1:
+            return tensors
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+
+    def of_chief(self, number):
+        """The chief's whole number, on every host."""
+        return self._over_hosts(number if self.is_chief else 0)
+
+    def all_have(self, number):
+        """Whether every host has this whole number."""
+        differs = number != self.of_chief(number)
+        return self._over_hosts(int(differs)) == 0
+
+    def _over_hosts(self, number):
+        """The sum of a number that each host has."""
+        if self.hosts == 1:
+            return number
+        first = self.count // self.hosts  # replicas of a host; the first of each has its number
+
+        @tf.function
+        def total(number):
+            own = tf.where(self.number() % first == 0, number, tf.zeros_like(number))
+            return self.sum(own)
+
+        return int(self.first(self.run(total, tf.constant(number, tf.int64))))
