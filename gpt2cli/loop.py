@@ -30,7 +30,6 @@ from gpt2cli import (
 )
 from gpt2cli.config import GenerateSettings, new_seed
 from gpt2cli.errors import UserError
-from gpt2cli.replicas import Replicas
 
 SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run ends
 TRY_AGAIN = 60.0  # seconds after which a checkpoint that could not be written is tried again
@@ -46,10 +45,11 @@ class Run:
         prefix: the checkpoint to start from.
         resumed: go on with its step, seed and optimizer state.
         vocabulary: the encoder, or None for a model without one.
+        replicas: the replicas.Replicas that train.
     """
 
-    def __init__(self, config, folder, prefix, resumed, vocabulary):
-        self.replicas = Replicas(config.strategy)  # of several hosts: waits for all of them
+    def __init__(self, config, folder, prefix, resumed, vocabulary, replicas):
+        self.replicas = replicas
         self.folder, self.prefix, self.source = folder, prefix, prefix.parent
         self.replaced = () if resumed else runs.steps(folder)
         self.say(f"{prefix}: {engine.describe_devices()}")
@@ -144,8 +144,7 @@ class Run:
             return
         self.began = self.reported = time.monotonic()
         self.reported_step = self.step
-        self.stops = bool(stop.received) and self.replicas.hosts == 1
-        while not (self.stops or self.is_over()):
+        while not (self.is_stopped(stop) or self.is_over()):
             self.take_step(sampler, rows, stop)
             paused = time.monotonic()
             every = {"validation": config.val_every, "samples": config.sample_every}
@@ -168,6 +167,10 @@ class Run:
             if self.has_saved()
             else "stopped before the first step; nothing is saved"
         )
+
+    def is_stopped(self, stop):
+        """Whether to take no more steps, on which several hosts agree with the step before."""
+        return self.stops or (bool(stop.received) and self.replicas.hosts == 1)
 
     def is_over(self):
         """Whether the run has taken all its steps, or no longer gets better."""
@@ -202,12 +205,14 @@ class Run:
         except engine.tf.errors.OpError as error:
             if self.replicas.hosts == 1:
                 raise
-            reason = str(error.message).partition("\n")[0][:200]
+            found = re.search(r"(?:unhealthy|remote target)\D*(?:.*?)task:(\d+)", str(error), re.S)
+            who = f"worker {found[1]}" if found else "another host"
+            after = f"they go on from step {self.saved}" if self.has_saved() else "nothing is saved"
             raise UserError(
-                f"step {self.step + 1}: another host is gone ({reason}). Start all again: they go "
-                f"on from the checkpoint of step {self.saved}"
+                f"step {self.step + 1}: {who} has ended, or cannot be reached. Start all hosts "
+                f"again: {after}"
             ) from None
-        self.stops = done.stops > 0 or (bool(stop.received) and self.replicas.hosts == 1)
+        self.stops = done.stops > 0 and self.replicas.hosts > 1
         self.validated = {}
         if not done.is_finite:
             self.refuse(done, batch, sampler.origin(self.step, rows))

@@ -260,7 +260,9 @@ def grown(network, rows):
     return [row.tokens for row in rows]
 
 
-@pytest.mark.parametrize("ngram, window", [(1, "half"), (3, "last")])
+@pytest.mark.parametrize(
+    "ngram, window", [pytest.param(1, "half", marks=pytest.mark.slow), (3, "last")]
+)
 def test_no_ngram_comes_twice_in_a_row_of_any_length(plain_model, network, ngram, window):
     settings = dict(length=60, temperature=0, no_repeat_ngram=ngram, window=window, batch_size=4)
     prompts = [[*p, *p] for p in MIXED[:3]] + MIXED[3:6] if ngram > 1 else MIXED[:6]

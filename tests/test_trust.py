@@ -291,8 +291,8 @@ def with_bad_steps(monkeypatch, bad):
     """Have these steps give no number, as a real one that is skipped: nothing changes."""
     real = training.Trainer.step
 
-    def step(self, number, batch):
-        return training.Step(np.nan, 0.0, np.inf) if number in bad else real(self, number, batch)
+    def step(self, number, *rest):
+        return training.Step(np.nan, 0.0, np.inf) if number in bad else real(self, number, *rest)
 
     monkeypatch.setattr(training.Trainer, "step", step)
 

@@ -23,10 +23,13 @@ def run(config):
         prefix, resumed = starting_point(config, run_folder)
         vocabulary = encoder.of_model(prefix.parent)
         tokens, held_out = texts(config, prefix.parent, vocabulary)
-        with stop_signals() as stop:
-            from gpt2cli import loop  # what can be refused was refused before this import
 
-            run = loop.Run(config, run_folder, prefix, resumed, vocabulary)
+        from gpt2cli import loop, replicas  # what can be refused was refused before this import
+
+        # of several hosts: waits for all of them; and TensorFlow takes SIGTERM for itself there
+        together = replicas.Replicas(config.strategy)
+        with stop_signals() as stop:
+            run = loop.Run(config, run_folder, prefix, resumed, vocabulary, together)
             run.train(tokens, held_out, stop)
     if stop.received == signal.SIGINT:
         raise KeyboardInterrupt

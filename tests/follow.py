@@ -1,0 +1,52 @@
+"""Trains the same thing on one device and on some logical CPUs: python tests/follow.py COUNT CASES.
+
+A process of its own, because logical devices are made before TensorFlow's first operation. Prints a
+JSON list: for each case, an object of TrainConfig's fields and steps, the losses and norms of both.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np  # noqa: E402
+
+from gpt2cli import model, training, windows  # noqa: E402
+from gpt2cli.config import ModelConfig, TrainConfig  # noqa: E402
+from gpt2cli.engine import tf  # noqa: E402
+from gpt2cli.replicas import Replicas  # noqa: E402
+
+SIZES = ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2)
+ROWS = 12  # of the global batch, which 1, 2, 3 and 4 devices can share
+
+
+def losses(replicas, steps, **fields):
+    """Loss and norm of each step, and the loss of a validation after them."""
+    config = TrainConfig(**{"dataset": "x", "seed": 3, "learning_rate": 1e-3} | fields)
+    with replicas.strategy.scope():
+        network = model.GPT2(SIZES, model.random_weights(SIZES), config.precision, "float32")
+    trainer = training.Trainer(network, config, replicas)
+    tokens = windows.Tokens([np.random.default_rng(0).integers(0, 97, 5000).astype(np.int32)])
+    sampler, found = tokens.sampler("random", 16, 3), []
+    for number in range(steps):
+        batch = sampler.batch(number, ROWS * config.accumulate_gradients)
+        found.append(trainer.step(number, batch)[::2])
+    check = tokens.sampler("random", 16, 5)
+    score = trainer.score(check.batch(number, 2) for number in range(7))
+    assert score.tokens == 7 * 2 * 16
+    return [*zip(*found, strict=True), [score.loss]]
+
+
+def main():
+    count, cases = int(sys.argv[1]), json.loads(sys.argv[2])
+    (processor,) = tf.config.list_physical_devices("CPU")
+    devices = [tf.config.LogicalDeviceConfiguration()] * count
+    tf.config.set_logical_device_configuration(processor, devices)
+    many = Replicas("mirrored")
+    assert many.count == count
+    print(json.dumps([[losses(who, **case) for who in (Replicas(), many)] for case in cases]))
+
+
+if __name__ == "__main__":
+    main()

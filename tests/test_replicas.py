@@ -1,0 +1,268 @@
+"""Several devices and several hosts: the same results as on one, and how they end together."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from gpt2cli import checkpoint, cluster, folders, model
+from gpt2cli.engine import tf
+from gpt2cli.errors import UserError
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor")
+SHORT = [
+    {"dropout": 0.1, "memory_saving_gradients": True},
+    {"accumulate_gradients": 2, "clip_norm": 0.5, "on_nonfinite": "skip", "optimizer": "adafactor"},
+]
+LONG = [
+    *({"optimizer": name} for name in OPTIMIZERS),
+    {"accumulate_gradients": 2},
+    {"precision": "bfloat16"},
+    {"precision": "bfloat16", "memory_saving_gradients": True, "dropout": 0.1},
+    {"memory_saving_gradients": True},
+    {"dropout": 0.1},
+    {"dropout": 0.1, "accumulate_gradients": 2, "memory_saving_gradients": True, "clip_norm": 1.0},
+    {"on_nonfinite": "skip"},
+    {"only_train_transformer_layers": True},
+]
+
+
+def followed(count, cases, steps):
+    asked = json.dumps([{"steps": steps} | case for case in cases])
+    words = [sys.executable, "tests/follow.py", str(count), asked]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "count, cases, steps",
+    [(2, SHORT, 10), *(pytest.param(n, LONG, 50, marks=pytest.mark.slow) for n in (2, 3, 4))],
+)
+def test_losses_follow_those_of_one_device(count, cases, steps):
+    for case, (one, many) in zip(cases, followed(count, cases, steps), strict=True):
+        # bfloat16 rounds each device's part of a gradient before they are added
+        most = 1e-3 if case.get("precision") == "bfloat16" else 1e-5
+        for name, alone, together in zip(("loss", "norm", "validation"), one, many, strict=True):
+            difference = np.abs(np.subtract(alone, together)).max()
+            assert difference < most * (10 if name == "norm" else 1), (case, name, difference)
+        assert one[0][0] != one[0][-1]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(4, 7, 5), (6, 3, 3), (8, 32, 48)])
+def test_a_part_of_the_rows_drops_what_the_whole_drops(kind, shape):
+    x = tf.cast(tf.random.stateless_normal(shape, [1, 2]), kind)
+    whole, half = model.Dropout(0.3, [3, 4]).at(5)(x), shape[0] // 2
+    parts = [
+        model.Dropout(0.3, [3, 4], tf.constant(first)).at(5)(x[first : first + half])
+        for first in (0, half)
+    ]
+    assert bool(tf.reduce_all(whole == tf.concat(parts, 0)))
+    assert 0.1 < float(tf.reduce_mean(tf.cast(whole == 0, tf.float32))) < 0.5
+
+
+def config(workers, kind="worker", index=0, **more):
+    return json.dumps(
+        {"cluster": {"worker": workers, **more}, "task": {"type": kind, "index": index}}
+    )
+
+
+@pytest.mark.parametrize(
+    "strategy, text, expected",
+    [
+        ("auto", None, (1, True)),
+        ("auto", "", (1, True)),
+        ("auto", "{}", (1, True)),
+        ("auto", config(["a:1"]), (1, True)),
+        ("auto", config(["a:1", "b:1"]), (2, True)),
+        ("auto", config(["a:1", "b:1"], index=1), (2, False)),
+        ("multiworker", config(["a:1", "b:1"], index=1), (2, False)),
+        ("multiworker", config(["a:1"], chief=["c:1"]), (2, False)),
+        ("multiworker", config(["a:1"], "chief", chief=["c:1"]), (2, True)),
+        ("one", config(["a:1", "b:1"], index=1), (1, True)),
+        ("mirrored", config(["a:1", "b:1"], index=1), (1, True)),
+        ("multiworker", None, "TF_CONFIG"),
+        ("auto", "nonsense", "form"),
+        ("auto", "[]", "form"),
+        ("auto", config(["a:1"], index=1), "form"),
+        ("auto", config(["a:1"], index="x"), "form"),
+        ("auto", config(["a:1"], "evaluator"), "form"),
+        ("auto", config(7), "form"),
+    ],
+)
+def test_the_hosts_are_those_of_tf_config(monkeypatch, strategy, text, expected):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if text is not None:
+        monkeypatch.setenv("TF_CONFIG", text)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            cluster.of_strategy(strategy)
+    else:
+        assert cluster.of_strategy(strategy) == expected
+
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 80
+FLAGS = ("text.txt", "--model_name", "tiny", "--seq_length", 32, "--learning_rate", 0.001)
+FLAGS += ("--sample_every", 0, "--print_every", 1)
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        listeners = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+class Hosts:
+    """Processes of one training, each with its TF_CONFIG.
+
+    Args:
+        count: how many.
+        words: of `train`; those of one host in `own`, by its number.
+    """
+
+    def __init__(self, count, *words, own=None):
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+        self.logs = [Path(f"host{index}.log").absolute() for index in range(count)]
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            command = [sys.executable, "-m", "gpt2cli", "train", *map(str, words)]
+            command += map(str, (own or {}).get(index, ()))
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            environment["TF_CONFIG"] = config(addresses, index=index)
+            with open(log, "w") as file:
+                one = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+            self.processes.append(one)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for one in self.processes:
+            one.kill()
+            one.wait()
+
+    def said(self, index):
+        """What a host wrote, without what TensorFlow's own libraries wrote."""
+        return self.logs[index].read_text()
+
+    def wait(self, seconds=120):
+        """The exit statuses of all."""
+        until = time.monotonic() + seconds
+        return [one.wait(max(0.1, until - time.monotonic())) for one in self.processes]
+
+    def until_step(self, step):
+        """Wait until the chief has told of a step."""
+        while not re.search(rf"^\[{step} \|", self.said(0), re.M):
+            assert all(one.poll() is None for one in self.processes), self.said(0)
+            time.sleep(0.1)
+
+
+def losses_of(run):
+    lines = [json.loads(line) for line in Path(f"checkpoint/{run}/log.jsonl").open()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture
+def place(workdir):
+    (workdir / "text.txt").write_text(TEXT)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_hosts_train_as_one_does_and_go_on_on_another_number(cli, place, count):
+    more = ("--val_dataset", "text.txt", "--val_every", 4, "--val_batch_count", 3)
+    more += ("--dropout", 0.1, "--seed", 5)
+
+    def alone(run, steps):
+        words = (*FLAGS, *more, "--batch_size", 6, "--run_name", run, "--steps", steps)
+        assert cli("train", *words).returncode == 0
+
+    def together(steps):
+        words = (*FLAGS, *more, "--batch_size", 6 // count, "--run_name", "many", "--steps", steps)
+        with Hosts(count, *words) as hosts:
+            assert hosts.wait() == [0] * count
+            said = f"{count} devices on {count} hosts: a global batch of 6 x 32, 192 tokens"
+            assert said in hosts.said(0)
+            assert all("loss=" not in hosts.said(index) for index in range(1, count))
+
+    alone("one", 8)
+    together(4)
+    alone("many", 6)
+    together(8)
+    one, many = losses_of("one"), losses_of("many")
+    assert list(one) == list(many) == list(range(1, 9))
+    np.testing.assert_allclose(list(many.values()), list(one.values()), atol=1e-5)
+    both = [
+        checkpoint.load(folders.find_checkpoint(f"checkpoint/{run}")) for run in ("one", "many")
+    ]
+    for name, weight in both[0].weights.items():
+        np.testing.assert_allclose(both[1].weights[name], weight, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_asking_any_host_to_stop_stops_all_with_a_checkpoint(place, number, which):
+    with Hosts(2, *FLAGS, "--run_name", "run", "--seed", 1) as hosts:
+        hosts.until_step(5)
+        hosts.processes[number].send_signal(which)
+        statuses = hosts.wait()
+        assert statuses[number] == 128 + which and statuses[1 - number] == 0
+        (step,) = re.findall(r"saved checkpoint/run at step (\d+)", hosts.said(0))
+    assert folders.find_checkpoint("checkpoint/run").name == f"model-{step}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_host_that_is_killed_stops_the_others_and_all_go_on_later(cli, place, number):
+    flags = (*FLAGS, "--seed", 1, "--save_every", 5)
+    with Hosts(2, *flags, "--run_name", "run") as hosts:
+        hosts.until_step(12)
+        hosts.processes[number].kill()
+        began = time.monotonic()
+        assert hosts.processes[1 - number].wait(60) == 1
+        assert time.monotonic() - began < 40  # README says so
+        assert re.search(r"^gpt2cli: step \d+: .* has ended", hosts.said(1 - number), re.M)
+    before = losses_of("run")
+    saved = int(folders.find_checkpoint("checkpoint/run").name.removeprefix("model-"))
+    assert saved >= 10
+    with Hosts(2, *flags, "--run_name", "run", "--steps", saved + 5) as hosts:
+        assert hosts.wait() == [0, 0]
+    last = ("--steps", saved + 5, "--run_name", "one", "--batch_size", 2)
+    assert cli("train", *flags, *last).returncode == 0
+    one, many = losses_of("one"), losses_of("run")
+    assert list(many) == list(one)
+    np.testing.assert_allclose(list(many.values()), list(one.values()), atol=1e-5)
+    both = [step for step in before if step in many]
+    assert all(before[step] == pytest.approx(many[step], abs=1e-5) for step in both)
+
+
+@pytest.mark.slow
+def test_hosts_that_are_not_at_the_same_work_are_refused(place):
+    shutil.copy("text.txt", "other.txt")
+    with open("other.txt", "a") as file:
+        file.write("more")
+    with Hosts(
+        2,
+        *FLAGS[1:],
+        "--seed",
+        1,
+        own={0: ["--dataset", "text.txt"], 1: ["--dataset", "other.txt"]},
+    ) as hosts:
+        assert hosts.wait() == [1, 1]
+        assert "not at the same work" in hosts.said(0)
