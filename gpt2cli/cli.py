@@ -32,6 +32,7 @@ COMMANDS = {
     "export": (config.ExportConfig, ("run_name", "dst")),
     "vocab": (config.VocabConfig, ("in_text", "out")),
     "init": (config.InitConfig, ("name",)),
+    "doctor": (config.DoctorConfig, ()),
 }
 
 # of a UserError; 75 is EX_TEMPFAIL of sysexits.h: the same command may succeed later

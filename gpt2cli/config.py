@@ -6,6 +6,7 @@ folder records. The text after each field's name under `Args:` is what `--help` 
 """
 
 import json
+import os
 import re
 import secrets
 from dataclasses import dataclass, field
@@ -531,6 +532,39 @@ class GenerateSettings:
             )
 
 
+def shard_of_job(shard, environment):
+    """A --shard with `auto` in it as PART/PARTS; any other as it is.
+
+    Args:
+        environment: variables, of which Slurm sets SLURM_ARRAY_TASK_ID, _MIN, _COUNT and _STEP, and
+            Kubernetes, in a Job that is Indexed, JOB_COMPLETION_INDEX from 0.
+    """
+    match = re.fullmatch(r"auto(?:/(\d{1,9}))?", shard, re.ASCII)
+    if not match:
+        return shard
+
+    def number(name, default=None):
+        text = environment.get(name, default)
+        if text is None or not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+            raise UsageError(f"--shard {shard}: {name} is {text!r}, not a number")
+        return int(text)
+
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        first, step = number("SLURM_ARRAY_TASK_MIN", "0"), number("SLURM_ARRAY_TASK_STEP", "1")
+        part = (number("SLURM_ARRAY_TASK_ID") - first) // max(step, 1)
+        parts = match[1] or number("SLURM_ARRAY_TASK_COUNT")
+    elif "JOB_COMPLETION_INDEX" in environment:
+        part, parts = number("JOB_COMPLETION_INDEX"), match[1]
+        if parts is None:
+            raise UsageError("--shard auto: Kubernetes does not tell how many; say --shard auto/8")
+    else:
+        raise UsageError(
+            f"--shard {shard} takes the part from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX, "
+            "and neither is set"
+        )
+    return f"{part + 1}/{parts}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SourceSettings, GenerateSettings):
     """Write text: from nothing, or continuing a prompt.
@@ -551,7 +585,8 @@ class SampleConfig(SourceSettings, GenerateSettings):
         out: write to this file, replaced as a whole, instead of standard output. With --format
             jsonl the lines gather in FILE.part, and the same command goes on after a stop.
         shard: answer only a part of --prompts: 3/8 is the third of eight; together the parts are
-            what one command without it gives.
+            what one command without it gives. auto takes it from Slurm's array, auto/8 from that or
+            from Kubernetes' JOB_COMPLETION_INDEX; in --out {shard} stands for it, as 3-of-8.
         nfiles: write this many files, NAME-1.txt, ... for --out NAME.txt, --nsamples in each.
         sample_dir: folder in which samples/RUN_NAME/ is made.
     """
@@ -584,7 +619,12 @@ class SampleConfig(SourceSettings, GenerateSettings):
             raise UsageError("--nfiles with --beams or --temperature 0 would write equal files")
         if self.delimiter is not None and self.format == "jsonl":
             raise UsageError("--delimiter is for --format text; a line of jsonl is one sample")
+        if self.shard is not None:
+            object.__setattr__(self, "shard", shard_of_job(self.shard, os.environ))
         self.shard_of()
+        if self.shard is not None and self.out is not None:
+            named = self.out.replace("{shard}", self.shard.replace("/", "-of-"))
+            object.__setattr__(self, "out", named)
         given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
         if len(given) > 1:
             raise UsageError("give one of " + " and ".join(f"--{name}" for name in given))
@@ -800,6 +840,24 @@ class InitConfig:
         sizes = ("n_layer", "n_head", "n_embd", "n_ctx", "n_vocab")
         check(self, seed=_SEED, **{name: (1, _TOKENS) for name in sizes})
         check_name("name", self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Say what this machine has, what is wrong with it, and what to do.
+
+    Args:
+        models_dir: folder that holds the model folders.
+        checkpoint_dir: folder that holds the run folders.
+        verbose: show TensorFlow's own messages.
+    """
+
+    models_dir: str = "models"
+    checkpoint_dir: str = "checkpoint"
+    verbose: bool = False
+
+    def __post_init__(self):
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -280,3 +280,32 @@ def test_running_out_of_memory_names_the_flags_that_help(cli, monkeypatch):
     monkeypatch.setattr(evaluate, "run", greedy)
     result = cli("evaluate", "x")
     assert result.returncode == 1 and "--batch_size" in result.stderr
+
+
+SLURM = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "5"}
+
+
+@pytest.mark.parametrize(
+    "shard, environment, expected",
+    [
+        ("3/8", {}, "3/8"),
+        ("auto", {**SLURM, "SLURM_ARRAY_TASK_STEP": "3"}, "3/5"),
+        ("auto/9", SLURM, "7/9"),
+        ("auto/4", {"JOB_COMPLETION_INDEX": "0"}, "1/4"),
+        ("auto", {"JOB_COMPLETION_INDEX": "0"}, None),
+        ("auto", {}, None),
+        ("auto", {"SLURM_ARRAY_TASK_ID": "x"}, None),
+    ],
+)
+def test_a_shard_may_come_from_slurm_or_kubernetes(monkeypatch, shard, environment, expected):
+    if expected is None:
+        with pytest.raises(config.UsageError):
+            config.shard_of_job(shard, environment)
+        return
+    assert config.shard_of_job(shard, environment) == expected
+    for name in ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = config.SampleConfig(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
+    assert found.shard == expected and found.out == f"o-{expected.replace('/', '-of-')}.jsonl"

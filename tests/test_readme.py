@@ -36,8 +36,10 @@ def test_every_command_is_listed_with_its_summary():
     assert [name for name, _ in listed] == list(cli.COMMANDS)
 
 
-def test_every_command_line_in_the_readme_is_accepted():
+def test_every_command_line_in_the_readme_is_accepted(monkeypatch):
     """Blocks of ```sh: each line that begins with gpt2cli is read, none is run."""
+    for name, value in (("ID", "1"), ("MIN", "1"), ("COUNT", "8")):  # as Slurm does
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines = [line.split("|")[-1].strip() if "| gpt2cli" in line else line for line in lines]
