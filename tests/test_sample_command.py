@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,12 +185,19 @@ def test_bytes_outside_utf8_never_break_a_stream(tiny):
     assert "".join(pieces) == sample.text == tiny.encoder.decode(sample.tokens)
 
 
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    """A run folder as `train` writes it, of step 1."""
+    folder = tmp_path_factory.mktemp("runs") / "run1"
+    network = checkpoint.load(TINY)
+    checkpoint.save_run(folder, network, network.weights, {"step": 1, "seed": 1}, TINY)
+    return folder
+
+
 @pytest.fixture
-def run1(cli, workdir):
+def run1(a_run, workdir):
     """The current folder, with a run of one step in checkpoint/run1."""
-    (workdir / "t.txt").write_text("word " * 400)
-    flags = ("--model_name", "tiny", "--steps", 1, "--seq_length", 16, "--sample_every", 0)
-    assert cli("train", "t.txt", *flags).returncode == 0
+    shutil.copytree(a_run, workdir / "checkpoint" / "run1")
     return workdir
 
 
