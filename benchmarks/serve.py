@@ -56,7 +56,7 @@ def ask(connection, body):
         if "error" in event:
             raise RuntimeError(event)
         text += "".join(choice["text"] for choice in event["choices"])
-        tokens = event.get("usage", {}).get("completion_tokens", tokens)
+        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
     return first, tokens, text
 
 
