@@ -132,14 +132,17 @@ class Hosts:
     Args:
         count: how many.
         words: of `train`; those of one host in `own`, by its number.
+        spaces: the network namespace and the address of each host.
     """
 
-    def __init__(self, count, *words, own=None):
+    def __init__(self, count, *words, own=None, spaces=()):
         addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+        addresses = [f"{address}:2222" for _, address in spaces] or addresses
         self.logs = [Path(f"host{index}.log").absolute() for index in range(count)]
         self.processes = []
         for index, log in enumerate(self.logs):
-            command = [sys.executable, "-m", "gpt2cli", "train", *map(str, words)]
+            command = ["ip", "netns", "exec", spaces[index][0]] if spaces else []
+            command += [sys.executable, "-m", "gpt2cli", "train", *map(str, words)]
             command += map(str, (own or {}).get(index, ()))
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             environment["TF_CONFIG"] = config(addresses, index=index)
@@ -266,3 +269,53 @@ def test_hosts_that_are_not_at_the_same_work_are_refused(place):
     ) as hosts:
         assert hosts.wait() == [1, 1]
         assert "not at the same work" in hosts.said(0)
+
+
+@pytest.fixture
+def spaces():
+    """Two network namespaces with a cable between them, where this machine lets us make some."""
+    names = [f"gpt2cli-{os.getpid()}-{end}" for end in "ab"]
+    ends = [f"g{os.getpid() % 10**6}{end}" for end in "ab"]
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True).returncode
+
+    if not shutil.which("ip") or any(ip("netns", "add", name) for name in names):
+        pytest.skip("no network namespace can be made here")
+    try:
+        assert ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1]) == 0
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", end, "up")
+
+        def cable(state):
+            assert ip("-n", names[1], "link", "set", ends[1], state) == 0
+
+        yield list(zip(names, ("10.77.0.1", "10.77.0.2"), strict=True)), cable
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_hosts_that_are_cut_off_stop_and_go_on_when_they_are_joined_again(place, spaces):
+    places, cable = spaces
+    flags = (*FLAGS, "--seed", 1, "--save_every", 5, "--run_name", "run")
+    with Hosts(2, *flags, spaces=places) as hosts:
+        hosts.until_step(12)
+        cable("down")
+        began = time.monotonic()
+        assert hosts.wait(90) == [1, 1]
+        assert time.monotonic() - began < 60  # README says so
+        for index in (0, 1):
+            assert re.search(r"^gpt2cli: step \d+: .* cannot be reached", hosts.said(index), re.M)
+    before = losses_of("run")
+    cable("up")
+    with Hosts(2, *flags, "--steps", 18, spaces=places) as hosts:
+        assert hosts.wait() == [0, 0]
+    after = losses_of("run")
+    assert list(after) == list(range(1, 19))
+    both = [step for step in before if step in after]
+    assert all(before[step] == pytest.approx(after[step], abs=1e-5) for step in both)
