@@ -587,6 +587,8 @@ class SampleConfig(SourceSettings, GenerateSettings):
         shard: answer only a part of --prompts: 3/8 is the third of eight; together the parts are
             what one command without it gives. auto takes it from Slurm's array, auto/8 from that or
             from Kubernetes' JOB_COMPLETION_INDEX; in --out {shard} stands for it, as 3-of-8.
+        processes: share --prompts among so many processes, each with a GPU of its own where there
+            are several; 0 is one a GPU. For --format jsonl --out FILE.
         nfiles: write this many files, NAME-1.txt, ... for --out NAME.txt, --nsamples in each.
         sample_dir: folder in which samples/RUN_NAME/ is made.
     """
@@ -600,6 +602,7 @@ class SampleConfig(SourceSettings, GenerateSettings):
     delimiter: str | None = None
     out: str | None = None
     shard: str | None = None
+    processes: int = 0
     nfiles: int = 1
     sample_dir: str = "samples"
 
@@ -611,6 +614,13 @@ class SampleConfig(SourceSettings, GenerateSettings):
                 raise UsageError("--prefix is the same as --prompt: give one of them")
             object.__setattr__(self, "prompt", self.prefix)
             object.__setattr__(self, "prefix", None)
+        if self.processes < 0:
+            raise UsageError(f"--processes must be at least 0, got {self.processes}")
+        if self.processes > 1 and not (self.is_job() and self.prompts and self.shard is None):
+            raise UsageError(
+                "--processes shares --prompts FILE, with --format jsonl and --out FILE, without "
+                "--shard"
+            )
         if self.nfiles < 1:
             raise UsageError(f"--nfiles must be at least 1, got {self.nfiles}")
         if self.nfiles > 1 and (self.out is None or not self.nsamples):
@@ -628,6 +638,10 @@ class SampleConfig(SourceSettings, GenerateSettings):
         given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
         if len(given) > 1:
             raise UsageError("give one of " + " and ".join(f"--{name}" for name in given))
+
+    def is_job(self):
+        """Whether lines are gathered in --out, which may be stopped and gone on with."""
+        return self.out is not None and self.format == "jsonl" and self.nfiles == 1 <= self.nsamples
 
     def shard_of(self):
         """(part, parts) of --shard, the first part being 0; (0, 1) without it."""

@@ -14,7 +14,7 @@ GROUPS = (
     {"flags"},
     {"config"},
     {"files", "engine", "cluster"},
-    {"runs", "jobs", "journal", "kernels", "completions", "replicas"},
+    {"runs", "jobs", "journal", "kernels", "completions", "replicas", "processes"},
     {"folders"},
     {"encoder", "graph_rules", "model", "transfer", "windows"},
     {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
@@ -41,6 +41,7 @@ WITHOUT_TENSORFLOW = (
         "completions",
         "server",
         "cluster",
+        "processes",
     ),
     *("cli", "commands"),
 )

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from gpt2cli import files, inference
+from gpt2cli import cli as command_line
+from gpt2cli import files, inference, processes
+from gpt2cli.config import SampleConfig
 
 PROMPTS = ["The kettle", "A letter", "In the garden", "At night", "The old man"]
 FLAGS = ("--model_name", "tiny", "--length", 6, "--top_k", 20, "--format", "jsonl")
@@ -249,3 +251,34 @@ def test_the_nightly_script_writes_a_dated_file_and_one_line(workdir, tmp_path_f
     finally:
         holder.kill()
     assert "status 75" in (samples / "nightly.log").read_text().splitlines()[2]
+
+
+def test_processes_together_write_what_one_does(cli, prompts):
+    """Also after they were ended, and where a prompt has no answer."""
+    with open("prompts.txt", "a") as file:
+        file.write("\n".join(f"The import {n}" for n in range(9)) + "\n")
+    assert job(cli, "whole.jsonl", "--nsamples", 2, "--batch_size", 2).returncode == 0
+    words = ("--nsamples", 2, "--batch_size", 2, "--processes", 3)
+    result = job(cli, "out.jsonl", *words)
+    assert result.returncode == 0 and "by 3 processes, 0 failures" in result.stderr
+    assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert not list(Path().glob("out.jsonl.*"))
+
+
+def test_processes_need_a_job(cli, prompts):
+    for words in (["--processes", 2], ["--processes", 2, "--out", "o.jsonl", "--shard", "1/2"]):
+        assert cli("sample", *FLAGS, "--prompts", "prompts.txt", *words).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "told, found",
+    [("", []), ("-1", []), ("0", ["0"]), ("2,GPU-x", ["2", "GPU-x"]), ("1,-1,2", ["1"])],
+)
+def test_gpus_are_those_that_cuda_shows(monkeypatch, told, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    assert processes.gpus() == found
+
+
+def test_a_config_is_its_own_command_line():
+    config = SampleConfig(prompt="-x = 1", stop=("a", "b\n"), logprobs=True, top_p=0.5, seed=0)
+    assert command_line.read_command_line(["sample", *processes.words_of(config)]) == config

@@ -3,15 +3,17 @@
 import contextlib
 import dataclasses
 import hashlib
+import heapq
 import itertools
 import json
+import operator
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt2cli import files, folders, jobs
+from gpt2cli import files, folders, jobs, processes
 from gpt2cli.config import new_seed
 from gpt2cli.errors import UserError
 
@@ -28,9 +30,7 @@ def run(config):
     for path in out_paths(config):
         if path.is_dir():
             raise UserError(f"{path} is a folder; --out takes the name of a file")
-    is_job = config.out is not None and config.format == "jsonl"
-    is_job = is_job and config.nfiles == 1 and config.nsamples > 0
-    if is_job:
+    if config.is_job():
         run_job(config, prefix, prompts)
         return
     model = _load(config, prefix, prompts)
@@ -87,6 +87,7 @@ def _jobs(config, prompts):
 NO_MATTER = (
     *("model_name", "run_name", "models_dir", "checkpoint_dir", "sample_dir", "verbose"),
     *("prompt", "prompt_file", "prompts", "out", "nfiles", "batch_size", "delimiter", "format"),
+    "processes",
 )
 
 
@@ -104,7 +105,11 @@ def run_job(config, prefix, prompts):
     job["weights"] = files.digest(f"{prefix}.index")  # which has the checksum of each of them
     with jobs.gathered(config.out, job, {"seed": new_seed()}) as lines:
         config = dataclasses.replace(config, seed=lines.job["seed"])
-        summary, failures = _fill(lines, config, prefix, prompts)
+        count = _processes(config, prompts)
+        if count > 1 and not lines.found:  # what one process began, one goes on with
+            summary, failures = _share(lines, config, count, len(prompts))
+        else:
+            summary, failures = _fill(lines, config, prefix, prompts)
     if failures:
         raise UserError(f'{summary}. The lines with "error" say why')
     print(summary, file=sys.stderr)
@@ -141,6 +146,40 @@ def _fill(lines, config, prefix, prompts):
     return (
         f"{config.out}: {count:,} prompts, {tokens:,} tokens, {speed:,.1f} tokens/s, "
         f"{failures:,} failures{earlier}",
+        failures,
+    )
+
+
+def _processes(config, prompts):
+    """How many processes are to answer."""
+    whole = config.prompts is not None and config.shard is None
+    count = config.processes or (len(processes.gpus()) if config.precision != "int8" else 1)
+    return min(count, len(prompts)) if whole else 1
+
+
+def _share(lines, config, count, number):
+    """As `_fill`, by processes that answer a shard each; their files are joined in order."""
+    begun = time.monotonic()
+    names = [f"{config.out}.{part}-of-{count}" for part in range(1, count + 1)]
+    parts = [
+        dataclasses.replace(config, shard=f"{part}/{count}", out=name, processes=1)
+        for part, name in enumerate(names, 1)
+    ]
+    processes.run("sample", parts)
+    lines.keep(0)
+    tokens = failures = 0
+    with contextlib.ExitStack() as stack:
+        opened = [map(json.loads, stack.enter_context(open(n, encoding="utf-8"))) for n in names]
+        for line in heapq.merge(*opened, key=operator.itemgetter("index")):
+            lines.add([line])
+            tokens += len(line.get("tokens", ()))
+            failures += "error" in line
+    for name in names:
+        Path(name).unlink()
+    speed = tokens / max(time.monotonic() - begun, 1e-9)
+    return (
+        f"{config.out}: {number:,} prompts, {tokens:,} tokens, {speed:,.1f} tokens/s by {count} "
+        f"processes, {failures:,} failures",
         failures,
     )
 
