@@ -16,7 +16,7 @@ LEAVES = {"g": "weight", "w": "weight", "b": "bias"}
 def ours(folder, vocabulary):
     """models/random, without a vocabulary; models/vocabulary, the same with that of a folder."""
     from gpt2cli import checkpoint, model
-    from gpt2cli.config import ModelConfig
+    from gpt2cli.hparams import ModelConfig
 
     sizes = ModelConfig(**SIZES)
     network = model.GPT2(sizes, model.random_weights(sizes))

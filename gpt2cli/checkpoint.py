@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from gpt2cli import files, folders, model, runs
-from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
+from gpt2cli.hparams import ModelConfig
 
 
 @contextlib.contextmanager

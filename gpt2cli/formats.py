@@ -22,8 +22,8 @@ import numpy as np
 import safetensors.numpy
 
 from gpt2cli import checkpoint, encoder, files, folders, model, statedict, vocabularies
-from gpt2cli.config import SIZES, ModelConfig
 from gpt2cli.errors import UserError
+from gpt2cli.hparams import SIZES, ModelConfig
 
 FORMS = {
     "openai": "a TensorFlow checkpoint of GPT-2",

@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 import gpt2cli
 from gpt2cli import checkpoint, model
 from gpt2cli.commands import vocab
-from gpt2cli.config import ModelConfig
+from gpt2cli.hparams import ModelConfig
 
 TINY = Path(__file__).parent / "tiny"
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=160, n_head=5, n_layer=4)

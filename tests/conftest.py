@@ -56,7 +56,7 @@ def lively(config, seed=3):
 @pytest.fixture(scope="session")
 def network():
     """Two layers, 32 wide, 97 tokens, a window of 24; random, lively weights."""
-    from gpt2cli.config import ModelConfig
+    from gpt2cli.hparams import ModelConfig
 
     return lively(ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2))
 

@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np  # noqa: E402
 
 from gpt2cli import model, training, windows  # noqa: E402
-from gpt2cli.config import ModelConfig, TrainConfig  # noqa: E402
+from gpt2cli.config import TrainConfig  # noqa: E402
 from gpt2cli.engine import tf  # noqa: E402
+from gpt2cli.hparams import ModelConfig  # noqa: E402
 from gpt2cli.replicas import Replicas  # noqa: E402
 
 SIZES = ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2)

@@ -23,7 +23,18 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 def targets():
     """Name -> function of bytes."""
-    from gpt2cli import cli, completions, config, dataset, encoder, files, folders, jobs, runs
+    from gpt2cli import (
+        cli,
+        completions,
+        config,
+        dataset,
+        encoder,
+        files,
+        folders,
+        hparams,
+        jobs,
+        runs,
+    )
     from gpt2cli.commands import sample
 
     vocabulary = encoder.load(TINY)
@@ -80,7 +91,7 @@ def targets():
             completions.CompletionRequest.parse(data).prompts()
 
     return {
-        "hparams": lambda data: config.ModelConfig.from_json(data.decode("utf-8", "replace")),
+        "hparams": lambda data: hparams.ModelConfig.from_json(data.decode("utf-8", "replace")),
         "object": lambda data: files.read_object(file("object.json", data)),
         **{ending: corpus(ending) for ending in ("txt", "csv", "jsonl", "npz", "npy")},
         "encoder.json": bpe("encoder.json", "vocab.bpe"),

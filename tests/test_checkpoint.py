@@ -10,9 +10,9 @@ import pytest
 from conftest import lively
 
 from gpt2cli import checkpoint, folders, runs
-from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
+from gpt2cli.hparams import ModelConfig
 
 
 @pytest.fixture

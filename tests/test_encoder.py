@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
 from gpt2cli import encoder
-from gpt2cli.config import ModelConfig
 from gpt2cli.errors import UserError
+from gpt2cli.hparams import ModelConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")

@@ -13,9 +13,9 @@ from conftest import lively
 from test_model import GOLDEN, check_golden
 
 from gpt2cli import checkpoint, encoder, folders, formats, model, statedict
-from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
+from gpt2cli.hparams import ModelConfig
 
 SIZES = ModelConfig(n_vocab=40, n_ctx=12, n_embd=16, n_head=4, n_layer=2)
 HF_CONFIG = {

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "gpt2cli"
 GROUPS = (
     {"errors"},
     {"flags"},
-    {"config"},
+    {"config", "hparams"},
     {"files", "engine", "cluster"},
     {"runs", "jobs", "journal", "kernels", "completions", "replicas", "processes"},
     {"folders"},
@@ -30,6 +30,7 @@ WITHOUT_TENSORFLOW = (
         "errors",
         "flags",
         "config",
+        "hparams",
         "files",
         "runs",
         "folders",

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 
 from gpt2cli import checkpoint, encoder, folders, model, runs
-from gpt2cli.config import ModelConfig
+from gpt2cli.hparams import ModelConfig
 
 SMALL = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--n_ctx", 32)
 CHINESE = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n今\n天\nA\n"

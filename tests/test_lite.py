@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, TINY, compiled, lively
 
 from gpt2cli import engine, graph, inference, lite, model, program
-from gpt2cli.config import ModelConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
+from gpt2cli.hparams import ModelConfig
 
 GPT2 = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
 GPT2_ML = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2, arch="gpt2_ml")

@@ -11,7 +11,7 @@ from conftest import ROOT, TINY
 
 import gpt2cli
 from gpt2cli import checkpoint, model
-from gpt2cli.config import ModelConfig
+from gpt2cli.hparams import ModelConfig
 
 SCRIPT = ROOT / "tests" / "peer_gpt_2_simple.py"
 

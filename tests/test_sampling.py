@@ -7,10 +7,11 @@ import oracle
 import pytest
 from conftest import SHARED, compiled, lively
 
-from gpt2cli import config, generation, graph_rules, inference, sampling
+from gpt2cli import generation, graph_rules, inference, sampling
 from gpt2cli.config import GenerateSettings
 from gpt2cli.engine import tf
 from gpt2cli.generation import Row
+from gpt2cli.hparams import ModelConfig
 
 ROWS = np.random.default_rng(0).normal(0, 3, [4, 300]).astype(np.float32)
 
@@ -221,7 +222,7 @@ def test_with_window_last_every_token_follows_the_last_of_them_read_anew(
 
 
 def test_a_window_of_one_token_is_no_special_case():
-    sizes = config.ModelConfig(n_vocab=11, n_ctx=1, n_embd=8, n_head=2, n_layer=1)
+    sizes = ModelConfig(n_vocab=11, n_ctx=1, n_embd=8, n_head=2, n_layer=1)
     model = inference.Model(compiled("lite", lively(sizes)), None)
     for window in ("half", "last"):
         (sample,) = model.generate([3, 4], length=5, temperature=0, window=window)

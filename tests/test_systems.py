@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, TINY, lively
 
 from gpt2cli import checkpoint, formats, inference, model
-from gpt2cli.config import ModelConfig
+from gpt2cli.hparams import ModelConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = re.search(r"^## Coming from another program\n(.*?)^## Large", README, re.M | re.S)

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from gpt2cli import checkpoint, files, folders, model, runs
-from gpt2cli.config import ModelConfig
+from gpt2cli.hparams import ModelConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 FAST = ("--model_name", "mini", "--seq_length", 32, "--learning_rate", 0.001, "--sample_every", 0)

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from gpt2cli import encoder, files, folders, runs
-from gpt2cli.config import PRESETS, ModelConfig
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.hparams import PRESETS, ModelConfig
 
 OF_THE_VOCABULARY = ("lower_case", "start_token", "end_token")  # keys of a hparams.json
 

@@ -1,0 +1,129 @@
+"""The sizes of a model: what hparams.json says."""
+
+import json
+from dataclasses import dataclass, field
+
+from gpt2cli.errors import UserError
+
+# The released sizes; 117M and 345M are the names of the first announcement, before a recount.
+ALIASES = {"117M": "124M", "345M": "355M"}
+RELEASED = ("124M", "355M", "774M", "1558M")  # openai/gpt-2 DEVELOPERS.md
+
+SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")  # openai/gpt-2 src/model.py
+
+# n_layer, n_head, n_embd. The released ones: openai/gpt-2 hparams.json of each; distil: half the
+# layers of 124M, as Hugging Face's distilgpt2 and UER-py models/gpt2/distil_config.json.
+PRESETS = {
+    "tiny": (4, 5, 160),
+    "distil": (6, 12, 768),
+    "124M": (12, 12, 768),
+    "355M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
+
+LARGEST = {"n_layer": 10_000}  # ten times the deepest there are; each has a list of names
+LN_EPSILON = 1e-5  # openai/gpt-2 src/model.py, norm; the same in GPT2_ML train/utils.py
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What `hparams.json` says.
+
+    Args:
+        n_vocab: rows of the token embedding.
+        n_ctx: positions that the model can see.
+        n_embd: width of the residual stream.
+        n_head: attention heads in a layer; divides n_embd.
+        n_layer: layers.
+        arch: the order of operations in a layer and the names of the weights: gpt2, or gpt2_ml
+            (imcaspar/gpt2-ml, Chinese, 1.5B).
+        ln_epsilon: added to the variance in layer norms.
+        extra: keys of the file that are not the network's, kept when it is written again:
+            lower_case, start_token, end_token for the encoder, and what this program does not know.
+    """
+
+    n_vocab: int
+    n_ctx: int
+    n_embd: int
+    n_head: int
+    n_layer: int
+    arch: str = "gpt2"
+    ln_epsilon: float = LN_EPSILON
+    extra: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in SIZES:
+            value, most = getattr(self, name), LARGEST.get(name, 2**31 - 1)
+            if type(value) is not int or not 1 <= value <= most:
+                raise UserError(
+                    f"hparams: {name} must be a whole number from 1 to {most}, got {value!r:.50}"
+                )
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"hparams: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
+            )
+        if self.arch not in ("gpt2", "gpt2_ml"):
+            raise UserError(f"hparams: arch must be gpt2 or gpt2_ml, got {self.arch!r}")
+        if type(self.ln_epsilon) is not float or not 0 <= self.ln_epsilon < 1:
+            raise UserError(
+                f"hparams: ln_epsilon must be a number from 0 to 1, got {self.ln_epsilon!r}"
+            )
+
+    @classmethod
+    def from_json(cls, text, where="hparams.json"):
+        """Parse the text of a hparams.json or of GPT2_ML's config.json; `where` names it.
+
+        Raises:
+            UserError: it is neither.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{where} must hold one JSON object with {', '.join(SIZES)}")
+        if "num_hidden_layers" in values and "n_layer" not in values:
+            values = _from_gpt2_ml(values, where)
+        missing = [name for name in SIZES if name not in values]
+        if missing:
+            raise UserError(f"{where} lacks {', '.join(missing)}")
+        known = {name: values.pop(name) for name in (*SIZES, *OPTIONAL) if name in values}
+        if type(known.get("ln_epsilon")) is int:
+            known["ln_epsilon"] = float(known["ln_epsilon"])
+        try:
+            return cls(**known, extra=values)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def to_json(self):
+        """The text of hparams.json: sizes, what differs from OpenAI's models, other keys."""
+        optional = {
+            n: getattr(self, n) for n in OPTIONAL if getattr(self, n) != getattr(type(self), n)
+        }
+        values = {**{n: getattr(self, n) for n in SIZES}, **optional, **self.extra}
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+OPTIONAL = ("arch", "ln_epsilon")
+
+# hparams.json's name of each size -> that of imcaspar/gpt2-ml configs/*.json
+GPT2_ML_NAMES = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}
+
+
+def _from_gpt2_ml(values, where):
+    """GPT2_ML's config json -> the values of a hparams.json; UserError for what is not one."""
+    missing = [name for name in GPT2_ML_NAMES.values() if name not in values]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: it is not a GPT2_ML config")
+    width = values["hidden_size"]
+    if type(width) is int and values.get("intermediate_size", 4 * width) != 4 * width:
+        raise UserError(f"{where}: intermediate_size must be 4 times hidden_size ({4 * width})")
+    sizes = {ours: values[theirs] for ours, theirs in GPT2_ML_NAMES.items()}
+    return {**sizes, "arch": "gpt2_ml"}
