@@ -10,7 +10,7 @@ test:  ## the tests, under five minutes on two cores
 test-all:  ## the long tests too
 	bin/test -m ''
 
-trust:  ## the long form of README's promises: kills, full disks, flipped bits, about an hour
+trust:  ## the long form of README's promises: kills, full disks, flipped bits, about twenty minutes
 	bin/test -m '' -k "trust or jobs or download or bad_input"
 
 serve-proof:  ## `serve` in a browser (apt-get install chromium), under requests made from its OpenAPI document
