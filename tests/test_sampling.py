@@ -377,6 +377,7 @@ def test_of_a_prompt_longer_than_the_window_the_end_is_read(either_model):
     assert sample.tokens == [int(either_model.logits(long[-24:])[-1].argmax())]
 
 
+@pytest.mark.slow  # a quarter of a minute of compiling
 def test_nothing_is_traced_again_however_many_prompts_follow(network):
     ready = compiled("graph", network)
     model = inference.Model(ready, None)
