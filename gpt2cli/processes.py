@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 from gpt2cli import flags
-from gpt2cli.errors import UserError
 
 GRACE = 60.0  # seconds for a process to end when it is asked to
 
@@ -42,10 +41,10 @@ def run(command, configs):
 
     If this process is ended meanwhile, so are they, and each saves what it has.
 
-    Raises:
-        UserError: one of them ended with another status than 0 and 1; what it said last.
+    Returns:
+        Of each its exit status and what it said last.
     """
-    names = gpus()
+    names, ended = gpus(), []
     with contextlib.ExitStack() as stack:
         running = []
         for number, config in enumerate(configs):
@@ -56,11 +55,12 @@ def run(command, configs):
             process = subprocess.Popen(words, env=environment, stderr=log, stdin=subprocess.DEVNULL)
             running.append((process, log))
             stack.callback(_end, process)
-        for number, (process, log) in enumerate(running, 1):
-            if process.wait() not in (0, 1):
-                log.seek(0)
-                said = log.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-                raise UserError(f"process {number} of {len(configs)} has failed: {said[:300]}")
+        for process, log in running:
+            status = process.wait()
+            log.seek(0)
+            said = log.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+            ended.append((status, said[:300]))
+    return ended
 
 
 def _end(process):

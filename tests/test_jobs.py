@@ -254,7 +254,7 @@ def test_the_nightly_script_writes_a_dated_file_and_one_line(workdir, tmp_path_f
 
 
 def test_processes_together_write_what_one_does(cli, prompts):
-    """Also after they were ended, and where a prompt has no answer."""
+    """To the last byte."""
     with open("prompts.txt", "a") as file:
         file.write("\n".join(f"The import {n}" for n in range(9)) + "\n")
     assert job(cli, "whole.jsonl", "--nsamples", 2, "--batch_size", 2).returncode == 0
@@ -263,6 +263,17 @@ def test_processes_together_write_what_one_does(cli, prompts):
     assert result.returncode == 0 and "by 3 processes, 0 failures" in result.stderr
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert not list(Path().glob("out.jsonl.*"))
+
+
+def test_a_process_that_fails_is_told_and_the_job_goes_on_later(cli, prompts):
+    """Here because another one fills its part."""
+    words = ("--processes", 2)
+    with files.locked(prompts / ".out.jsonl.2-of-2.lock", "sample", of="out.jsonl.2-of-2"):
+        result = job(cli, "out.jsonl", *words)
+    assert result.returncode == 1 and "process 2 of 2 ended with status 75" in result.stderr
+    assert not Path("out.jsonl").exists()
+    assert job(cli, "out.jsonl", *words).returncode == 0
+    assert [line["index"] for line in lines(Path("out.jsonl"))] == list(range(len(PROMPTS)))
 
 
 def test_processes_need_a_job(cli, prompts):

@@ -165,7 +165,14 @@ def _share(lines, config, count, number):
         dataclasses.replace(config, shard=f"{part}/{count}", out=name, processes=1)
         for part, name in enumerate(names, 1)
     ]
-    processes.run("sample", parts)
+    for name in names:  # of an earlier command, which was ended while it joined them
+        Path(name).unlink(missing_ok=True)
+    for number, (status, said) in enumerate(processes.run("sample", parts), 1):
+        if not Path(names[number - 1]).is_file():  # status 1 alone may be prompts without an answer
+            raise UserError(
+                f"process {number} of {count} ended with status {status}: {said}. The same command "
+                "goes on where it stopped"
+            )
     lines.keep(0)
     tokens = failures = 0
     with contextlib.ExitStack() as stack:
