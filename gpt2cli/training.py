@@ -288,18 +288,9 @@ class Trainer:
             self.optimizer = make_optimizer(config, self.variables)
         # Keras sums gradients over replicas; here they are, before clipping and their norm
         self.optimizer._all_reduce_sum_gradients = list
-        batches = config.accumulate_gradients
-        tokens = tf.TensorSpec([batches, None, None], tf.int32)
-        masks = tf.TensorSpec([batches, None, None], tf.float32)
-        signature = [tokens, tokens, masks, tf.TensorSpec([batches, 2], tf.int32)]
-        signature.append(tf.TensorSpec([]))
-        alone = self.replicas.count == 1  # else a tensor is one for each replica, always as large
-        self._step = tf.function(
-            self._take_step,
-            input_signature=signature if alone else None,
-            autograph=False,
-        )
-
+        # Without a signature, so with known shapes, on one device and on many: else TensorFlow
+        # rewrites the two graphs differently, and bfloat16's sums are rounded in another order
+        self._step = tf.function(self._take_step, autograph=False)
         self._sums = tf.function(self._score, autograph=False)
 
     def _take_step(self, inputs, targets, mask, seeds, stops):

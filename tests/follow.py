@@ -1,7 +1,8 @@
 """Trains the same thing on one device and on some logical CPUs: python tests/follow.py COUNT CASES.
 
 A process of its own, because logical devices are made before TensorFlow's first operation. Prints a
-JSON list: for each case, an object of TrainConfig's fields and steps, the losses and norms of both.
+JSON list: for each case, an object of TrainConfig's fields, steps, and the parts in which the one
+device computes a batch, the losses and norms of both.
 """
 
 import json
@@ -22,8 +23,13 @@ SIZES = ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2)
 ROWS = 12  # of the global batch, which 1, 2, 3 and 4 devices can share
 
 
-def losses(replicas, steps, **fields):
-    """Loss and norm of each step, and the loss of a validation after them."""
+def losses(replicas, steps, parts=1, **fields):
+    """Loss and norm of each step, and the loss of a validation after them.
+
+    Args:
+        parts: in how many parts of a batch the gradients are computed and rounded.
+    """
+    fields = {"accumulate_gradients": parts} | fields
     config = TrainConfig(**{"dataset": "x", "seed": 3, "learning_rate": 1e-3} | fields)
     with replicas.strategy.scope():
         network = model.GPT2(SIZES, model.random_weights(SIZES), config.precision, "float32")
@@ -31,7 +37,7 @@ def losses(replicas, steps, **fields):
     tokens = windows.Tokens([np.random.default_rng(0).integers(0, 97, 5000).astype(np.int32)])
     sampler, found = tokens.sampler("random", 16, 3), []
     for number in range(steps):
-        batch = sampler.batch(number, ROWS * config.accumulate_gradients)
+        batch = sampler.batch(number, ROWS // parts * config.accumulate_gradients)
         found.append(trainer.step(number, batch)[::2])
     check = tokens.sampler("random", 16, 5)
     score = trainer.score(check.batch(number, 2) for number in range(7))
@@ -46,7 +52,11 @@ def main():
     tf.config.set_logical_device_configuration(processor, devices)
     many = Replicas("mirrored")
     assert many.count == count
-    print(json.dumps([[losses(who, **case) for who in (Replicas(), many)] for case in cases]))
+    found = []
+    for case in cases:
+        parts = case.pop("parts", 1)
+        found.append([losses(Replicas(), parts=parts, **case), losses(many, **case)])
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
