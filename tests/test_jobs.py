@@ -261,6 +261,8 @@ def test_processes_together_write_what_one_does(cli, prompts):
     words = ("--nsamples", 2, "--batch_size", 2, "--processes", 3)
     result = job(cli, "out.jsonl", *words)
     assert result.returncode == 0 and "by 3 processes, 0 failures" in result.stderr
+    count = len({line["index"] // 2 for line in lines(Path("out.jsonl"))})
+    assert f"out.jsonl: {count} prompts, " in result.stderr
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert not list(Path().glob("out.jsonl.*"))
 

@@ -167,10 +167,10 @@ def _share(lines, config, count, number):
     ]
     for name in names:  # of an earlier command, which was ended while it joined them
         Path(name).unlink(missing_ok=True)
-    for number, (status, said) in enumerate(processes.run("sample", parts), 1):
-        if not Path(names[number - 1]).is_file():  # status 1 alone may be prompts without an answer
+    for part, (status, said) in enumerate(processes.run("sample", parts), 1):
+        if not Path(names[part - 1]).is_file():  # status 1 alone may be prompts without an answer
             raise UserError(
-                f"process {number} of {count} ended with status {status}: {said}. The same command "
+                f"process {part} of {count} ended with status {status}: {said}. The same command "
                 "goes on where it stopped"
             )
     lines.keep(0)
