@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 import tempfile
-from pathlib import Path
 
 from gpt2cli.errors import UserError
 
@@ -54,7 +53,8 @@ with without_noise():
     for _gpu in GPUS:  # otherwise the first use takes all of a card's memory
         with contextlib.suppress(RuntimeError):  # a notebook has used it already
             tf.config.experimental.set_memory_growth(_gpu, True)
-    if OLDEST <= VERSION < QUIET:
+    # the first operation, which several hosts may only take once they know each other
+    if OLDEST <= VERSION < QUIET and not os.environ.get("TF_CONFIG"):
         tf.function(lambda: tf.constant(0) + 1, jit_compile=True)()
 
 if VERSION < OLDEST:
@@ -84,15 +84,6 @@ def describe_devices(precision="float32"):
     return f"TensorFlow {tf.__version__} on CPU ({reason})"
 
 
-def cores():
-    """Processors that this process may use, by its affinity and by a container's limit."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no limit
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        count = min(count, -(-quota // period))
-    return max(count, 1)
-
-
 def keep_no_memory():
     """Have TensorFlow give back what a tensor held, instead of keeping it for the next one.
 
@@ -100,21 +91,3 @@ def keep_no_memory():
     cost time. It only has an effect before TensorFlow's first operation.
     """
     os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
-
-
-def free_memory():
-    """Bytes of main memory that a process may still take; None where that cannot be told.
-
-    With a GPU, whose memory counts instead, TensorFlow does not say.
-    """
-    if GPUS:
-        return None
-    free = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(1024 * int(line.split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
-        used, most = (Path(f"/sys/fs/cgroup/memory.{n}").read_text() for n in ("current", "max"))
-        free.append(int(most) - int(used))
-    return min(free, default=None)

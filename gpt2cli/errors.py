@@ -10,4 +10,4 @@ class UsageError(UserError):
 
 
 class BusyError(UserError):
-    """Another process is at the same work: later the same command may succeed."""
+    """Another process is at the same work, or ended it: later the same command may succeed."""

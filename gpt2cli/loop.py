@@ -5,7 +5,6 @@ training.py knows what a step is, runs.py which checkpoints there are, checkpoin
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -24,6 +23,7 @@ from gpt2cli import (
     graph,
     inference,
     journal,
+    machine,
     runs,
     training,
     windows,
@@ -121,7 +121,6 @@ class Run:
             self.config = dataclasses.replace(self.config, epochs=0, steps=steps)
             self.trainer.config = self.config
         config = self.config
-        self.check_hosts(tokens)
         if many > 1:
             hosts = f" on {self.replicas.hosts} hosts" * (self.replicas.hosts > 1)
             self.say(
@@ -158,7 +157,12 @@ class Run:
             if "samples" in self.due:
                 self.write_samples(stop)
             self.reported += time.monotonic() - paused  # the speed is that of training alone
-        self.save(last=True)
+        try:
+            self.save(last=True)
+        finally:  # all hosts end together, with the chief's success
+            is_saved = self.replicas.of_chief(int(self.saved == self.step))
+        if not is_saved:
+            raise UserError(f"step {self.step} is not saved; see what the first host said")
         if self.journal:
             self.journal.close()
         name = shlex.quote(f"--run_name={config.run_name}")
@@ -182,36 +186,11 @@ class Run:
             return True
         return bool(self.config.steps) and self.step >= self.config.steps
 
-    def check_hosts(self, tokens):
-        """Refuse (UserError) hosts that would not do the same."""
-        if self.replicas.hosts == 1:
-            return
-        weights = files.digest(f"{self.prefix}.index")
-        config = {**dataclasses.asdict(self.config), "verbose": False}
-        alike = [config, tokens.total, self.step, self.best, self.worse, self.due, weights]
-        digest = hashlib.sha256(json.dumps(alike).encode()).digest()
-        if not self.replicas.all_have(int.from_bytes(digest[:4], "big")):
-            raise UserError(
-                "the hosts are not at the same work: give all of them the same command and texts, "
-                f"and let all see the same {self.folder} and model"
-            )
-
     def take_step(self, sampler, rows, stop):
         """One step with its batch, and the line that tells of it."""
         config = self.config
         batch = sampler.batch(self.step, rows, config.noise, self.model.config.n_vocab)
-        try:
-            done = self.trainer.step(self.step, batch, bool(stop.received))
-        except engine.tf.errors.OpError as error:
-            if self.replicas.hosts == 1:
-                raise
-            found = re.search(r"(?:unhealthy|remote target)\D*(?:.*?)task:(\d+)", str(error), re.S)
-            who = f"worker {found[1]}" if found else "another host"
-            after = f"they go on from step {self.saved}" if self.has_saved() else "nothing is saved"
-            raise UserError(
-                f"step {self.step + 1}: {who} has ended, or cannot be reached. Start all hosts "
-                f"again: {after}"
-            ) from None
+        done = self.trainer.step(self.step, batch, bool(stop.received))
         self.stops = done.stops > 0 and self.replicas.hosts > 1
         self.validated = {}
         if not done.is_finite:
@@ -378,12 +357,14 @@ class Run:
         batches = (
             sampler.batch(number, config.val_batch_size) for number in range(config.val_batch_count)
         )
-        if self.replicas.count > 1:  # a device that broke off would leave the others waiting
-            score = self.trainer.score(batches)
+        if self.replicas.count > 1:
+            score = self.trainer.score(batches, lambda: bool(stop.received))
+            self.stops = score is None and self.replicas.hosts > 1
         else:
             score = self.model.score(itertools.takewhile(lambda _: not stop.received, batches))
-            if stop.received:
-                return
+            score = None if stop.received else score
+        if score is None:
+            return
         perplexity = math.exp(min(score.loss, 700))
         self.say(
             f"[{self.step}] validation loss={score.loss:.4f} perplexity={perplexity:.2f} "
@@ -401,7 +382,8 @@ class Run:
 
 def memory_line(parts):
     """The bytes of training.memory_needed, and what is free, in a line."""
-    needed, free = sum(parts.values()), engine.free_memory()
+    needed = sum(parts.values())
+    free = None if engine.GPUS else machine.free_memory()  # a GPU's own is not told
     named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size > 5e7)
     line = f"training takes about {needed / 1e9:.1f} GB of memory ({named})"
     if free is None or needed < free:

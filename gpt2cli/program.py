@@ -20,8 +20,8 @@ from pathlib import Path
 import flatbuffers
 import numpy as np
 
-from gpt2cli import files, kernels, model
-from gpt2cli.engine import cores, lite_schema, tf, without_noise
+from gpt2cli import files, kernels, machine, model
+from gpt2cli.engine import lite_schema, tf, without_noise
 from gpt2cli.errors import UserError
 
 ALIGNMENT = 64  # bytes, of a weight in the file; a cache line
@@ -175,7 +175,7 @@ class Program:
             ) from error
         with warnings.catch_warnings(), without_noise():
             warnings.simplefilter("ignore")  # it is to move to a package of its own
-            self._interpreter = tf.lite.Interpreter(path, num_threads=cores())
+            self._interpreter = tf.lite.Interpreter(path, num_threads=machine.cores())
             self._interpreter.allocate_tensors()  # packs the weights
         _forget(self._file)
         self._inputs = {d["name"]: d["index"] for d in self._interpreter.get_input_details()}

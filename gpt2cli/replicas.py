@@ -5,10 +5,14 @@ A replica is a device with a copy of the weights; each computes its rows of a ba
 summed is summed over all of them, so that their weights stay equal.
 """
 
+import contextlib
+import re
+
 import numpy as np
 
 from gpt2cli import cluster
 from gpt2cli.engine import GPUS, tf
+from gpt2cli.errors import UserError
 
 
 class Replicas:
@@ -29,7 +33,8 @@ class Replicas:
     """
 
     def __init__(self, kind="one"):
-        self.hosts, self.is_chief = cluster.of_strategy(kind)
+        hosts = cluster.of_strategy(kind)
+        self.hosts, self.is_chief = hosts.hosts, hosts.is_chief
         if self.hosts > 1 or kind == "multiworker":
             self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         elif kind == "mirrored" or (kind == "auto" and len(GPUS) > 1):
@@ -74,22 +79,34 @@ class Replicas:
 
     def of_chief(self, number):
         """The chief's whole number, on every host."""
-        return self._over_hosts(number if self.is_chief else 0)
-
-    def all_have(self, number):
-        """Whether every host has this whole number."""
-        differs = number != self.of_chief(number)
-        return self._over_hosts(int(differs)) == 0
-
-    def _over_hosts(self, number):
-        """The sum of a number that each host has."""
         if self.hosts == 1:
             return number
-        first = self.count // self.hosts  # replicas of a host; the first of each has its number
 
         @tf.function
         def total(number):
-            own = tf.where(self.number() % first == 0, number, tf.zeros_like(number))
+            own = tf.where(self.number() == 0, number, tf.zeros_like(number))
             return self.sum(own)
 
         return int(self.first(self.run(total, tf.constant(number, tf.int64))))
+
+
+@contextlib.contextmanager
+def lost_hosts(hosts, what_now):
+    """Tell (UserError) of a host that is lost while the block runs; this one's errors pass.
+
+    Args:
+        hosts: how many there are.
+        what_now: a function that gives the sentence after it.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        text = str(error)
+        gone = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
+        if hosts == 1 or not (isinstance(error, gone) or "Collective ops is aborted" in text):
+            raise
+        found = re.search(r"(?:unhealthy|remote target).*?job:(\w+)/.*?task:(\d+)", text, re.S)
+        who = f"{found[1]} {found[2]} of TF_CONFIG" if found else "another host"
+        raise UserError(
+            f"{who} has ended, or cannot be reached; see what it said there. {what_now()}"
+        ) from error

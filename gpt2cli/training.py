@@ -397,28 +397,34 @@ class Trainer:
         split = self.replicas.spread(split, axis=1)
         return Step(*map(float, self._step(*split, seeds.astype(np.int32), np.float32(stops))))
 
-    def score(self, batches):
-        """As `score`, with the batches spread over the replicas; each is used once."""
+    def score(self, batches, stop=bool):
+        """As `score`, with the batches spread over the replicas; each is used once.
+
+        Args:
+            stop: a function: whether this host is to stop; if any is, all of them return None.
+        """
         many, sums = self.replicas.count, [0.0, 0.0, 0.0]
         batches = iter(batches)
         while group := list(itertools.islice(batches, many)):
             empty = group[0]._replace(mask=np.zeros_like(group[0].mask))
             group += [empty] * (many - len(group))
             fields = [np.concatenate(arrays) for arrays in zip(*group, strict=True)]
-            found = self._sums(*self.replicas.spread(fields, axis=0))
+            *found, stops = self._sums(*self.replicas.spread(fields, axis=0), np.float32(stop()))
+            if stops:
+                return None
             sums = [one + float(other) for one, other in zip(sums, found, strict=True)]
         loss, hits, count = sums
         return Score(loss / max(count, 1), hits / max(count, 1), int(count))
 
-    def _score(self, inputs, targets, mask):
-        """Rows [R, T] of all replicas -> the sums of losses and hits and the tokens, of all."""
+    def _score(self, inputs, targets, mask, stops):
+        """Rows [R, T] of all replicas -> the sums over all: losses, hits, tokens, `stops`."""
 
-        def own(inputs, targets, mask):
+        def own(inputs, targets, mask, stops):
             nats, hits = self.model.losses(self.model.hidden(inputs)[0], targets)
             sums = [tf.reduce_sum(nats * mask), tf.reduce_sum(hits * mask), tf.reduce_sum(mask)]
-            return self.replicas.sum(sums)
+            return self.replicas.sum([*sums, tf.identity(stops)])
 
-        return self.replicas.first(self.replicas.run(own, inputs, targets, mask))
+        return self.replicas.first(self.replicas.run(own, inputs, targets, mask, stops))
 
     def state(self):
         """The optimizer's variables by name, the learning rate apart."""

@@ -3,6 +3,7 @@
 Letters in shape comments: B rows of a batch, T tokens of a row.
 """
 
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,13 @@ class Tokens:
     def whole(self):
         """All chunks one after the other, [total]."""
         return self.chunks[0] if len(self.chunks) == 1 else np.concatenate(self.chunks)
+
+    def fingerprint(self):
+        """A checksum of all tokens and of where chunks end."""
+        found = zlib.crc32(self.sizes)
+        for chunk in self.chunks:
+            found = zlib.crc32(np.ascontiguousarray(chunk), found)
+        return found
 
     def sampler(self, sampling, length, seed, end=None, uer_compat=False):
         """How training reads the text: a RandomWindows, SequentialWindows or DocumentPieces.

@@ -12,10 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+COUNT = int(sys.argv[1])
+# before gpt2cli, whose first operation silences XLA where TensorFlow is older than 2.21
+(processor,) = tf.config.list_physical_devices("CPU")
+devices = [tf.config.LogicalDeviceConfiguration()] * COUNT
+tf.config.set_logical_device_configuration(processor, devices)
 
 from gpt2cli import model, training, windows  # noqa: E402
 from gpt2cli.config import TrainConfig  # noqa: E402
-from gpt2cli.engine import tf  # noqa: E402
 from gpt2cli.hparams import ModelConfig  # noqa: E402
 from gpt2cli.replicas import Replicas  # noqa: E402
 
@@ -46,14 +52,10 @@ def losses(replicas, steps, parts=1, **fields):
 
 
 def main():
-    count, cases = int(sys.argv[1]), json.loads(sys.argv[2])
-    (processor,) = tf.config.list_physical_devices("CPU")
-    devices = [tf.config.LogicalDeviceConfiguration()] * count
-    tf.config.set_logical_device_configuration(processor, devices)
     many = Replicas("mirrored")
-    assert many.count == count
+    assert many.count == COUNT
     found = []
-    for case in cases:
+    for case in json.loads(sys.argv[2]):
         parts = case.pop("parts", 1)
         found.append([losses(Replicas(), parts=parts, **case), losses(many, **case)])
     print(json.dumps(found))

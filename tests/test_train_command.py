@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from gpt2cli import checkpoint, files, folders, model, runs
+from gpt2cli import checkpoint, files, folders, machine, model, runs
 from gpt2cli.hparams import ModelConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
@@ -92,12 +92,10 @@ def test_epochs_are_so_many_steps_and_a_line_each_goes_to_the_log(cli, text):
 
 
 def test_memory_is_told_before_the_work_and_what_takes_less(cli, text, monkeypatch):
-    from gpt2cli import engine
-
-    monkeypatch.setattr(engine, "free_memory", lambda: 10**12)
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**12)
     plenty = cli("train", "text.txt", *FAST, "--steps", 1)
     assert re.search(r"takes about \d+\.\d GB of memory \(.*TensorFlow 0.8\)\n", plenty.stderr)
-    monkeypatch.setattr(engine, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**6)
     scarce = cli("train", "text.txt", *FAST, "--steps", 2)
     assert "--optimizer adafactor" in scarce.stderr and scarce.returncode == 0
 

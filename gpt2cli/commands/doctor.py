@@ -8,11 +8,13 @@ import os
 import platform
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2cli import __version__, cluster, folders
+from gpt2cli import __version__, cluster, folders, machine
 from gpt2cli.errors import UserError
 
 PACKAGES = ("tensorflow", "keras", "numpy", "tiktoken", "tokenizers", "safetensors")
@@ -21,8 +23,21 @@ EXTRAS = {"serve": "starlette", "torch": "torch"}  # and a package that shows it
 CPU_FLAGS = ("avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile")
 # of TensorFlow's CUDA build; the numbers are the ABI's, as in the packages of tensorflow[and-cuda]
 CUDA_LIBRARIES = ("libcuda.so.1", "libcudart.so.12", "libcublas.so.12", "libcudnn.so.9")
-CUDA_PACKAGES = ("cuda_runtime", "cublas", "cudnn")
+CUDA_PACKAGES = ("cuda_runtime", "cublas", "cudnn", "nccl")
+OLDEST_DRIVER = "525.60.13"  # that CUDA 12 runs on, by NVIDIA's release notes
+KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
+WSL = Path("/dev/dxg")  # WSL2's door to Windows' driver, which has no kernel driver in Linux
+SMI = ("--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+SMI_SECONDS, IMPORT_SECONDS = 30, 300  # longer only where a driver or a file system hangs
+SHARED_MEMORY = 512e6  # NCCL's for a few GPUs; a container of Docker's has 64 MB
 GIGABYTE = 1e9
+IMPORT_ADVICE = (  # what is in the end of a failed import, and what to do then
+    (r"SIGILL|SIGABRT.*AVX", "the processor lacks instructions, as AVX: use another machine"),
+    (r"SIGKILL|MemoryError", "memory ran out: the machine or container needs 2 GB"),
+    (r"No module named 'tensorflow'", "pip install tensorflow, for a GPU 'gpt2cli[gpu]'"),
+    (r"lib(cu|nv|nccl)\w*\.so", "pip install 'gpt2cli[gpu]', which has CUDA's libraries"),
+    (r"", "--verbose shows all of it; install it anew: pip install --force-reinstall tensorflow"),
+)
 
 
 class Finding(NamedTuple):
@@ -39,11 +54,10 @@ class Finding(NamedTuple):
 
 def run(config):
     """Print what is found; UserError at the end if something of it keeps gpt2cli from working."""
-    found, bad = [], 0
-    for look in (versions, processor, memory, disk, tensorflow, gpus, hosts, models):
+    bad = 0
+    for look in (versions, processor, memory, disk, cards, tensorflow, hosts, models):
         for finding in look(config):
             print(finding, flush=True)
-            found.append(finding)
             bad += finding.advice is not None
     if bad:
         raise UserError(f"{bad} thing{'s' * (bad > 1)} to mend; see the lines with ->")
@@ -67,8 +81,6 @@ def versions(config):
 
 def processor(config):
     """Cores that may be used, and the instructions that matter."""
-    from gpt2cli import engine
-
     text = ""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
@@ -79,16 +91,14 @@ def processor(config):
     advice = None
     if flags and "avx" not in flags:
         advice = "TensorFlow's packages need AVX: use a newer processor, or let the machine show it"
-    yield Finding("processor", f"{name}, {engine.cores()} of {os.cpu_count()} cores", advice)
+    yield Finding("processor", f"{name}, {machine.cores()} of {os.cpu_count()} cores", advice)
     if flags:
         yield Finding("", " ".join(has) or "none of the instructions that help")
 
 
 def memory(config):
     """What is free, by the machine's and a container's limit."""
-    from gpt2cli import engine
-
-    free = engine.free_memory()
+    free = machine.free_memory()
     if free is None:
         return
     advice = "less than TensorFlow needs for the smallest model" if free < GIGABYTE else None
@@ -110,10 +120,64 @@ def disk(config):
     yield Finding("cache", f"{home} {said}", advice)
 
 
+def cards(config):
+    """Each GPU's memory, or why nvidia-smi cannot tell it, where there is one."""
+    status, text = outcome(SMI_SECONDS, "nvidia-smi", *SMI)
+    if status:  # no advice: this may be a machine for CPUs
+        first = text.partition("\n")[0]
+        yield Finding("nvidia-smi", f"fails: {first or status}")
+        return
+    for name, total, free, driver in re.findall(r"^(.+), (.+), (.+), (.+)$", text, re.M):
+        if total.isdigit() and free.isdigit():  # "[N/A]" where the memory is the machine's
+            free, total = (int(n) * 2**20 / GIGABYTE for n in (free, total))
+            name += f", {free:.1f} of {total:.1f} GB free"
+        yield Finding("nvidia-smi", f"{name}, driver {driver}")
+
+
+def outcome(seconds, *words, **environment):
+    """A program's exit status (minus a signal) and all that it said; None if it is not there."""
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "env": os.environ | environment}
+    try:
+        ended = subprocess.run(words, timeout=seconds, **pipes)
+    except OSError:
+        return None, ""
+    except subprocess.TimeoutExpired:
+        return 124, f"no end in {seconds} seconds"  # the status that timeout(1) gives
+    return ended.returncode, (ended.stdout + ended.stderr).decode("utf-8", "replace").strip()
+
+
 def tensorflow(config):
-    """Whether TensorFlow computes, and XLA compiles."""
+    """Whether TensorFlow can be imported and computes, XLA compiles, and GPUs are seen."""
+    if end := end_of_import(config.verbose):
+        advice = next(advice for pattern, advice in IMPORT_ADVICE if re.search(pattern, end))
+        yield Finding("tensorflow", f"cannot be imported: {end}", advice)
+        return
     from gpt2cli import engine
 
+    yield from devices(engine)
+    yield from gpus(engine)
+
+
+def end_of_import(verbose):
+    """How a process ends that imports TensorFlow, and its last words; None if all is well.
+
+    Not this process: an instruction that the processor lacks would end it.
+    """
+    code = f"import sys; sys.path[:] = {[*map(str, sys.path)]}; import gpt2cli.engine"
+    words = (sys.executable, "-c", code)  # verbose, for the last words of native code
+    status, text = outcome(IMPORT_SECONDS, *words, GPT2CLI_VERBOSE="1")
+    if not status:
+        return None
+    if verbose:
+        print(text, file=sys.stderr)
+    # TensorFlow's own ImportError has the loader's in it, and ends with where to ask for help
+    said = re.findall(r"^[\w.]+Error: .*[^:\n]$", text, re.M) or text.splitlines() or [""]
+    how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
+    return ", ".join(filter(None, (how, said[-1][:300])))
+
+
+def devices(engine):
+    """What this TensorFlow is, and whether it computes on each device."""
     tf = engine.tf
     built = tf.sysconfig.get_build_info()
     cuda = "without CUDA"
@@ -127,7 +191,7 @@ def tensorflow(config):
             with engine.without_noise(), tf.device(device.name):
                 product = tf.function(lambda x: tf.reduce_sum(x @ x), jit_compile=True)
                 right = float(product(tf.ones([64, 64]))) == 64**3
-            said, advice = "computes and compiles" if right else "computes wrong numbers", None
+            said = "computes and compiles" if right else "computes wrong numbers"
             advice = None if right else "do not use this device"
         except Exception as error:
             said = str(error).strip().partition("\n")[0][:150]
@@ -144,41 +208,85 @@ def _libdevice_advice(text):
     return None
 
 
-def gpus(config):
+def gpus(engine):
     """The GPUs that TensorFlow sees; why it sees none where the machine has one."""
-    from gpt2cli import engine
-
     for gpu in engine.GPUS:
         details = engine.tf.config.experimental.get_device_details(gpu)
         capability = ".".join(map(str, details.get("compute_capability", ("?",))))
         said = f"{details.get('device_name', 'unknown')}, compute capability {capability}"
         yield Finding("gpu", f"{gpu.name.removeprefix('/physical_device:')} {said}")
+    if len(engine.GPUS) > 1:
+        yield from several_gpus()
     if engine.GPUS:
         return
     driver = driver_version()
     if driver is None:
-        yield Finding("gpu", "none (no NVIDIA driver)")
+        wsl = "WSL2, but no nvidia-smi and no libcuda: NVIDIA's driver for Windows has them"
+        yield Finding("gpu", f"none ({wsl if WSL.exists() else 'no NVIDIA driver'})")
         return
     if not engine.tf.test.is_built_with_cuda():
         advice = "pip install 'gpt2cli[gpu]', a TensorFlow for CUDA"
         yield Finding("gpu", f"NVIDIA's driver {driver}, but a TensorFlow without CUDA", advice)
         return
-    missing = [name for name in CUDA_LIBRARIES if not can_load(name)]
-    advice = "a container needs `docker run --gpus all`, Kubernetes nvidia.com/gpu"
-    if missing:
-        names = ", ".join(missing)
-        advice = f"missing: {names}. pip install 'gpt2cli[gpu]' has all but libcuda, the driver's"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        advice = "CUDA_VISIBLE_DEVICES hides it: unset it"
-    yield Finding("gpu", f"NVIDIA's driver {driver}, but TensorFlow sees no GPU", advice)
+    said = f"NVIDIA's driver {driver}, but TensorFlow sees no GPU"
+    yield Finding("gpu", said, _unseen_advice(driver))
+
+
+def several_gpus():
+    """What GPUs need to add their gradients up: NCCL, and memory that its processes share."""
+    there = can_load("libnccl.so.2")
+    advice = None if there else "pip install 'gpt2cli[gpu]' has it, as nvidia-nccl"
+    yield Finding("nccl", "can be loaded" if there else "libnccl.so.2 is missing", advice)
+    with contextlib.suppress(OSError):
+        size = shutil.disk_usage("/dev/shm").total
+        advice = (
+            "NCCL needs more: `docker run --shm-size 1g` or --ipc=host, in Kubernetes an emptyDir "
+            "with medium Memory at /dev/shm"
+        )
+        advice = advice if size < SHARED_MEMORY else None
+        yield Finding("/dev/shm", f"{size / 1e6:,.0f} MB", advice)
 
 
 def driver_version():
-    """The version of NVIDIA's kernel driver, or None."""
+    """The version of NVIDIA's driver, or None."""
+    text = ""
     with contextlib.suppress(OSError):
-        text = Path("/proc/driver/nvidia/version").read_text()
-        return (re.search(r"\b\d{3}\.[\d.]+", text) or ["unknown"])[0]
-    return None
+        text = KERNEL_DRIVER.read_text()
+    if not text:
+        status, text = outcome(SMI_SECONDS, "nvidia-smi", *SMI)
+        text = text.partition("\n")[0].rpartition(",")[2] if status == 0 else ""
+    if not text and not (WSL.exists() and can_load("libcuda.so.1")):
+        return None
+    return (re.search(r"\b\d{3}\.[\d.]+", text) or ["unknown"])[0]
+
+
+def _unseen_advice(driver):
+    """What to do where TensorFlow for CUDA sees no GPU of a driver."""
+    status, listed = outcome(SMI_SECONDS, "nvidia-smi", "-L")
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is not None:
+        first = told.partition(",")[0].strip()  # CUDA stops at the first that is not there
+        if first in ("", "-1"):
+            return "CUDA_VISIBLE_DEVICES hides it: unset it"
+        there = re.findall(r"^GPU (\d+):|UUID: ([^)]+)", listed, re.M)
+        named = any(first == number or uuid.startswith(first) for number, uuid in there)
+        if status == 0 and not named:
+            return f"CUDA_VISIBLE_DEVICES={told} names no GPU of this machine: mend or unset it"
+    numbers, oldest = (tuple(map(int, re.findall(r"\d+", v))) for v in (driver, OLDEST_DRIVER))
+    if numbers and numbers < oldest:
+        return f"update the driver: CUDA 12 needs {OLDEST_DRIVER} or later"
+    missing = [name for name in CUDA_LIBRARIES if not can_load(name)]
+    if missing not in ([], ["libcuda.so.1"]):
+        names = ", ".join(missing)
+        return f"missing: {names}. pip install 'gpt2cli[gpu]' has all but libcuda, the driver's"
+    if missing or status is None:
+        wrong = (
+            f"CUDA_VISIBLE_DEVICES={told} may name no GPU: mend or unset it; or " if told else ""
+        )
+        return f"{wrong}a container needs `docker run --gpus all`, Kubernetes nvidia.com/gpu"
+    if status:
+        return "see what nvidia-smi says; after an update of the driver restart the machine"
+    return "--verbose shows TensorFlow's reason"
 
 
 def can_load(name):
@@ -203,7 +311,9 @@ def hosts(config):
     try:
         found = cluster.of_strategy("auto")
         role = "writes the run" if found.is_chief else "computes"
-        yield Finding("TF_CONFIG", f"{found.hosts} hosts; this one {role}")
+        count = f"{found.hosts} host{'s' * (found.hosts > 1)}"
+        own = f" ({found.own})" if found.own else ""
+        yield Finding("TF_CONFIG", f"{count}; this one{own} {role}")
     except UserError as error:
         yield Finding("TF_CONFIG", "is wrong", str(error))
 

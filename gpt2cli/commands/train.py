@@ -1,12 +1,13 @@
 """gpt2cli train: fine-tune a model on your own text."""
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
 
 from gpt2cli import cluster, dataset, encoder, files, folders, runs
-from gpt2cli.errors import UserError
+from gpt2cli.errors import BusyError, UserError
 
 
 def run(config):
@@ -16,9 +17,9 @@ def run(config):
         The run folder, a Path.
     """
     run_folder = folders.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
-    is_chief = cluster.of_strategy(config.strategy).is_chief
-    with files.filling(run_folder, "train") if is_chief else contextlib.nullcontext():
-        if is_chief:
+    hosts = cluster.of_strategy(config.strategy)
+    with files.filling(run_folder, "train") if hosts.is_chief else contextlib.nullcontext():
+        if hosts.is_chief:
             runs.clear(run_folder)
         prefix, resumed = starting_point(config, run_folder)
         vocabulary = encoder.of_model(prefix.parent)
@@ -26,15 +27,19 @@ def run(config):
 
         from gpt2cli import loop, replicas  # what can be refused was refused before this import
 
-        # of several hosts: waits for all of them; and TensorFlow takes SIGTERM for itself there
-        together = replicas.Replicas(config.strategy)
-        with stop_signals() as stop:
-            run = loop.Run(config, run_folder, prefix, resumed, vocabulary, together)
-            run.train(tokens, held_out, stop)
+        if hosts.hosts > 1:
+            cluster.meet(hosts, card(config, prefix, resumed, tokens, held_out), _say)
+        with replicas.lost_hosts(hosts.hosts, lambda: goes_on(run_folder)):
+            together = replicas.Replicas(config.strategy)
+            with stop_signals() as stop:  # after TensorFlow, which takes SIGTERM of several hosts
+                run = loop.Run(config, run_folder, prefix, resumed, vocabulary, together)
+                run.train(tokens, held_out, stop)
     if stop.received == signal.SIGINT:
         raise KeyboardInterrupt
     if stop.received:
         sys.exit(128 + stop.received)
+    if run.stops:  # not done, so not 0: what watches this process is to start it again
+        raise BusyError("another host was asked to stop; the same command on all hosts goes on")
     return run_folder
 
 
@@ -60,6 +65,30 @@ def texts(config, folder, vocabulary):
     if config.val_dataset is not None:
         _say("--val_dataset is not used: --val_every is 0")
     return tokens, None
+
+
+PLACES = ("dataset", "val_dataset", "models_dir", "checkpoint_dir", "sample_dir", "restore_from")
+
+
+def card(config, prefix, resumed, tokens, held_out):
+    """What must be alike on all hosts, see cluster.meet; a folder may be mounted elsewhere."""
+    from gpt2cli import engine
+
+    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*PLACES, "verbose")}
+    return {f"--{name}": value for name, value in given.items()} | {
+        "GPUs": len(engine.GPUS),
+        "goes on from": prefix.name if resumed else None,
+        "checksum of the checkpoint": files.digest(f"{prefix}.index"),
+        "checksum of the text": tokens.fingerprint(),
+        "checksum of the validation text": held_out and held_out.fingerprint(),
+    }
+
+
+def goes_on(run_folder):
+    """What to do when a host was lost."""
+    saved = runs.steps(run_folder)
+    after = f"they go on from step {saved[-1]}" if saved else "nothing is saved"
+    return f"Start all hosts again: {after}"
 
 
 def starting_point(config, run_folder):
