@@ -8,6 +8,7 @@ The formulas are explained in docs/SCALING.md.
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -50,15 +51,8 @@ def config_of(size):
 
 def parameters(config):
     """Weights, and those of them that take part in products: all but the position table."""
-    count = {name: _product(shape) for name, shape in weight_shapes(config).items()}
+    count = {name: math.prod(shape) for name, shape in weight_shapes(config).items()}
     return sum(count.values()), sum(count.values()) - list(count.values())[1]
-
-
-def _product(shape):
-    found = 1
-    for size in shape:
-        found *= size
-    return found
 
 
 def flops(config, batch, length):
@@ -92,26 +86,26 @@ def training_bytes(config, batch, length, bfloat16=True):
 
 
 DEVICE = Device(120e12, 80e9)  # a GPU of 312 TFLOP/s in bfloat16, of which 0.4 are reached
-LINKS = {
-    "in the host (200 GB/s)": Link(200e9, 1e-5),
-    "100 Gbit/s": Link(12.5e9, 2e-5),
-    "10 Gbit/s": Link(1.25e9, 5e-5),
-}
+LINKS = (  # and batches whose gradients are summed before they are sent
+    ("in the host, NVLink, 200 GB/s", Link(200e9, 1e-5), 1),
+    ("in the host, PCIe 4, 20 GB/s", Link(20e9, 1e-5), 1),
+    ("100 Gbit/s", Link(12.5e9, 2e-5), 1),
+    ("10 Gbit/s", Link(1.25e9, 5e-5), 1),
+    ("in the host, PCIe 4, `--accumulate_gradients 16`", Link(20e9, 1e-5), 16),
+    ("100 Gbit/s, `--accumulate_gradients 16`", Link(12.5e9, 2e-5), 16),
+    ("10 Gbit/s, `--accumulate_gradients 16`", Link(1.25e9, 5e-5), 16),
+)
+
+
+def share(size, link, batches, count):
+    """Of perfect scaling, with `batches` of 8 x 1,024 in a step of each device."""
+    work, wait = step_seconds(config_of(size), 8 * batches, 1024, DEVICE, link, count)
+    return work / (work + wait)
 
 
 def table():
-    """Markdown: for each link the share of perfect scaling, for each size and count."""
-    for name, link in LINKS.items():
-        print(f"\n**{name}**, batch 8 x 1,024 on each device\n")
-        print("| size | " + " | ".join(map(str, COUNTS)) + " |")
-        print("| --- |" + " ---: |" * len(COUNTS))
-        for size in SIZES:
-            config, cells = config_of(size), []
-            for count in COUNTS:
-                work, wait = step_seconds(config, 8, 1024, DEVICE, link, count)
-                cells.append(f"{work / (work + wait):.0%}")
-            print(f"| {size} | " + " | ".join(cells) + " |")
-    print("\n| size | weights, millions | FLOP a step | to send, MB | memory, GB |")
+    """The tables of docs/SCALING.md, and by how much the second differs between the sizes."""
+    print("| size | weights, millions | FLOP a step | to send (64 devices), MB | memory, GB |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for size in SIZES:
         config = config_of(size)
@@ -120,6 +114,14 @@ def table():
         memory = training_bytes(config, 8, 1024)
         row = f"{total / 1e6:,.0f} | {work:.2e} | {sent / 1e6:,.0f} | {memory / 1e9:,.1f}"
         print(f"| {size} | {row} |")
+    print("\n| link between devices | " + " | ".join(map(str, COUNTS)) + " |")
+    print("| --- |" + " ---: |" * len(COUNTS))
+    apart = 0.0
+    for name, link, batches in LINKS:
+        cells = [[share(size, link, batches, count) for count in COUNTS] for size in SIZES]
+        print(f"| {name} | " + " | ".join(f"{one:.0%}" for one in cells[1]) + " |")
+        apart = max(apart, *(max(column) - min(column) for column in zip(*cells, strict=True)))
+    print(f"\nof 355M; the sizes differ by no more than {100 * apart:.1f} points")
 
 
 def free_ports(count):
@@ -145,10 +147,11 @@ def measured(folder, text, count, steps=8):
                 environment["TF_CONFIG"] = json.dumps(
                     {"cluster": {"worker": workers}, "task": task}
                 )
-            log = open(Path(place) / f"log{index}", "w")
-            processes.append(subprocess.Popen(command, env=environment, stderr=log, stdout=log))
-        assert [one.wait() for one in processes] == [0] * count, place
+            with open(Path(place) / f"log{index}", "w") as log:
+                processes.append(subprocess.Popen(command, env=environment, stderr=log, stdout=log))
+        ended = [one.wait() for one in processes]  # if one ends badly, the others do
         said = (Path(place) / "log0").read_text()
+        assert ended == [0] * count, said
     times = [float(found) for found in re.findall(r"^\[\d+ \| ([\d.]+)\]", said, re.M)]
     return statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
 
