@@ -18,7 +18,7 @@ def check_name(flag, name):
     """A model or run name is one folder's name: refuse everything that could lead elsewhere."""
     if not name or name in (".", "..") or re.search(r"[/\\\0\[\]]", name) or name != name.strip():
         raise UsageError(
-            f"--{flag} must be the name of one folder, without / \\ [ ], got {name!r}; "
+            f"--{flag} must be one name, without / \\ [ ], got {name!r}; "
             "set the folder that holds it with --models_dir or --checkpoint_dir"
         )
 
@@ -137,6 +137,22 @@ class SourceSettings:
         for flag in ("model_name", "run_name"):
             if getattr(self, flag) is not None:
                 check_name(flag, getattr(self, flag))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(SourceSettings):
+    """Which model, and which of its checkpoints.
+
+    Args:
+        checkpoint: which of its checkpoints to use, such as model-2000 (default: the newest).
+    """
+
+    checkpoint: str | None = None
+
+    def _check_source(self):
+        super()._check_source()
+        if self.checkpoint is not None:
+            check_name("checkpoint", self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,26 +426,39 @@ class GenerateSettings:
 def shard_of_job(shard, environment):
     """A --shard with `auto` in it as PART/PARTS; any other as it is.
 
+    An element's number is its part, counted from 0: those of an array that are done again alone
+    answer what they did before.
+
     Args:
-        environment: variables, of which Slurm sets SLURM_ARRAY_TASK_ID, _MIN, _COUNT and _STEP, and
-            Kubernetes, in a Job that is Indexed, JOB_COMPLETION_INDEX from 0.
+        environment: variables, of which Slurm sets SLURM_ARRAY_TASK_ID, _MIN, _MAX and _COUNT, and
+            Kubernetes, in a Job that is Indexed, JOB_COMPLETION_INDEX.
+
+    Raises:
+        UsageError: it does not follow from them which part this is.
     """
     match = re.fullmatch(r"auto(?:/(\d{1,9}))?", shard, re.ASCII)
     if not match:
         return shard
+    parts = match[1] and int(match[1])
 
-    def number(name, default=None):
-        text = environment.get(name, default)
+    def number(name):
+        text = environment.get(name)
         if text is None or not re.fullmatch(r"\d{1,9}", text, re.ASCII):
             raise UsageError(f"--shard {shard}: {name} is {text!r}, not a number")
         return int(text)
 
     if "SLURM_ARRAY_TASK_ID" in environment:
-        first, step = number("SLURM_ARRAY_TASK_MIN", "0"), number("SLURM_ARRAY_TASK_STEP", "1")
-        part = (number("SLURM_ARRAY_TASK_ID") - first) // max(step, 1)
-        parts = match[1] or number("SLURM_ARRAY_TASK_COUNT")
+        name, given = "SLURM_ARRAY_TASK_ID", "--array=0-{}"
+        first, last = (environment.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX"))
+        if parts is None:
+            parts = _whole_array(shard, number)
+        elif (first, last) == ("1", str(parts)):
+            raise UsageError(
+                f"--shard {shard}: the array's elements are 1 to {last}, and parts are counted "
+                f"from 0. Submit it with --array=0-{parts - 1}"
+            )
     elif "JOB_COMPLETION_INDEX" in environment:
-        part, parts = number("JOB_COMPLETION_INDEX"), match[1]
+        name, given = "JOB_COMPLETION_INDEX", "completions 0 to {}"
         if parts is None:
             raise UsageError("--shard auto: Kubernetes does not tell how many; say --shard auto/8")
     else:
@@ -437,11 +466,29 @@ def shard_of_job(shard, environment):
             f"--shard {shard} takes the part from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX, "
             "and neither is set"
         )
+    part = number(name)
+    if part >= parts > 0:
+        raise UsageError(
+            f"--shard {shard}: {name} is {part}, and {parts} parts are counted from 0. "
+            f"They are {given.format(parts - 1)}"
+        )
     return f"{part + 1}/{parts}"
 
 
+def _whole_array(shard, number):
+    """The elements of Slurm's array, which must be all from 0 on; of some it would be a guess."""
+    names = [f"SLURM_ARRAY_TASK_{end}" for end in ("MIN", "MAX", "COUNT")]
+    first, last, count = map(number, names)
+    if first or count != last + 1:
+        raise UsageError(
+            f"--shard {shard}: an array of {count} elements from {first} to {last} does not tell "
+            "how many parts there are. Say so, as in --shard auto/8 with --array=0-7 or some of it"
+        )
+    return count
+
+
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SourceSettings, GenerateSettings):
+class SampleConfig(CheckpointSettings, GenerateSettings):
     """Write text: from nothing, or continuing a prompt.
 
     Args:
@@ -460,10 +507,12 @@ class SampleConfig(SourceSettings, GenerateSettings):
         out: write to this file, replaced as a whole, instead of standard output. With --format
             jsonl the lines gather in FILE.part, and the same command goes on after a stop.
         shard: answer only a part of --prompts: 3/8 is the third of eight; together the parts are
-            what one command without it gives. auto takes it from Slurm's array, auto/8 from that or
-            from Kubernetes' JOB_COMPLETION_INDEX; in --out {shard} stands for it, as 3-of-8.
-        processes: share --prompts among so many processes, each with a GPU of its own where there
-            are several; 0 is one a GPU. For --format jsonl --out FILE.
+            what one command without it gives. auto/8 takes it from Slurm's array, numbered
+            from 0 (--array=0-7 or some of it), or from Kubernetes' JOB_COMPLETION_INDEX; auto is
+            for a whole array of Slurm. In --out {shard} stands for it, as 3-of-8.
+        processes: share --prompts, or the --shard of it, among so many processes, each with a GPU
+            of its own where there are several; 0 is one a GPU. For --format jsonl --out FILE. What
+            was begun by other than that many goes on with as many as began it.
         nfiles: write this many files, NAME-1.txt, ... for --out NAME.txt, --nsamples in each.
         sample_dir: folder in which samples/RUN_NAME/ is made.
     """
@@ -491,10 +540,9 @@ class SampleConfig(SourceSettings, GenerateSettings):
             object.__setattr__(self, "prefix", None)
         if self.processes < 0:
             raise UsageError(f"--processes must be at least 0, got {self.processes}")
-        if self.processes > 1 and not (self.is_job() and self.prompts and self.shard is None):
+        if self.processes > 1 and not (self.is_job() and self.prompts):
             raise UsageError(
-                "--processes shares --prompts FILE, with --format jsonl and --out FILE, without "
-                "--shard"
+                "--processes shares --prompts FILE; it needs --format jsonl --out FILE"
             )
         if self.nfiles < 1:
             raise UsageError(f"--nfiles must be at least 1, got {self.nfiles}")
@@ -507,6 +555,8 @@ class SampleConfig(SourceSettings, GenerateSettings):
         if self.shard is not None:
             object.__setattr__(self, "shard", shard_of_job(self.shard, os.environ))
         self.shard_of()
+        if self.shard is None and "{shard}" in (self.out or ""):
+            raise UsageError("{shard} in --out stands for --shard, which is not given")
         if self.shard is not None and self.out is not None:
             named = self.out.replace("{shard}", self.shard.replace("/", "-of-"))
             object.__setattr__(self, "out", named)
@@ -531,7 +581,7 @@ class SampleConfig(SourceSettings, GenerateSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InteractiveConfig(SourceSettings, GenerateSettings):
+class InteractiveConfig(CheckpointSettings, GenerateSettings):
     """Type a prompt, watch it being continued; settings can be changed in the session.
 
     Args:
@@ -549,7 +599,7 @@ class InteractiveConfig(SourceSettings, GenerateSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(SourceSettings):
+class ServeConfig(CheckpointSettings):
     """A web page and OpenAI's completions API for one model; needs pip install gpt2cli[serve].
 
     SIGTERM finishes what was begun and leaves; SIGHUP takes the run's newest checkpoint.
@@ -609,7 +659,7 @@ class ServeConfig(SourceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SourceSettings, TextSettings):
+class EvaluateConfig(CheckpointSettings, TextSettings):
     """Measure how well a model predicts a text: mean loss in nats a token, perplexity, tokens.
 
     Args:

@@ -66,6 +66,12 @@ def source_dir(config):
     return model_dir(config.models_dir, config.model_name)
 
 
+def source_checkpoint(config):
+    """The prefix of the checkpoint that they mean with --checkpoint; see `find_checkpoint`."""
+    folder = source_dir(config)
+    return find_checkpoint(folder / config.checkpoint if config.checkpoint else folder)
+
+
 CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json")
 
 

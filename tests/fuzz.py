@@ -24,6 +24,7 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 def targets():
     """Name -> function of bytes."""
     from gpt2cli import (
+        answers,
         cli,
         completions,
         config,
@@ -35,7 +36,6 @@ def targets():
         jobs,
         runs,
     )
-    from gpt2cli.commands import sample
 
     vocabulary = encoder.load(TINY)
 
@@ -65,7 +65,7 @@ def targets():
     def prompts(ending):
         def read(data):
             path = file(f"prompts.{ending}", data)
-            sample.read_prompts(config.SampleConfig(prompts=str(path)))
+            answers.read_prompts(config.SampleConfig(prompts=str(path)))
 
         return read
 

@@ -20,7 +20,7 @@ GROUPS = (
     {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
     {"beams", "continuation", "generation", "graph", "lite", "statedict"},
     {"inference", "formats"},
-    {"loop", "scheduler"},
+    {"loop", "scheduler", "answers"},
     {"service", "server"},
     {"commands"},
     {"cli"},
@@ -44,6 +44,7 @@ WITHOUT_TENSORFLOW = (
         "cluster",
         "machine",
         "processes",
+        "answers",
     ),
     *("cli", "commands"),
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import runpy
 
 import pytest
 from conftest import ROOT
@@ -38,7 +39,7 @@ def test_every_command_is_listed_with_its_summary():
 
 def test_every_command_line_in_the_readme_is_accepted(monkeypatch):
     """Blocks of ```sh: each line that begins with gpt2cli is read, none is run."""
-    for name, value in (("ID", "1"), ("MIN", "1"), ("COUNT", "8")):  # as Slurm does
+    for name, value in (("ID", "1"), ("MIN", "0"), ("MAX", "7"), ("COUNT", "8")):  # as Slurm does
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -72,3 +73,13 @@ def test_the_python_example_runs(workdir, capsys):
     exec(compile(block, "README.md", "exec"), {})
     assert "(" in capsys.readouterr().out
     assert (workdir / "checkpoint" / "notebook" / "model-10.index").exists()
+
+
+def test_the_tables_of_scaling_are_the_scripts(capsys):
+    path = ROOT / "benchmarks" / "scaling.py"
+    script = runpy.run_path(str(path))
+    script["table"]()
+    *lines, apart = capsys.readouterr().out.strip().splitlines()
+    text = (ROOT / "docs" / "SCALING.md").read_text(encoding="utf-8")
+    assert len(lines) > 12 and not [line for line in lines if line not in text]
+    assert float(apart.split()[-2]) < 2

@@ -211,6 +211,23 @@ def test_with_a_run_name_samples_go_to_its_folder_too(cli, run1):
     assert result.returncode == 1 and len(list((run1 / "samples/run1").iterdir())) == 2
 
 
+def test_an_earlier_checkpoint_can_be_named(cli, run1, tiny):
+    for path in (run1 / "checkpoint" / "run1").glob("model-1.*"):
+        shutil.copy(path, path.with_name(path.name.replace("model-1", "model-7")))
+    words = ("--run_name", "run1", "--length", 5, "--seed", 9)
+    assert cli("sample", *words, "--checkpoint", "model-1").returncode == 0
+    assert (run1 / "samples/run1/sample-1-seed9.txt").is_file()
+    for name, status, said in (
+        ("model-3", 1, "model-3.index is missing"),
+        ("../run1/model-1", 2, "--checkpoint must be one name"),
+    ):
+        result = cli("sample", *words, "--checkpoint", name)
+        assert result.returncode == status and said in result.stderr
+    (run1 / "text.txt").write_text("The import statement")
+    words = ("text.txt", "--run_name", "run1", "--checkpoint", "model-1", "--format", "json")
+    assert cli("evaluate", *words).returncode == 0
+
+
 def test_an_endless_run_is_ended_by_ctrl_c_and_keeps_its_samples(run1):
     command = [sys.executable, "-m", "gpt2cli", "sample", "--run_name", "run1", "--nsamples", "0"]
     command += ["--length", "8", "--format", "jsonl"]

@@ -11,8 +11,8 @@ from gpt2cli import dataset, encoder, folders
 
 def run(config):
     """Print mean loss in nats a token, perplexity, accuracy and the number of tokens."""
-    folder = folders.source_dir(config)
-    prefix = folders.find_checkpoint(folder)
+    prefix = folders.source_checkpoint(config)
+    folder = prefix.parent
     dataset.find(config.dataset)
     vocabulary = encoder.of_model(folder)
     tokens = dataset.load(config.dataset, vocabulary, config, encoder.ids_of(folder, vocabulary))

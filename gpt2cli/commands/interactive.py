@@ -24,7 +24,7 @@ Type a prompt and press Enter. A prompt of several lines stands between two line
 
 def run(config):
     """Read prompts until the input ends; each is continued before the next is read."""
-    prefix = folders.find_checkpoint(folders.source_dir(config))
+    prefix = folders.source_checkpoint(config)
     if not encoder.exists(prefix.parent):
         raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
 

@@ -26,7 +26,7 @@ def run(config):
         ) from None
     if config.api_key is None and os.environ.get("GPT2CLI_API_KEY"):
         config = dataclasses.replace(config, api_key=os.environ["GPT2CLI_API_KEY"])
-    prefix = folders.find_checkpoint(folders.source_dir(config))
+    prefix = folders.source_checkpoint(config)
     folders.read_config(prefix.parent)
     if not encoder.exists(prefix.parent):
         raise UserError(f"{prefix.parent} has no vocabulary, so there is no text to serve")
@@ -39,7 +39,7 @@ def run(config):
     engine.keep_no_memory()
 
     def load():
-        newest = folders.find_checkpoint(folders.source_dir(config))
+        newest = folders.source_checkpoint(config)
         model = inference.load_model(newest, config.precision)
         model.network.read_apart()
         model.warm(config.max_batch)
