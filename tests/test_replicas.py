@@ -25,10 +25,11 @@ from gpt2cli.errors import UserError
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor")
 SHORT = [
     {"dropout": 0.1, "memory_saving_gradients": True},
-    {"accumulate_gradients": 2, "clip_norm": 0.5, "on_nonfinite": "skip", "optimizer": "adafactor"},
-    {"precision": "bfloat16", "parts": 2},
+    # one device has a batch in two parts, of which each is rounded as the two devices' are
+    {"precision": "bfloat16", "parts": 2, "clip_norm": 0.5, "on_nonfinite": "skip"},
 ]
 LONG = [
+    {"accumulate_gradients": 2, "clip_norm": 0.5, "on_nonfinite": "skip", "optimizer": "adafactor"},
     *({"optimizer": name} for name in OPTIMIZERS),
     {"accumulate_gradients": 2},
     {"precision": "bfloat16"},

@@ -240,7 +240,10 @@ def test_a_signal_breaks_off_a_long_sample(text):
     # models/mini would soon draw the end token
     flags = ("--model_name", "tiny", *FAST[2:-2], *long)
     process = start("train", "text.txt", *flags, cwd=text.parent)
-    time.sleep(6)
+    log = text.parent / "checkpoint/run1/log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 4):
+        time.sleep(0.1)
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143

@@ -292,7 +292,7 @@ def test_schedules_warm_up_and_come_down():
 def test_a_changing_rate_makes_no_new_graph():
     trainer = training.Trainer(lively(SIZES), dataclasses.replace(BASE, warmup_steps=5))
     for step in range(8):
-        trainer.step(step, batch(rows=1 + step % 2, length=8 + step))
+        trainer.step(step, batch(rows=2, length=8), stops=step == 7)
     assert trainer._step.experimental_get_tracing_count() == 1
 
 

@@ -60,10 +60,7 @@ def assert_same(one, other):
 
 OPTIMIZERS = ("adam", "sgd", "adamw", "adafactor", "adafactor_gpt2_ml")
 # every optimizer, precision, accumulation and way of recomputing meets each other somewhere
-SHORT = [
-    ("adam", "bfloat16", 2, 0.1, True),
-    ("adafactor", "float32", 1, 0.1, False),
-]
+SHORT = [("adafactor", "bfloat16", 2, 0.1, True)]  # adam: a killed run goes on, below
 LONG = [
     (optimizer, precision, parts, dropout, recompute)
     for optimizer in OPTIMIZERS
