@@ -108,6 +108,16 @@ def workdir(tmp_path, monkeypatch):
     return tmp_path
 
 
+PROMPTS = ["The kettle", "A letter", "In the garden", "At night", "The old man"]
+
+
+@pytest.fixture
+def prompts(workdir):
+    """The current folder, with a file of prompts."""
+    (workdir / "prompts.txt").write_text("".join(f"{text}\n" for text in PROMPTS))
+    return workdir
+
+
 @pytest.fixture
 def cli(capsys, monkeypatch, tiny):
     """Run a command line in this process; gives exit status, standard output, standard error.
