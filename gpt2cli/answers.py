@@ -222,11 +222,18 @@ def _share(lines, config, prefix, prompts):
     there = [len(line.get("tokens", ())) for line in lines.in_parts()]
     _answer_parts(lines.parts, config, prefix)
     tokens, failures = -sum(there), 0
+    indices, joined = _indices(config, prompts), []
     for line in lines.join():
+        joined.append(line["index"])
         tokens += len(line.get("tokens", ()))
         failures += "error" in line
+    if joined != indices:
+        lines.keep(0)
+        raise UserError(
+            f"{config.out}.*-of-{count} are not the answers to {config.prompts}, which changed "
+            "meanwhile. Remove them, and give the same command again"
+        )
     by = f" by {count} processes"
-    indices = _indices(config, prompts)
     return _summary(config, indices, tokens, begun, failures, len(there), by), failures
 
 

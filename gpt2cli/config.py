@@ -144,7 +144,7 @@ class CheckpointSettings(SourceSettings):
     """Which model, and which of its checkpoints.
 
     Args:
-        checkpoint: which of its checkpoints to use, such as model-2000 (default: the newest).
+        checkpoint: which of its checkpoints to use, as model-2000 or 2000 (default: the newest).
     """
 
     checkpoint: str | None = None
@@ -602,7 +602,8 @@ class InteractiveConfig(CheckpointSettings, GenerateSettings):
 class ServeConfig(CheckpointSettings):
     """A web page and OpenAI's completions API for one model; needs pip install gpt2cli[serve].
 
-    SIGTERM finishes what was begun and leaves; SIGHUP takes the run's newest checkpoint.
+    SIGTERM finishes what was begun and leaves; SIGHUP takes the run's newest checkpoint, or
+    --checkpoint again.
 
     Args:
         host: address to listen on; 0.0.0.0 is every one of the machine's.

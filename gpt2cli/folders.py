@@ -68,8 +68,15 @@ def source_dir(config):
 
 def source_checkpoint(config):
     """The prefix of the checkpoint that they mean with --checkpoint; see `find_checkpoint`."""
-    folder = source_dir(config)
-    return find_checkpoint(folder / config.checkpoint if config.checkpoint else folder)
+    folder, name = source_dir(config), config.checkpoint
+    if name is None:
+        return find_checkpoint(folder)
+    name = f"model-{name}" if re.fullmatch(r"\d+", name, re.ASCII) else name
+    if not (folder / f"{name}.index").is_file():
+        there = {path.stem for path in folder.glob("*.index")}
+        found = ", ".join(sorted(n for n in there if not n.startswith("optimizer-"))) or "none"
+        raise UserError(f"{folder} has no checkpoint {name} (found: {found})")
+    return find_checkpoint(folder / f"{name}.index")
 
 
 CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json")

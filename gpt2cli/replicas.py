@@ -105,6 +105,12 @@ def lost_hosts(hosts, what_now):
         gone = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
         if hosts == 1 or not (isinstance(error, gone) or "Collective ops is aborted" in text):
             raise
+        if not isinstance(error, gone):
+            first = text.strip().partition("\n")[0]
+            raise UserError(
+                f"the hosts cannot work together any more; see what the others said, here it was: "
+                f"{first:.300}. {what_now()}"
+            ) from error
         found = re.search(r"(?:unhealthy|remote target).*?job:(\w+)/.*?task:(\d+)", text, re.S)
         who = f"{found[1]} {found[2]} of TF_CONFIG" if found else "another host"
         raise UserError(

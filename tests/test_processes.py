@@ -104,6 +104,24 @@ def test_what_is_finished_stays_when_a_process_fails(cli, children):
     check_finished(cli)
 
 
+def test_parts_that_are_not_the_answers_to_the_prompts_are_refused(cli, children):
+    """As when the file of prompts changes after the first process has read it."""
+    words = ("--processes", 2)
+    children.failing = {2}
+    assert job(cli, "out.jsonl", *words).returncode == 1
+    part = Path("out.jsonl.1-of-2")
+    part.write_text("".join(part.read_text().splitlines(True)[:-1]))
+    children.failing = set()
+    for _ in range(2):
+        result = job(cli, "out.jsonl", *words)
+        assert result.returncode == 1 and "which changed meanwhile. Remove them" in result.stderr
+        assert not Path("out.jsonl").exists()
+    for path in Path().glob("out.jsonl.*-of-2"):
+        path.unlink()
+    assert job(cli, "out.jsonl", *words).returncode == 0
+    check_finished(cli)
+
+
 def test_the_parts_of_another_job_are_set_aside(cli, children):
     children.failing = {2}
     assert job(cli, "out.jsonl", "--processes", 2).returncode == 1

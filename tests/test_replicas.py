@@ -165,30 +165,73 @@ def test_hosts_that_differ_say_in_what():
         cards = [{"--optimizer": "adam", "GPUs": 1}, {"--optimizer": "sgd", "GPUs": 1}]
         there = [pool.submit(meet, n, addresses, card, []) for n, card in enumerate(cards)]
         first, second = (one.result(20) for one in there)
-    assert f"{addresses[1]} is not at the same work: --optimizer sgd, here adam. Give" in first
-    assert f"{addresses[0]} is not at the same work: --optimizer adam, here sgd. Give" in second
+    assert first == second
+    assert f"on {addresses[1]} --optimizer is sgd, on {addresses[0]} adam. Give" in first
 
 
-def test_a_port_that_answers_with_something_else_is_no_host():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.listen()
-        (port,), said = free_ports(1), []
-        addresses = [f"127.0.0.1:{port}", f"127.0.0.1:{server.getsockname()[1]}"]
+def speak(address, *lines):
+    """A connection to a host's port, on which lines were sent."""
+    host, _, port = address.partition(":")
+    there = socket.create_connection((host, int(port)), timeout=20)
+    there.sendall(b"".join(lines))
+    return there
+
+
+def test_a_host_that_has_gone_is_missing_again_and_its_last_card_counts():
+    addresses, said = [f"localhost:{port}" for port in free_ports(3)], []
+    rest = f"{addresses[1]}, {addresses[2]}"
+
+    def card(own, value):
+        return json.dumps({"own": own, "card": {"--steps": value}}).encode() + b"\n"
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(meet, 0, addresses, {"--steps": 5}, said)
+        wait_for(lambda: said == [f"waiting for {rest}"])
+        with speak(addresses[0], card(addresses[1], 7)) as there:
+            assert json.loads(there.makefile().readline()) == {"missing": [addresses[2]]}
+            wait_for(lambda: said[1:] == [f"waiting for {addresses[2]}"])
+        wait_for(lambda: said[2:] == [f"waiting for {rest}"])
+        with speak(addresses[0], card(addresses[1], 8)):  # and is not known to have gone
+            wait_for(lambda: said[3:] == [f"waiting for {addresses[2]}"])
+            with speak(addresses[0], card(addresses[1], 5)) as there:
+                there.makefile().readline()
+                third = pool.submit(meet, 2, addresses, {"--steps": 5}, [])
+                assert first.result(20) is None and third.result(20) is None
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        *(b"", b"GET / HTTP/1.1\r\n\r\n", b"[" * 90_000 + b"\n", b"x" * 200_000, b"[1]\n", b"{}\n"),
+        b'{"own": "stranger:1", "card": {}}\n',
+    ],
+)
+def test_strangers_on_the_port_are_no_hosts(noise):
+    addresses, said = [f"localhost:{port}" for port in free_ports(2)], []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(meet, 0, addresses, {}, said)
+        wait_for(lambda: said)
+        with contextlib.suppress(ConnectionError), contextlib.ExitStack() as stack:
+            for _ in range(5):
+                stack.enter_context(speak(addresses[0], noise))
+            assert pool.submit(meet, 1, addresses, {}, []).result(20) is None
+        assert first.result(20) is None
+
+
+@pytest.mark.parametrize("noise", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"[1]\n", b"{}\n", b""])
+def test_a_first_host_that_is_something_else_is_waited_for(noise):
+    own, said = f"localhost:{free_ports(1)[0]}", []
+    with socket.create_server(("localhost", 0)) as server:
+        server.settimeout(20)
+        address = f"localhost:{server.getsockname()[1]}"
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            there = pool.submit(meet, 0, addresses, {}, said)
-            for noise in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b"[1]", b""):
+            second = pool.submit(meet, 1, [address, own], {}, said)
+            for answer in (noise, noise, b'{"difference": null}\n'):
                 visitor, _ = server.accept()
                 with visitor:
-                    visitor.recv(1000)
-                    visitor.sendall(noise)
-            visitor, _ = server.accept()
-            assert said == [f"waiting for {addresses[1]}"]
-            with visitor, socket.create_connection(("127.0.0.1", port)) as other:
-                visitor.recv(1000)
-                visitor.sendall(b"{}")
-                other.sendall(addresses[1].encode())
-                assert other.recv(1000) == b"{}"
-            assert there.result(20) is None
+                    assert json.loads(visitor.makefile().readline())["own"] == own
+                    visitor.sendall(answer)
+            assert second.result(20) is None and said == [f"waiting for {address}"]
 
 
 def test_a_port_of_tf_config_that_is_in_use_is_told():
@@ -359,6 +402,15 @@ def test_a_host_that_is_killed_stops_the_others_and_all_go_on_later(cli, place, 
     assert all(before[step] == pytest.approx(many[step], abs=1e-5) for step in both)
 
 
+@pytest.mark.slow
+def test_a_host_of_a_finished_run_does_not_wait(cli, place):
+    assert cli("train", *FLAGS, "--run_name", "run", "--steps", 2).returncode == 0
+    with Hosts(2, *FLAGS, "--run_name", "run", "--steps", 2) as hosts:
+        hosts.processes[1].kill()
+        assert hosts.processes[0].wait(60) == 0
+        assert "step 2 and --steps is 2: nothing to do" in hosts.said(0)
+
+
 LONG_VALIDATION = ("--val_dataset", "text.txt", "--val_every", 5, "--val_batch_count", 10**6)
 
 
@@ -403,7 +455,7 @@ def test_hosts_that_are_not_at_the_same_work_are_refused(cli, place):
         with Hosts(2, *FLAGS[1:], "--steps", 3, own=own) as hosts:
             assert hosts.wait() == [1, 1]
             for number in (0, 1):
-                assert "is not at the same work" in hosts.said(number)
+                assert "the hosts are not at the same work" in hosts.said(number)
                 assert said in hosts.said(number) and "Traceback" not in hosts.said(number)
 
 

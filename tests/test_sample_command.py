@@ -218,7 +218,8 @@ def test_an_earlier_checkpoint_can_be_named(cli, run1, tiny):
     assert cli("sample", *words, "--checkpoint", "model-1").returncode == 0
     assert (run1 / "samples/run1/sample-1-seed9.txt").is_file()
     for name, status, said in (
-        ("model-3", 1, "model-3.index is missing"),
+        ("model-3", 1, "has no checkpoint model-3 (found: model-1, model-7)"),
+        ("3", 1, "has no checkpoint model-3 (found: model-1, model-7)"),
         ("../run1/model-1", 2, "--checkpoint must be one name"),
     ):
         result = cli("sample", *words, "--checkpoint", name)

@@ -33,6 +33,7 @@ SHARED_MEMORY = 512e6  # NCCL's for a few GPUs; a container of Docker's has 64 M
 GIGABYTE = 1e9
 IMPORT_ADVICE = (  # what is in the end of a failed import, and what to do then
     (r"SIGILL|SIGABRT.*AVX", "the processor lacks instructions, as AVX: use another machine"),
+    (r"no end in", "a slow disk, or a driver that hangs: try again, then restart the machine"),
     (r"SIGKILL|MemoryError", "memory ran out: the machine or container needs 2 GB"),
     (r"No module named 'tensorflow'", "pip install tensorflow, for a GPU 'gpt2cli[gpu]'"),
     (r"lib(cu|nv|nccl)\w*\.so", "pip install 'gpt2cli[gpu]', which has CUDA's libraries"),
@@ -172,7 +173,8 @@ def end_of_import(verbose):
         print(text, file=sys.stderr)
     # TensorFlow's own ImportError has the loader's in it, and ends with where to ask for help
     said = re.findall(r"^[\w.]+Error: .*[^:\n]$", text, re.M) or text.splitlines() or [""]
-    how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
+    names = {number.value: number.name for number in signal.Signals}
+    how = f"exit status {status}" if status > 0 else names.get(-status, f"signal {-status}")
     return ", ".join(filter(None, (how, said[-1][:300])))
 
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import signal
 import sys
 import threading
 
-from gpt2cli import cluster, dataset, encoder, files, folders, runs
+from gpt2cli import __version__, cluster, dataset, encoder, files, folders, runs
 from gpt2cli.errors import BusyError, UserError
 
 
@@ -27,9 +29,10 @@ def run(config):
 
         from gpt2cli import loop, replicas  # what can be refused was refused before this import
 
-        if hosts.hosts > 1:
-            cluster.meet(hosts, card(config, prefix, resumed, tokens, held_out), _say)
-        with replicas.lost_hosts(hosts.hosts, lambda: goes_on(run_folder)):
+        run = None
+        if hosts.hosts > 1 and not meet(hosts, config, prefix, resumed, tokens, held_out):
+            return run_folder
+        with replicas.lost_hosts(hosts.hosts, lambda: goes_on(config, run)):
             together = replicas.Replicas(config.strategy)
             with stop_signals() as stop:  # after TensorFlow, which takes SIGTERM of several hosts
                 run = loop.Run(config, run_folder, prefix, resumed, vocabulary, together)
@@ -39,7 +42,7 @@ def run(config):
     if stop.received:
         sys.exit(128 + stop.received)
     if run.stops:  # not done, so not 0: what watches this process is to start it again
-        raise BusyError("another host was asked to stop; the same command on all hosts goes on")
+        raise BusyError(f"another host was asked to stop. {goes_on(config, run)}")
     return run_folder
 
 
@@ -67,28 +70,49 @@ def texts(config, folder, vocabulary):
     return tokens, None
 
 
-PLACES = ("dataset", "val_dataset", "models_dir", "checkpoint_dir", "sample_dir", "restore_from")
+def meet(hosts, config, prefix, resumed, tokens, held_out):
+    """Meet the other hosts; False if there is nothing to do, which they may have found out before.
+
+    Then they have ended, and would be waited for in vain.
+    """
+    from gpt2cli import checkpoint
+
+    state = (checkpoint.load_state(prefix) if resumed else None) or {}
+    if config.steps and state.get("step", 0) >= config.steps and not state.get("due"):
+        _say(f"the run is at step {state['step']} and --steps is {config.steps}: nothing to do")
+        return False
+    cluster.meet(hosts, card(config, prefix, state, tokens, held_out), _say)
+    return True
 
 
-def card(config, prefix, resumed, tokens, held_out):
-    """What must be alike on all hosts, see cluster.meet; a folder may be mounted elsewhere."""
+# A folder may be mounted elsewhere on each host. The name of --val_dataset is in the run's state.
+FREE = ("dataset", "models_dir", "checkpoint_dir", "sample_dir", "restore_from", "workers")
+
+
+def card(config, prefix, state, tokens, held_out):
+    """What must be alike on all hosts, see cluster.meet."""
     from gpt2cli import engine
 
-    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*PLACES, "verbose")}
+    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*FREE, "verbose")}
+    kept = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return {f"--{name}": value for name, value in given.items()} | {
+        "gpt2cli": __version__,
+        "TensorFlow": engine.tf.__version__,
         "GPUs": len(engine.GPUS),
-        "goes on from": prefix.name if resumed else None,
+        "goes on from": prefix.name if state else None,
+        "checksum of its state": kept,
         "checksum of the checkpoint": files.digest(f"{prefix}.index"),
         "checksum of the text": tokens.fingerprint(),
         "checksum of the validation text": held_out and held_out.fingerprint(),
     }
 
 
-def goes_on(run_folder):
+def goes_on(config, run):
     """What to do when a host was lost."""
-    saved = runs.steps(run_folder)
-    after = f"they go on from step {saved[-1]}" if saved else "nothing is saved"
-    return f"Start all hosts again: {after}"
+    if not (run and run.has_saved()):
+        return "Start all hosts again: this command saved nothing"
+    how = "" if config.restore_from == "latest" else " with --restore_from latest"
+    return f"Start all hosts again{how}: they go on from step {runs.steps(run.folder)[-1]}"
 
 
 def starting_point(config, run_folder):
