@@ -14,6 +14,12 @@ from gpt2cli import cluster
 from gpt2cli.engine import GPUS, tf
 from gpt2cli.errors import UserError
 
+# what TensorFlow makes of a connection that broke, or that nobody answers on
+GONE = (
+    *(tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError),
+    tf.errors.DeadlineExceededError,
+)
+
 
 class Replicas:
     """Who trains.
@@ -102,14 +108,14 @@ def lost_hosts(hosts, what_now):
         yield
     except tf.errors.OpError as error:
         text = str(error)
-        gone = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
-        if hosts == 1 or not (isinstance(error, gone) or "Collective ops is aborted" in text):
+        aborted = re.search(r"Collective ops is aborted.*", text)
+        gone = isinstance(error, GONE)
+        if hosts == 1 or not (gone or aborted):
             raise
-        if not isinstance(error, gone):
-            first = text.strip().partition("\n")[0]
+        if not gone:
             raise UserError(
                 f"the hosts cannot work together any more; see what the others said, here it was: "
-                f"{first:.300}. {what_now()}"
+                f"{aborted[0]:.300}. {what_now()}"
             ) from error
         found = re.search(r"(?:unhealthy|remote target).*?job:(\w+)/.*?task:(\d+)", text, re.S)
         who = f"{found[1]} {found[2]} of TF_CONFIG" if found else "another host"
