@@ -13,7 +13,7 @@ from gpt2cli.errors import UserError
 
 BETWEEN, PATIENCE = 0.5, 5.0  # seconds between two tries to reach a host, and for one of them
 LONGEST = 100_000  # bytes of what a host tells
-MOST = 1000  # connections that wait at the first host's port
+MOST = 1000  # strangers who say nothing at the first host's port
 FORM = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
 
 
@@ -131,8 +131,9 @@ class _Table:
         visitor, _ = self.door.accept()
         visitor.settimeout(PATIENCE)
         _keep_alive(visitor)
-        if len(self.heard) > MOST:  # strangers who say nothing
-            self.dismiss(next(iter(self.heard)))
+        strangers = [one for one in self.heard if one not in self.seats.values()]
+        if len(strangers) > MOST:
+            self.dismiss(strangers[0])
         self.heard[visitor] = b""
         self.selector.register(visitor, selectors.EVENT_READ)
 
