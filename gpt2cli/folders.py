@@ -10,7 +10,7 @@ from gpt2cli import runs
 from gpt2cli.config import check_name
 from gpt2cli.errors import UserError
 from gpt2cli.files import digest, read_bytes, read_text, replacing
-from gpt2cli.hparams import ALIASES, ModelConfig
+from gpt2cli.model.sizes import ALIASES, ModelConfig
 
 DEFAULT_MODEL = "124M"
 

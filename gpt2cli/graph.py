@@ -10,8 +10,10 @@ from functools import partial
 
 import numpy as np
 
-from gpt2cli import graph_rules, kernels, model, sampling
+from gpt2cli import graph_rules, sampling
 from gpt2cli.engine import tf
+from gpt2cli.model import kernels
+from gpt2cli.model import network as model
 
 SMALLEST_CACHE = 64  # slots; caches double from here, one compilation each
 

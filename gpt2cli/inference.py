@@ -19,7 +19,6 @@ from gpt2cli import (
     generation,
     graph,
     lite,
-    model,
     sampling,
     training,
     windows,
@@ -28,6 +27,7 @@ from gpt2cli.config import GenerateSettings, Precision, new_seed
 from gpt2cli.continuation import Continuation, Sample
 from gpt2cli.engine import gpus_for
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.model import network as model
 
 STREAMED = 4  # tokens between two pieces of a streamed text
 

@@ -9,8 +9,10 @@ import weakref
 
 import numpy as np
 
-from gpt2cli import kernels, model, program, sampling
+from gpt2cli import program, sampling
 from gpt2cli.engine import tf
+from gpt2cli.model import kernels
+from gpt2cli.model import network as model
 from gpt2cli.program import Program
 
 SLOTS = 128  # a cache grows by so many

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from gpt2cli import files, model
+from gpt2cli import files
 from gpt2cli.errors import UserError
-from gpt2cli.hparams import LN_EPSILON, ModelConfig
+from gpt2cli.model import network as model
+from gpt2cli.model.sizes import LN_EPSILON, ModelConfig
 
 INDEX = ".index.json"  # names the files of a model that is split: weight_map, name -> file
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of transformers

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
-from gpt2cli.model import IN_LAYER, LOGIT_ROWS, MATRIX, Dropout, weight_shapes
+from gpt2cli.model.network import IN_LAYER, LOGIT_ROWS, MATRIX, Dropout, weight_shapes
 from gpt2cli.replicas import Replicas
 
 

@@ -40,7 +40,7 @@ def gpt2_vocabulary():
 
 def lively(config, seed=3):
     """Weights far from their gentle initial values, so that a wrong formula shows."""
-    from gpt2cli import model
+    from gpt2cli.model import network as model
 
     noise = np.random.default_rng(seed)
     spread = {"g": (1, 0.3), "gamma": (1, 0.3), "wte": (0, 0.15), "word_embed": (0, 0.15)}
@@ -56,7 +56,7 @@ def lively(config, seed=3):
 @pytest.fixture(scope="session")
 def network():
     """Two layers, 32 wide, 97 tokens, a window of 24; random, lively weights."""
-    from gpt2cli.hparams import ModelConfig
+    from gpt2cli.model.sizes import ModelConfig
 
     return lively(ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2))
 

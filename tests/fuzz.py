@@ -32,10 +32,10 @@ def targets():
         encoder,
         files,
         folders,
-        hparams,
         jobs,
         runs,
     )
+    from gpt2cli.model import sizes as hparams
 
     vocabulary = encoder.load(TINY)
 

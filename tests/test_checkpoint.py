@@ -12,7 +12,7 @@ from conftest import lively
 from gpt2cli import checkpoint, folders, runs
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
-from gpt2cli.hparams import ModelConfig
+from gpt2cli.model.sizes import ModelConfig
 
 
 @pytest.fixture

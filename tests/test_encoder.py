@@ -15,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from gpt2cli import encoder
 from gpt2cli.errors import UserError
-from gpt2cli.hparams import ModelConfig
+from gpt2cli.model.sizes import ModelConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from gpt2cli import kernels, model
 from gpt2cli.engine import tf
+from gpt2cli.model import kernels
+from gpt2cli.model import network as model
 
 
 def both_gradients(ours, plain, *arguments):

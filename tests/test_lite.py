@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import engine, graph, inference, lite, model, program
+from gpt2cli import engine, graph, inference, lite, program
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
-from gpt2cli.hparams import ModelConfig
+from gpt2cli.model import network as model
+from gpt2cli.model.sizes import ModelConfig
 
 GPT2 = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
 GPT2_ML = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2, arch="gpt2_ml")

@@ -11,7 +11,7 @@ from gpt2cli import generation, graph_rules, inference, sampling
 from gpt2cli.config import GenerateSettings
 from gpt2cli.engine import tf
 from gpt2cli.generation import Row
-from gpt2cli.hparams import ModelConfig
+from gpt2cli.model.sizes import ModelConfig
 
 ROWS = np.random.default_rng(0).normal(0, 3, [4, 300]).astype(np.float32)
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, lively
 
-from gpt2cli import checkpoint, formats, inference, model
-from gpt2cli.hparams import ModelConfig
+from gpt2cli import checkpoint, formats, inference
+from gpt2cli.model import network as model
+from gpt2cli.model.sizes import ModelConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = re.search(r"^## Coming from another program\n(.*?)^## Large", README, re.M | re.S)

@@ -15,7 +15,7 @@ import requests
 from gpt2cli import files, folders, hub, transfer
 from gpt2cli.config import DownloadConfig
 from gpt2cli.errors import UserError
-from gpt2cli.hparams import ALIASES, RELEASED, ModelConfig
+from gpt2cli.model.sizes import ALIASES, RELEASED, ModelConfig
 
 BUCKET = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # openai/gpt-2 download_model.py
 PARAMETERS = dict(zip(RELEASED, (124439808, 354823168, 774030080, 1557611200), strict=True))

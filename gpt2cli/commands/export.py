@@ -25,7 +25,8 @@ def run(config):
     if dst.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UserError(f"{dst} is the run's folder or holds it. Name another")
 
-    from gpt2cli import checkpoint, model  # what can be refused was refused before this import
+    from gpt2cli import checkpoint  # what can be refused was refused before this import
+    from gpt2cli.model import network as model
 
     with files.replacing_folder(dst) as part:
         folders.copy_vocabulary(folder, part)

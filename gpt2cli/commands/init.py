@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpt2cli import encoder, files, folders, runs
 from gpt2cli.errors import UsageError, UserError
-from gpt2cli.hparams import PRESETS, ModelConfig
+from gpt2cli.model.sizes import PRESETS, ModelConfig
 
 OF_THE_VOCABULARY = ("lower_case", "start_token", "end_token")  # keys of a hparams.json
 
@@ -122,7 +122,8 @@ def _write_weights(sizes, seed, part, folder):
 
     UserError if the disk lacks the room, before anything is computed.
     """
-    from gpt2cli import checkpoint, model
+    from gpt2cli import checkpoint
+    from gpt2cli.model import network as model
 
     n_weights = sum(math.prod(shape) for shape in model.weight_shapes(sizes).values())
     files.check_room(folder / "model.ckpt", 4 * n_weights)
