@@ -15,9 +15,9 @@ LEAVES = {"g": "weight", "w": "weight", "b": "bias"}
 
 def ours(folder, vocabulary):
     """models/random, without a vocabulary; models/vocabulary, the same with that of a folder."""
-    from gpt2cli import checkpoint
     from gpt2cli.model import network as model
     from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.storage import checkpoint
 
     sizes = ModelConfig(**SIZES)
     network = model.GPT2(sizes, model.random_weights(sizes))

@@ -3,7 +3,8 @@
 import worker
 
 import gpt2cli
-from gpt2cli import checkpoint, engine, graph, inference
+from gpt2cli import engine, graph, inference
+from gpt2cli.storage import checkpoint
 
 
 class Ours:

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from gpt2cli import files, folders
+from gpt2cli import files
 from gpt2cli.errors import UserError
+from gpt2cli.storage import folders
 
 # openai/gpt-2 src/encoder.py, in the equal but faster spelling of tiktoken_ext/openai_public.py.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

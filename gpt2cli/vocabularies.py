@@ -5,8 +5,9 @@ A vocabulary is here a dict of our name of each file -> its bytes, empty where t
 
 import json
 
-from gpt2cli import encoder, files, folders
+from gpt2cli import encoder, files
 from gpt2cli.errors import UserError
+from gpt2cli.storage import folders
 
 OUR_NAMES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 HF_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}

@@ -15,10 +15,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import gpt2cli
-from gpt2cli import checkpoint
 from gpt2cli.commands import vocab
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.storage import checkpoint
 
 TINY = Path(__file__).parent / "tiny"
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=160, n_head=5, n_layer=4)

@@ -23,19 +23,9 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 def targets():
     """Name -> function of bytes."""
-    from gpt2cli import (
-        answers,
-        cli,
-        completions,
-        config,
-        dataset,
-        encoder,
-        files,
-        folders,
-        jobs,
-        runs,
-    )
+    from gpt2cli import answers, cli, completions, config, dataset, encoder, files, jobs
     from gpt2cli.model import sizes as hparams
+    from gpt2cli.storage import folders, runs
 
     vocabulary = encoder.load(TINY)
 
@@ -109,7 +99,7 @@ def targets():
 
 def seeds():
     """Name of a target -> bytes that it reads well, from which the noise begins."""
-    from gpt2cli import runs
+    from gpt2cli.storage import runs
 
     npy, npz = io.BytesIO(), io.BytesIO()
     np.save(npy, np.arange(9, dtype=np.uint16))

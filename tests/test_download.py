@@ -142,10 +142,10 @@ def waits(monkeypatch):
 def opened(monkeypatch):
     """A checkpoint module that opens everything and notes what."""
     folders = []
-    stand_in = types.ModuleType("gpt2cli.checkpoint")
+    stand_in = types.ModuleType("gpt2cli.storage.checkpoint")
     stand_in.verify = folders.append
-    monkeypatch.setitem(sys.modules, "gpt2cli.checkpoint", stand_in)
-    monkeypatch.setattr("gpt2cli.checkpoint", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "gpt2cli.storage.checkpoint", stand_in)
+    monkeypatch.setattr("gpt2cli.storage.checkpoint", stand_in, raising=False)
     return folders
 
 
@@ -554,7 +554,7 @@ def test_a_checkpoint_that_does_not_open_is_not_called_complete(fetch, opened, m
         raise UserError(f"{folder}/model.ckpt.index is damaged")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["gpt2cli.checkpoint"], "verify", refuse)
+        patch.setattr(sys.modules["gpt2cli.storage.checkpoint"], "verify", refuse)
         for _ in range(2):
             with pytest.raises(UserError, match="index is damaged.*delete.*--url"):
                 fetch()
@@ -692,7 +692,7 @@ def test_the_module_does_not_bring_tensorflow():
     ],
 )
 def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits, tmp_path, damage):
-    pytest.importorskip("gpt2cli.checkpoint")
+    pytest.importorskip("gpt2cli.storage.checkpoint")
     mirror.contents = {
         f"/models/own/{name}": (GOLDEN / name).read_bytes()
         if (GOLDEN / name).exists()

@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, TINY
 
 import gpt2cli
-from gpt2cli import checkpoint
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.storage import checkpoint
 
 SCRIPT = ROOT / "tests" / "peer_gpt_2_simple.py"
 

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from gpt2cli import checkpoint, cluster, folders
+from gpt2cli import cluster
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.model import network as model
+from gpt2cli.storage import checkpoint, folders
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor")
 SHORT = [

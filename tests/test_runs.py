@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from gpt2cli import files, folders, runs
+from gpt2cli import files
 from gpt2cli.errors import UserError
+from gpt2cli.storage import folders, runs
 
 
 def save(folder, step, number=None, **more):

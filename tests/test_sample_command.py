@@ -14,8 +14,9 @@ import pexpect
 import pytest
 from conftest import ROOT, TINY, compiled
 
-from gpt2cli import checkpoint, encoder
+from gpt2cli import encoder
 from gpt2cli.errors import UserError
+from gpt2cli.storage import checkpoint
 
 T = ("--model_name", "tiny", "--models_dir", TINY.parent)
 BANNER = "=" * 40

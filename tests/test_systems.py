@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, lively
 
-from gpt2cli import checkpoint, formats, inference
+from gpt2cli import formats, inference
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.storage import checkpoint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = re.search(r"^## Coming from another program\n(.*?)^## Large", README, re.M | re.S)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from gpt2cli import checkpoint, files, folders, machine, runs
+from gpt2cli import files, machine
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.storage import checkpoint, folders, runs
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 FAST = ("--model_name", "mini", "--seq_length", 32, "--learning_rate", 0.001, "--sample_every", 0)

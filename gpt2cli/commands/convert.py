@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from gpt2cli import runs
 from gpt2cli.config import ConvertConfig
 from gpt2cli.errors import UserError
+from gpt2cli.storage import runs
 
 
 def run(config: ConvertConfig) -> None:

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2cli import __version__, cluster, folders, machine
+from gpt2cli import __version__, cluster, machine
 from gpt2cli.errors import UserError
+from gpt2cli.storage import folders
 
 PACKAGES = ("tensorflow", "keras", "numpy", "tiktoken", "tokenizers", "safetensors")
 EXTRAS = {"serve": "starlette", "torch": "torch"}  # and a package that shows it is there

@@ -12,10 +12,11 @@ from urllib.parse import quote
 
 import requests
 
-from gpt2cli import files, folders, hub, transfer
+from gpt2cli import files, hub, transfer
 from gpt2cli.config import DownloadConfig
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ALIASES, RELEASED, ModelConfig
+from gpt2cli.storage import folders
 
 BUCKET = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # openai/gpt-2 download_model.py
 PARAMETERS = dict(zip(RELEASED, (124439808, 354823168, 774030080, 1557611200), strict=True))
@@ -177,7 +178,9 @@ def fetch_model(base, name, folder):
 
 def open_checkpoint(folder):
     """Check that the weights open and fit hparams.json; UserError says what to do if not."""
-    from gpt2cli import checkpoint  # brings TensorFlow, which the rest of this file does without
+    from gpt2cli.storage import (
+        checkpoint,  # brings TensorFlow, which the rest of this file does without
+    )
 
     transfer.say("opening the checkpoint")
     (folder / folders.SUMS).unlink(missing_ok=True)  # of files that may have been fetched anew

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gpt2cli import dataset, encoder, folders
+from gpt2cli import dataset, encoder
 from gpt2cli.errors import UserError
+from gpt2cli.storage import folders
 
 
 def run(config):

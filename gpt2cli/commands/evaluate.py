@@ -6,7 +6,8 @@ import sys
 
 from tqdm import tqdm
 
-from gpt2cli import dataset, encoder, folders
+from gpt2cli import dataset, encoder
+from gpt2cli.storage import folders
 
 
 def run(config):

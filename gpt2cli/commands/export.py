@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from gpt2cli import files, folders, runs
+from gpt2cli import files
 from gpt2cli.errors import UserError
+from gpt2cli.storage import folders, runs
 
 
 def run(config):
@@ -25,8 +26,8 @@ def run(config):
     if dst.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UserError(f"{dst} is the run's folder or holds it. Name another")
 
-    from gpt2cli import checkpoint  # what can be refused was refused before this import
     from gpt2cli.model import network as model
+    from gpt2cli.storage import checkpoint  # what can be refused was refused before this import
 
     with files.replacing_folder(dst) as part:
         folders.copy_vocabulary(folder, part)

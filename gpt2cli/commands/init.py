@@ -6,9 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from gpt2cli import encoder, files, folders, runs
+from gpt2cli import encoder, files
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.model.sizes import PRESETS, ModelConfig
+from gpt2cli.storage import folders, runs
 
 OF_THE_VOCABULARY = ("lower_case", "start_token", "end_token")  # keys of a hparams.json
 
@@ -122,8 +123,8 @@ def _write_weights(sizes, seed, part, folder):
 
     UserError if the disk lacks the room, before anything is computed.
     """
-    from gpt2cli import checkpoint
     from gpt2cli.model import network as model
+    from gpt2cli.storage import checkpoint
 
     n_weights = sum(math.prod(shape) for shape in model.weight_shapes(sizes).values())
     files.check_room(folder / "model.ckpt", 4 * n_weights)

@@ -7,8 +7,9 @@ import signal
 import socket
 import sys
 
-from gpt2cli import encoder, folders
+from gpt2cli import encoder
 from gpt2cli.errors import UserError
+from gpt2cli.storage import folders
 
 
 def run(config):

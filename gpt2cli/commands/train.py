@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 
-from gpt2cli import __version__, cluster, dataset, encoder, files, folders, runs
+from gpt2cli import __version__, cluster, dataset, encoder, files
 from gpt2cli.errors import BusyError, UserError
+from gpt2cli.storage import folders, runs
 
 
 def run(config):
@@ -75,7 +76,7 @@ def meet(hosts, config, prefix, resumed, tokens, held_out):
 
     Then they have ended, and would be waited for in vain.
     """
-    from gpt2cli import checkpoint
+    from gpt2cli.storage import checkpoint
 
     state = (checkpoint.load_state(prefix) if resumed else None) or {}
     if config.steps and state.get("step", 0) >= config.steps and not state.get("due"):
