@@ -30,7 +30,7 @@ def load_model(path, precision="auto"):
 
 def load_encoder(folder):
     """The vocabulary of a model or run folder: `encode(text)` to ids and `decode(ids)` to text."""
-    from gpt2cli import encoder
+    from gpt2cli.text import encoder
 
     return encoder.load(folder)
 

@@ -11,13 +11,15 @@ from typing import get_args
 
 import numpy as np
 
-from gpt2cli import beams, encoder, generation, graph, lite, sampling, training, windows
+from gpt2cli import beams, generation, graph, lite, sampling, training
 from gpt2cli.config import GenerateSettings, Precision, new_seed
 from gpt2cli.continuation import Continuation, Sample
 from gpt2cli.engine import gpus_for
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.model import network as model
 from gpt2cli.storage import checkpoint, folders
+from gpt2cli.text import batches as windows
+from gpt2cli.text import encoder
 
 STREAMED = 4  # tokens between two pieces of a streamed text
 

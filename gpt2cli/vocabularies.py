@@ -5,9 +5,10 @@ A vocabulary is here a dict of our name of each file -> its bytes, empty where t
 
 import json
 
-from gpt2cli import encoder, files
+from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.storage import folders
+from gpt2cli.text import encoder
 
 OUR_NAMES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 HF_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}

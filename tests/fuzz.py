@@ -23,9 +23,11 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 def targets():
     """Name -> function of bytes."""
-    from gpt2cli import answers, cli, completions, config, dataset, encoder, files, jobs
+    from gpt2cli import answers, cli, completions, config, files, jobs
     from gpt2cli.model import sizes as hparams
     from gpt2cli.storage import folders, runs
+    from gpt2cli.text import corpus as dataset
+    from gpt2cli.text import encoder
 
     vocabulary = encoder.load(TINY)
 

@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
-from gpt2cli import dataset, encoder, windows
 from gpt2cli.config import TextSettings
 from gpt2cli.errors import UserError
+from gpt2cli.text import batches as windows
+from gpt2cli.text import corpus as dataset
+from gpt2cli.text import encoder
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from tokenizers import ByteLevelBPETokenizer
 
-from gpt2cli import dataset, encoder
 from gpt2cli.commands import encode
 from gpt2cli.config import EncodeConfig, TextSettings
 from gpt2cli.errors import UserError
+from gpt2cli.text import corpus as dataset
+from gpt2cli.text import encoder
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
-from gpt2cli import encoder
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.text import encoder
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")

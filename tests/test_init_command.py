@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from gpt2cli import encoder
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.text import encoder
 
 SMALL = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--n_ctx", 32)
 CHINESE = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n今\n天\nA\n"

@@ -14,9 +14,9 @@ import pexpect
 import pytest
 from conftest import ROOT, TINY, compiled
 
-from gpt2cli import encoder
 from gpt2cli.errors import UserError
 from gpt2cli.storage import checkpoint
+from gpt2cli.text import encoder
 
 T = ("--model_name", "tiny", "--models_dir", TINY.parent)
 BANNER = "=" * 40

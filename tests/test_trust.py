@@ -19,13 +19,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, small_disk
 
-from gpt2cli import encoder, journal, training, windows
+from gpt2cli import journal, training
 from gpt2cli.config import TrainConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.text import batches as windows
+from gpt2cli.text import encoder
 
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers
 
-from gpt2cli import encoder
 from gpt2cli.commands import vocab
+from gpt2cli.text import encoder
 
 ENGLISH = "\n".join(topics[name] for name in sorted(topics)[:12])
 CHINESE = "今天天气不错，我们去公园散步。Tomorrow we walk, walking 今天。Café ２０２４年！\n" * 30

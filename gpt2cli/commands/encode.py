@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gpt2cli import dataset, encoder
 from gpt2cli.errors import UserError
 from gpt2cli.storage import folders
+from gpt2cli.text import corpus as dataset
+from gpt2cli.text import encoder
 
 
 def run(config):

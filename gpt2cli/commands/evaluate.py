@@ -6,8 +6,9 @@ import sys
 
 from tqdm import tqdm
 
-from gpt2cli import dataset, encoder
 from gpt2cli.storage import folders
+from gpt2cli.text import corpus as dataset
+from gpt2cli.text import encoder
 
 
 def run(config):

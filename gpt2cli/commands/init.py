@@ -6,10 +6,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from gpt2cli import encoder, files
+from gpt2cli import files
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.model.sizes import PRESETS, ModelConfig
 from gpt2cli.storage import folders, runs
+from gpt2cli.text import encoder
 
 OF_THE_VOCABULARY = ("lower_case", "start_token", "end_token")  # keys of a hparams.json
 

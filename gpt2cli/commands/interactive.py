@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from gpt2cli import config as configs
-from gpt2cli import encoder, flags
+from gpt2cli import flags
 from gpt2cli.config import new_seed
 from gpt2cli.errors import UserError
 from gpt2cli.storage import folders
+from gpt2cli.text import encoder
 
 COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
 HISTORY = Path("~/.gpt2cli_history")

@@ -7,9 +7,9 @@ import signal
 import socket
 import sys
 
-from gpt2cli import encoder
 from gpt2cli.errors import UserError
 from gpt2cli.storage import folders
+from gpt2cli.text import encoder
 
 
 def run(config):

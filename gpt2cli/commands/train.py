@@ -8,9 +8,11 @@ import signal
 import sys
 import threading
 
-from gpt2cli import __version__, cluster, dataset, encoder, files
+from gpt2cli import __version__, cluster, files
 from gpt2cli.errors import BusyError, UserError
 from gpt2cli.storage import folders, runs
+from gpt2cli.text import corpus as dataset
+from gpt2cli.text import encoder
 
 
 def run(config):

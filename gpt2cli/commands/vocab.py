@@ -10,9 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt2cli import dataset, encoder, files
+from gpt2cli import files
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.storage import folders
+from gpt2cli.text import corpus as dataset
+from gpt2cli.text import encoder
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # [PAD] is id 0, as in BERT's
 SMALLEST = {"bpe": 257, "wordpiece": len(SPECIAL) + 1}  # 256 bytes and the end token

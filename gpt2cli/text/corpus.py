@@ -21,7 +21,7 @@ import numpy as np
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
-from gpt2cli.windows import Tokens
+from gpt2cli.text.batches import Tokens
 
 BLOCK = 2**18  # bytes read at a time, and about the characters given to one thread at a time
 BOMB = 2**30  # bytes to which anything may unpack

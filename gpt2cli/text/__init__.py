@@ -1,0 +1,4 @@
+"""Text to token ids to batches, and back.
+
+May import: storage.
+"""
