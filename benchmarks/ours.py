@@ -3,7 +3,9 @@
 import worker
 
 import gpt2cli
-from gpt2cli import engine, graph, inference
+from gpt2cli import engine
+from gpt2cli.inference import generator as inference
+from gpt2cli.inference.engines import xla as graph
 from gpt2cli.storage import checkpoint
 
 

@@ -23,7 +23,7 @@ def load_model(path, precision="auto"):
     Raises:
         UserError: says what is wrong, where, and what to do.
     """
-    from gpt2cli import inference
+    from gpt2cli.inference import generator as inference
 
     return inference.load_model(path, precision)
 

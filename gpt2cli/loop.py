@@ -15,9 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from gpt2cli import engine, files, graph, inference, journal, machine, training
+from gpt2cli import engine, files, journal, machine, training
 from gpt2cli.config import GenerateSettings, new_seed
 from gpt2cli.errors import UserError
+from gpt2cli.inference import generator as inference
+from gpt2cli.inference.engines import xla as graph
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.text import batches as windows
 

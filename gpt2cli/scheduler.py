@@ -11,7 +11,7 @@ import time
 import traceback
 from typing import NamedTuple
 
-from gpt2cli.inference import STREAMED, Batch
+from gpt2cli.inference.generator import STREAMED, Batch
 
 
 class Full(Exception):

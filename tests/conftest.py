@@ -63,7 +63,8 @@ def network():
 
 def compiled(kind, network):
     """A GPT2 made ready to generate: "graph", or "lite" with a copy of its weights."""
-    from gpt2cli import graph, lite
+    from gpt2cli.inference.engines import litert as lite
+    from gpt2cli.inference.engines import xla as graph
 
     if kind == "graph":
         return graph.Graph(network)
@@ -79,7 +80,7 @@ def either(request, network):
 @pytest.fixture(scope="session")
 def plain_model(network):
     """`network` as a Model, without a vocabulary."""
-    from gpt2cli import inference
+    from gpt2cli.inference import generator as inference
 
     return inference.Model(compiled("lite", network), None)
 
@@ -87,7 +88,7 @@ def plain_model(network):
 @pytest.fixture(scope="session")
 def either_model(either):
     """`either` as a Model, without a vocabulary."""
-    from gpt2cli import inference
+    from gpt2cli.inference import generator as inference
 
     return inference.Model(either, None)
 
@@ -125,8 +126,8 @@ def cli(capsys, monkeypatch, tiny):
     models/tiny is loaded and compiled once for all tests, which takes most of a command's time; the
     tests that start a process of their own load it as users do.
     """
-    from gpt2cli import inference
     from gpt2cli.cli import main
+    from gpt2cli.inference import generator as inference
 
     load_model = inference.load_model
 

@@ -7,9 +7,12 @@ import oracle
 import pytest
 from conftest import TINY, compiled, lively
 
-from gpt2cli import beams, continuation, generation, inference, sampling
 from gpt2cli.config import GenerateSettings
 from gpt2cli.errors import UsageError
+from gpt2cli.inference import beams, sampling
+from gpt2cli.inference import generator as inference
+from gpt2cli.inference import rows as generation
+from gpt2cli.inference import text as continuation
 from gpt2cli.model.sizes import ModelConfig
 
 NAMES = ("a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import PROMPTS, ROOT
 
-from gpt2cli import files, inference
+from gpt2cli import files
+from gpt2cli.inference import generator as inference
 
 FLAGS = ("--model_name", "tiny", "--length", 6, "--top_k", 20, "--format", "jsonl")
 

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import engine, graph, inference, lite, program
+from gpt2cli import engine
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
+from gpt2cli.inference import generator as inference
+from gpt2cli.inference.engines import litert as lite
+from gpt2cli.inference.engines import litert_program as program
+from gpt2cli.inference.engines import xla as graph
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 

@@ -18,8 +18,9 @@ from conftest import PROMPTS, ROOT
 from test_jobs import FLAGS, Stopped, job, lines
 
 from gpt2cli import cli as command_line
-from gpt2cli import files, inference, processes
+from gpt2cli import files, processes
 from gpt2cli.config import SampleConfig
+from gpt2cli.inference import generator as inference
 
 
 def test_processes_together_write_what_one_does(cli, prompts):

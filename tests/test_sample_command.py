@@ -100,7 +100,7 @@ def test_before_min_length_a_stop_text_does_not_end_a_sample(tiny):
 @pytest.fixture(scope="module")
 def chinese(network, tmp_path_factory):
     """`network` with a WordPiece vocabulary of its 97 tokens, all but two of them Chinese."""
-    from gpt2cli import inference
+    from gpt2cli.inference import generator as inference
 
     folder = tmp_path_factory.mktemp("chinese")
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "。", "，"]

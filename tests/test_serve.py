@@ -26,9 +26,10 @@ import oracle
 import pytest
 from conftest import ROOT, compiled
 
-from gpt2cli import completions, inference, scheduler, server, service
+from gpt2cli import completions, scheduler, server, service
 from gpt2cli.config import GenerateSettings, ServeConfig
 from gpt2cli.errors import UserError
+from gpt2cli.inference import generator as inference
 
 SECRET = "Nobody may read this in the log"
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, lively
 
-from gpt2cli import formats, inference
+from gpt2cli import formats
+from gpt2cli.inference import generator as inference
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint

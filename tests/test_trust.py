@@ -169,7 +169,7 @@ def test_a_checkpoint_for_good_that_failed_is_for_good_later(cli, mini, monkeypa
 
 
 def test_what_a_stop_broke_off_is_done_when_the_run_goes_on(cli, mini, monkeypatch):
-    from gpt2cli import inference
+    from gpt2cli.inference import generator as inference
 
     real, calls = inference.Model.score, []
 
@@ -194,7 +194,7 @@ def test_what_a_stop_broke_off_is_done_when_the_run_goes_on(cli, mini, monkeypat
 
 def test_samples_that_a_stop_broke_off_begin_as_they_would_have(cli, mini, monkeypatch):
     """Of a model without a start token they go on from a token of the step's batch."""
-    from gpt2cli import inference
+    from gpt2cli.inference import generator as inference
 
     sizes = dataclasses.replace(SIZES, extra={"start_token": None})
     folders.copy_description(mini / "models" / "mini", mini / "models" / "mini", sizes)
@@ -248,7 +248,7 @@ def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
 
 def validated(cli, losses, monkeypatch, *more):
     """Train with these validation losses, one a step from step 0."""
-    from gpt2cli import inference
+    from gpt2cli.inference import generator as inference
 
     wanted, real = iter(losses), inference.Model.score
 

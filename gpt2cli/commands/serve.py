@@ -35,7 +35,8 @@ def run(config):
     if hasattr(signal, "SIGHUP"):  # until it means something it must not end us
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from gpt2cli import engine, inference, service  # what can be refused was refused before this
+    from gpt2cli import engine, service  # what can be refused was refused before this
+    from gpt2cli.inference import generator as inference
 
     engine.keep_no_memory()
 

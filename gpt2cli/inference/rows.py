@@ -9,7 +9,7 @@ import copy
 
 import numpy as np
 
-from gpt2cli import sampling
+from gpt2cli.inference import sampling
 
 
 class Row:

@@ -11,11 +11,15 @@ from typing import get_args
 
 import numpy as np
 
-from gpt2cli import beams, generation, graph, lite, sampling, training
+from gpt2cli import training
 from gpt2cli.config import GenerateSettings, Precision, new_seed
-from gpt2cli.continuation import Continuation, Sample
 from gpt2cli.engine import gpus_for
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.inference import beams, sampling
+from gpt2cli.inference import rows as generation
+from gpt2cli.inference.engines import litert as lite
+from gpt2cli.inference.engines import xla as graph
+from gpt2cli.inference.text import Continuation, Sample
 from gpt2cli.model import network as model
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.text import batches as windows

@@ -10,8 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from gpt2cli import graph_rules, sampling
 from gpt2cli.engine import tf
+from gpt2cli.inference import sampling
+from gpt2cli.inference.engines import xla_rules as graph_rules
 from gpt2cli.model import kernels
 from gpt2cli.model import network as model
 

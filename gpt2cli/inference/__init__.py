@@ -1,0 +1,4 @@
+"""A loaded model at work: it scores texts and continues them.
+
+May import: text.
+"""
