@@ -20,12 +20,12 @@ COUNT = int(sys.argv[1])
 devices = [tf.config.LogicalDeviceConfiguration()] * COUNT
 tf.config.set_logical_device_configuration(processor, devices)
 
-from gpt2cli import training  # noqa: E402
 from gpt2cli.config import TrainConfig  # noqa: E402
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig  # noqa: E402
-from gpt2cli.replicas import Replicas  # noqa: E402
 from gpt2cli.text import batches as windows
+from gpt2cli.training import step as training  # noqa: E402
+from gpt2cli.training.devices import Replicas  # noqa: E402
 
 SIZES = ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2)
 ROWS = 12  # of the global batch, which 1, 2, 3 and 4 devices can share

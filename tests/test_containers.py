@@ -10,7 +10,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from gpt2cli import cli, cluster
+from gpt2cli import cli
+from gpt2cli.training import hosts as cluster
 
 TEXT = (ROOT / "docs" / "CONTAINERS.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, small_disk
 
-from gpt2cli import journal, training
 from gpt2cli.config import TrainConfig
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
@@ -28,6 +27,8 @@ from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.text import batches as windows
 from gpt2cli.text import encoder
+from gpt2cli.training import journal
+from gpt2cli.training import step as training
 
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2cli import __version__, cluster, machine
+from gpt2cli import __version__, machine
 from gpt2cli.errors import UserError
 from gpt2cli.storage import folders
+from gpt2cli.training import hosts as cluster
 
 PACKAGES = ("tensorflow", "keras", "numpy", "tiktoken", "tokenizers", "safetensors")
 EXTRAS = {"serve": "starlette", "torch": "torch"}  # and a package that shows it is there

@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 
-from gpt2cli import __version__, cluster, files
+from gpt2cli import __version__, files
 from gpt2cli.errors import BusyError, UserError
 from gpt2cli.storage import folders, runs
 from gpt2cli.text import corpus as dataset
 from gpt2cli.text import encoder
+from gpt2cli.training import hosts as cluster
 
 
 def run(config):
@@ -30,7 +31,10 @@ def run(config):
         vocabulary = encoder.of_model(prefix.parent)
         tokens, held_out = texts(config, prefix.parent, vocabulary)
 
-        from gpt2cli import loop, replicas  # what can be refused was refused before this import
+        from gpt2cli.training import devices as replicas
+        from gpt2cli.training import (  # what can be refused was refused before this import
+            run as loop,
+        )
 
         run = None
         if hosts.hosts > 1 and not meet(hosts, config, prefix, resumed, tokens, held_out):

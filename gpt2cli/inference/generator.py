@@ -11,7 +11,6 @@ from typing import get_args
 
 import numpy as np
 
-from gpt2cli import training
 from gpt2cli.config import GenerateSettings, Precision, new_seed
 from gpt2cli.engine import gpus_for
 from gpt2cli.errors import UsageError, UserError
@@ -24,6 +23,7 @@ from gpt2cli.model import network as model
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.text import batches as windows
 from gpt2cli.text import encoder
+from gpt2cli.training import step as training
 
 STREAMED = 4  # tokens between two pieces of a streamed text
 

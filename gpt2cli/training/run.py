@@ -15,13 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-from gpt2cli import engine, files, journal, machine, training
+from gpt2cli import engine, files, machine
 from gpt2cli.config import GenerateSettings, new_seed
 from gpt2cli.errors import UserError
 from gpt2cli.inference import generator as inference
 from gpt2cli.inference.engines import xla as graph
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.text import batches as windows
+from gpt2cli.training import journal
+from gpt2cli.training import step as training
 
 SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run ends
 TRY_AGAIN = 60.0  # seconds after which a checkpoint that could not be written is tried again
