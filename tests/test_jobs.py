@@ -158,7 +158,7 @@ def test_a_second_command_on_the_same_output_is_told_to_come_later(cli, prompts)
 
 
 def test_an_output_that_cannot_be_written_says_how_to_go_on(cli, prompts, monkeypatch):
-    from gpt2cli import jobs
+    from gpt2cli.jobs import lines as jobs
 
     def full(self, objects):
         with jobs._told(self._path):

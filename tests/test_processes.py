@@ -18,9 +18,10 @@ from conftest import PROMPTS, ROOT
 from test_jobs import FLAGS, Stopped, job, lines
 
 from gpt2cli import cli as command_line
-from gpt2cli import files, processes
+from gpt2cli import files
 from gpt2cli.config import SampleConfig
 from gpt2cli.inference import generator as inference
+from gpt2cli.jobs import workers as processes
 
 
 def test_processes_together_write_what_one_does(cli, prompts):
@@ -146,7 +147,8 @@ def test_a_file_that_has_the_name_of_a_part_by_chance_is_not_joined(cli, childre
 
 KILLED = """
 import os, sys
-from gpt2cli import cli, jobs
+from gpt2cli import cli
+from gpt2cli.jobs import lines as jobs
 
 real = jobs.Lines.join
 

@@ -5,9 +5,10 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from gpt2cli import answers, files
+from gpt2cli import files
 from gpt2cli.config import new_seed
 from gpt2cli.errors import UserError
+from gpt2cli.jobs import job as answers
 from gpt2cli.storage import folders
 
 
