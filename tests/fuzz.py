@@ -23,10 +23,11 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 def targets():
     """Name -> function of bytes."""
-    from gpt2cli import cli, completions, config, files
+    from gpt2cli import cli, config, files
     from gpt2cli.jobs import job as answers
     from gpt2cli.jobs import lines as jobs
     from gpt2cli.model import sizes as hparams
+    from gpt2cli.serving import api as completions
     from gpt2cli.storage import folders, runs
     from gpt2cli.text import corpus as dataset
     from gpt2cli.text import encoder

@@ -26,10 +26,12 @@ import oracle
 import pytest
 from conftest import ROOT, compiled
 
-from gpt2cli import completions, scheduler, server, service
 from gpt2cli.config import GenerateSettings, ServeConfig
 from gpt2cli.errors import UserError
 from gpt2cli.inference import generator as inference
+from gpt2cli.serving import api as completions
+from gpt2cli.serving import http as server
+from gpt2cli.serving import scheduler, service
 
 SECRET = "Nobody may read this in the log"
 
@@ -800,7 +802,7 @@ def test_what_cannot_be_served_is_said_at_once(cli, workdir, monkeypatch):
     (workdir / "models" / "tiny" / "encoder.json").unlink()
     found = cli("serve", "--model_name", "tiny")
     assert found.returncode == 1 and "vocabulary" in found.stderr
-    monkeypatch.setitem(sys.modules, "gpt2cli.server", None)
-    monkeypatch.delattr("gpt2cli.server")
+    monkeypatch.setitem(sys.modules, "gpt2cli.serving.http", None)
+    monkeypatch.delattr("gpt2cli.serving.http")
     found = cli("serve", "--model_name", "tiny")
     assert found.returncode == 1 and "pip install 'gpt2cli[serve]'" in found.stderr

@@ -19,7 +19,7 @@ def run(config):
         UserError: the extra is not installed, the port is taken, or there is no such model.
     """
     try:
-        from gpt2cli import server
+        from gpt2cli.serving import http as server
     except ImportError as error:
         raise UserError(
             f"serve needs more packages ({error.name} is missing): pip install 'gpt2cli[serve]', "
@@ -35,8 +35,9 @@ def run(config):
     if hasattr(signal, "SIGHUP"):  # until it means something it must not end us
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from gpt2cli import engine, service  # what can be refused was refused before this
+    from gpt2cli import engine  # what can be refused was refused before this
     from gpt2cli.inference import generator as inference
+    from gpt2cli.serving import service
 
     engine.keep_no_memory()
 

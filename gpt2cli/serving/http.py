@@ -21,8 +21,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gpt2cli import __version__, completions, flags
-from gpt2cli.completions import CompletionRequest, Refused
+from gpt2cli import __version__, flags
+from gpt2cli.serving import api as completions
+from gpt2cli.serving.api import CompletionRequest, Refused
 
 WEB = Path(__file__).parent / "web"
 # The page needs nothing from elsewhere and may send nothing elsewhere.

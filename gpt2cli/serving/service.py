@@ -14,10 +14,11 @@ import uuid
 
 import prometheus_client
 
-from gpt2cli import completions, scheduler
-from gpt2cli.completions import Refused
 from gpt2cli.config import new_seed
 from gpt2cli.errors import UserError
+from gpt2cli.serving import api as completions
+from gpt2cli.serving import scheduler
+from gpt2cli.serving.api import Refused
 from gpt2cli.storage import folders
 
 

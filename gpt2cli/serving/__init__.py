@@ -1,0 +1,4 @@
+"""The HTTP server: a page and the API of OpenAI's completions.
+
+May import: inference.
+"""
