@@ -68,7 +68,7 @@ def refusal(cli, *words):
 
 
 def test_paths_that_cannot_be_right_are_refused_without_tensorflow(cli, hf, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gpt2cli.formats", None)  # an import would fail
+    monkeypatch.setitem(sys.modules, "gpt2cli.formats.convert", None)  # an import would fail
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")

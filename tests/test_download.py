@@ -773,7 +773,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory):
     """The files of models/tiny in Hugging Face's form: name -> bytes."""
-    from gpt2cli import formats
+    from gpt2cli.formats import convert as formats
 
     folder = tmp_path_factory.mktemp("hub") / "tiny"
     formats.convert(formats.open_source(TINY), folder, to="hf")

@@ -12,9 +12,10 @@ import safetensors.numpy
 from conftest import lively
 from test_model import GOLDEN, check_golden
 
-from gpt2cli import formats, statedict
 from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
+from gpt2cli.formats import convert as formats
+from gpt2cli.formats import statedict
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
@@ -777,7 +778,7 @@ def test_a_crash_at_any_time_leaves_nothing(tmp_path, state, monkeypatch):
                 raise error
 
             with monkeypatch.context() as patch:
-                patch.setattr(f"gpt2cli.formats.{name}", crash)
+                patch.setattr(f"gpt2cli.formats.convert.{name}", crash)
                 with pytest.raises((KeyboardInterrupt, UserError)):
                     formats.convert(source, tmp_path / "new" / "deep" / "out")
             assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, lively
 
-from gpt2cli import formats
+from gpt2cli.formats import convert as formats
 from gpt2cli.inference import generator as inference
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig

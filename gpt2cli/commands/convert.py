@@ -16,7 +16,9 @@ def run(config: ConvertConfig) -> None:
         UserError: see `formats.open_source` and `formats.convert`; DST exists, or is SRC.
     """
     check_paths(config)
-    from gpt2cli import formats  # brings TensorFlow, which no refusal above should wait for
+    from gpt2cli.formats import (
+        convert as formats,  # brings TensorFlow, which no refusal above should wait for
+    )
 
     source = formats.open_source(
         config.src,

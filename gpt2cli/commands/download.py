@@ -95,7 +95,8 @@ def download_hub(config):
             session.auth = repository.authorize
             hub.fetch(session, repository, hidden, repository.description)
             # They bring TensorFlow, but a model of another kind ends here.
-            from gpt2cli import formats, statedict
+            from gpt2cli.formats import convert as formats
+            from gpt2cli.formats import statedict
 
             statedict.check_hf_config(hidden / "config.json")
             if not any(name.endswith(".safetensors") for name in repository.weights):

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from gpt2cli import files, statedict, vocabularies
+from gpt2cli import files
 from gpt2cli.errors import UserError
+from gpt2cli.formats import statedict, vocabularies
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import SIZES, ModelConfig
 from gpt2cli.storage import checkpoint, folders

@@ -1,0 +1,4 @@
+"""Models of other programs, read and written.
+
+May import: text.
+"""
