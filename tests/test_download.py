@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, small_disk
 
-from gpt2cli import transfer
 from gpt2cli.commands import download
 from gpt2cli.config import DownloadConfig
 from gpt2cli.errors import UserError
+from gpt2cli.remote import transfer
 
 GOLDEN = Path(__file__).parents[2] / "shared/golden/gpt2-openai/a-l12-h3-e24-c96-v601"
 VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2"

@@ -12,10 +12,11 @@ from urllib.parse import quote
 
 import requests
 
-from gpt2cli import files, hub, transfer
+from gpt2cli import files
 from gpt2cli.config import DownloadConfig
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ALIASES, RELEASED, ModelConfig
+from gpt2cli.remote import hub, transfer
 from gpt2cli.storage import folders
 
 BUCKET = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # openai/gpt-2 download_model.py

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from gpt2cli import files, transfer
+from gpt2cli import files
 from gpt2cli.errors import UserError
+from gpt2cli.remote import transfer
 
 ENDPOINT = "https://huggingface.co"
 # The config first: it shows whether the model is a GPT-2 at all.

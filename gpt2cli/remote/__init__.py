@@ -1,0 +1,4 @@
+"""Models from elsewhere: released ones, mirrors, the Hugging Face hub.
+
+May import: storage.
+"""
