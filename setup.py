@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["gpt2cli", "gpt2cli.*"]),
-    package_data={"gpt2cli": ["web/*.html", "web/static/*"]},  # the page of `serve`
+    package_data={"gpt2cli.serving": ["web/*.html", "web/static/*"]},  # the page of `serve`
     python_requires=">=3.10,<3.14",  # the Pythons that TensorFlow has wheels for
     install_requires=[
         "tensorflow>=2.18,<2.22",  # the graph; the suite was run on both ends

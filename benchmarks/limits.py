@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from gpt2cli.engine import tf
+from gpt2cli.tensorflow import tf
 
 PIECE = 512 * 2**20  # bytes of a core's array
 WIDTH, ROWS = 4096, 1024

@@ -3,7 +3,7 @@
 import worker
 
 import gpt2cli
-from gpt2cli import engine
+from gpt2cli import tensorflow as engine
 from gpt2cli.inference import generator as inference
 from gpt2cli.inference.engines import xla as graph
 from gpt2cli.storage import checkpoint

@@ -21,9 +21,9 @@ devices = [tf.config.LogicalDeviceConfiguration()] * COUNT
 tf.config.set_logical_device_configuration(processor, devices)
 
 from gpt2cli.config import TrainConfig  # noqa: E402
-from gpt2cli.model import network as model
+from gpt2cli.model import network as model  # noqa: E402
 from gpt2cli.model.sizes import ModelConfig  # noqa: E402
-from gpt2cli.text import batches as windows
+from gpt2cli.text import batches as windows  # noqa: E402
 from gpt2cli.training import step as training  # noqa: E402
 from gpt2cli.training.devices import Replicas  # noqa: E402
 

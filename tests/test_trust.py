@@ -20,11 +20,11 @@ import pytest
 from conftest import ROOT, small_disk
 
 from gpt2cli.config import TrainConfig
-from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.tensorflow import tf
 from gpt2cli.text import batches as windows
 from gpt2cli.text import encoder
 from gpt2cli.training import journal

@@ -155,7 +155,7 @@ def tensorflow(config):
         advice = next(advice for pattern, advice in IMPORT_ADVICE if re.search(pattern, end))
         yield Finding("tensorflow", f"cannot be imported: {end}", advice)
         return
-    from gpt2cli import engine
+    from gpt2cli import tensorflow as engine
 
     yield from devices(engine)
     yield from gpus(engine)
@@ -166,7 +166,7 @@ def end_of_import(verbose):
 
     Not this process: an instruction that the processor lacks would end it.
     """
-    code = f"import sys; sys.path[:] = {[*map(str, sys.path)]}; import gpt2cli.engine"
+    code = f"import sys; sys.path[:] = {[*map(str, sys.path)]}; import gpt2cli.tensorflow"
     words = (sys.executable, "-c", code)  # verbose, for the last words of native code
     status, text = outcome(IMPORT_SECONDS, *words, GPT2CLI_VERBOSE="1")
     if not status:

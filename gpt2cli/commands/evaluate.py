@@ -19,7 +19,7 @@ def run(config):
     vocabulary = encoder.of_model(folder)
     tokens = dataset.load(config.dataset, vocabulary, config, encoder.ids_of(folder, vocabulary))
 
-    from gpt2cli import engine  # what can be refused was refused before this import
+    from gpt2cli import tensorflow as engine  # what can be refused was refused before this import
     from gpt2cli.inference import generator as inference
 
     engine.keep_no_memory()

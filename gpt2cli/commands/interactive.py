@@ -30,7 +30,7 @@ def run(config):
     if not encoder.exists(prefix.parent):
         raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
 
-    from gpt2cli import engine  # what can be refused was refused before this import
+    from gpt2cli import tensorflow as engine  # what can be refused was refused before this import
     from gpt2cli.inference import generator as inference
 
     engine.keep_no_memory()

@@ -41,7 +41,7 @@ def run(config):
 
 def _load(config, prefix, prompts):
     """The model; what is not as the user may think is said."""
-    from gpt2cli import engine  # what can be refused was refused before this import
+    from gpt2cli import tensorflow as engine  # what can be refused was refused before this import
     from gpt2cli.inference import generator as inference
 
     engine.keep_no_memory()

@@ -35,7 +35,7 @@ def run(config):
     if hasattr(signal, "SIGHUP"):  # until it means something it must not end us
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from gpt2cli import engine  # what can be refused was refused before this
+    from gpt2cli import tensorflow as engine  # what can be refused was refused before this
     from gpt2cli.inference import generator as inference
     from gpt2cli.serving import service
 

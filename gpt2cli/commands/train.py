@@ -98,7 +98,7 @@ FREE = ("dataset", "models_dir", "checkpoint_dir", "sample_dir", "restore_from",
 
 def card(config, prefix, state, tokens, held_out):
     """What must be alike on all hosts, see cluster.meet."""
-    from gpt2cli import engine
+    from gpt2cli import tensorflow as engine
 
     given = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*FREE, "verbose")}
     kept = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,6 @@ from typing import get_args
 import numpy as np
 
 from gpt2cli.config import GenerateSettings, Precision, new_seed
-from gpt2cli.engine import gpus_for
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.inference import beams, sampling
 from gpt2cli.inference import rows as generation
@@ -21,6 +20,7 @@ from gpt2cli.inference.engines import xla as graph
 from gpt2cli.inference.text import Continuation, Sample
 from gpt2cli.model import network as model
 from gpt2cli.storage import checkpoint, folders
+from gpt2cli.tensorflow import gpus_for
 from gpt2cli.text import batches as windows
 from gpt2cli.text import encoder
 from gpt2cli.training import step as training

@@ -150,7 +150,7 @@ def _fill(lines, config, prefix, prompts):
 
 
 def _load(config, prefix):
-    from gpt2cli import engine  # what can be refused was refused before this import
+    from gpt2cli import tensorflow as engine  # what can be refused was refused before this import
     from gpt2cli.inference import generator as inference
 
     engine.keep_no_memory()

@@ -33,7 +33,7 @@ def gpus():
 
 def usable_gpus():
     """How many GPUs TensorFlow can use; a process of its own loads it and says so, in seconds."""
-    code = "from gpt2cli import engine; print(len(engine.GPUS))"
+    code = "from gpt2cli import tensorflow; print(len(tensorflow.GPUS))"
     environment = {**os.environ, "PYTHONPATH": _path()}
     words = [sys.executable, "-c", code]
     said = subprocess.run(words, env=environment, capture_output=True, text=True).stdout.split()
@@ -132,5 +132,5 @@ def _end(running):
 
 def _path():
     """PYTHONPATH with which a process finds this package, wherever it was imported from."""
-    here = str(Path(__file__).parents[1])
+    here = str(Path(__file__).parents[2])
     return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])

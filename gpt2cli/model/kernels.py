@@ -6,7 +6,7 @@ program each, or keep less. All else of the gradient is TensorFlow's.
 
 import functools
 
-from gpt2cli.engine import tf
+from gpt2cli.tensorflow import tf
 
 MASKED = -1e10  # openai/gpt-2 src/model.py, mask_attn_weights
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2cli.engine import tf
 from gpt2cli.model import kernels
+from gpt2cli.tensorflow import tf
 
 LOGIT_ROWS = 1024  # of as many tokens training has the logits at once
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from gpt2cli import files
-from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import folders, runs
+from gpt2cli.tensorflow import tf
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import re
 
 import numpy as np
 
-from gpt2cli.engine import GPUS, tf
 from gpt2cli.errors import UserError
+from gpt2cli.tensorflow import GPUS, tf
 from gpt2cli.training import hosts as cluster
 
 # what TensorFlow makes of a connection that broke, or that nobody answers on

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from gpt2cli import files
-from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
+from gpt2cli.tensorflow import tf
 
 
 class Journal:

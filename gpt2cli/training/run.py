@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from gpt2cli import engine, files, machine
+from gpt2cli import files, machine
+from gpt2cli import tensorflow as engine
 from gpt2cli.config import GenerateSettings, new_seed
 from gpt2cli.errors import UserError
 from gpt2cli.inference import generator as inference

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.model.network import IN_LAYER, LOGIT_ROWS, MATRIX, Dropout, weight_shapes
+from gpt2cli.tensorflow import tf
 from gpt2cli.training.devices import Replicas
 
 

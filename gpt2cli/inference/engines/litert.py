@@ -9,12 +9,12 @@ import weakref
 
 import numpy as np
 
-from gpt2cli.engine import tf
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines import litert_program as program
 from gpt2cli.inference.engines.litert_program import Program
 from gpt2cli.model import kernels
 from gpt2cli.model import network as model
+from gpt2cli.tensorflow import tf
 
 SLOTS = 128  # a cache grows by so many
 ROWS = 256  # tokens whose logits exist at once when a text is scored

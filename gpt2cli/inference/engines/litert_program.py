@@ -21,10 +21,10 @@ import flatbuffers
 import numpy as np
 
 from gpt2cli import files, machine
-from gpt2cli.engine import lite_schema, tf, without_noise
 from gpt2cli.errors import UserError
 from gpt2cli.model import kernels
 from gpt2cli.model import network as model
+from gpt2cli.tensorflow import lite_schema, tf, without_noise
 
 ALIGNMENT = 64  # bytes, of a weight in the file; a cache line
 BLOCK = 256  # rows of a matrix that are quantized at once

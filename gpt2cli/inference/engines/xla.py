@@ -10,11 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from gpt2cli.engine import tf
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines import xla_rules as graph_rules
 from gpt2cli.model import kernels
 from gpt2cli.model import network as model
+from gpt2cli.tensorflow import tf
 
 SMALLEST_CACHE = 64  # slots; caches double from here, one compilation each
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2cli.engine import tf
+from gpt2cli.tensorflow import tf
 
 BLOCK = 256  # as in sampling.py, so that the same number draws the same token
 

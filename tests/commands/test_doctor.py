@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt2cli import engine
+from gpt2cli import tensorflow as engine
 from gpt2cli.commands import doctor
 
 CARD = "NVIDIA H100 80GB HBM3, 81559, 80994, 550.54.15"

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import engine
-from gpt2cli.engine import tf
+from gpt2cli import tensorflow as engine
 from gpt2cli.errors import UserError
 from gpt2cli.inference import generator as inference
 from gpt2cli.inference.engines import litert as lite
@@ -20,6 +19,7 @@ from gpt2cli.inference.engines import litert_program as program
 from gpt2cli.inference.engines import xla as graph
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.tensorflow import tf
 
 GPT2 = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
 GPT2_ML = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2, arch="gpt2_ml")

@@ -17,7 +17,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.text import encoder
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")
 
 TRAINING = [
@@ -446,7 +446,7 @@ def test_windows_line_ends_in_vocabulary_files_do_not_matter(tmp_path, wordpiece
 
 def test_importing_the_encoder_loads_neither_tensorflow_nor_the_tokenizers():
     code = (
-        "import sys; from gpt2cli import encoder, dataset; from gpt2cli.commands import encode;"
+        "import sys; from gpt2cli.text import encoder, corpus; from gpt2cli.commands import encode;"
         "print([m for m in ('tensorflow', 'tiktoken', 'tokenizers') if m in sys.modules])"
     )
     result = subprocess.run(
@@ -454,6 +454,6 @@ def test_importing_the_encoder_loads_neither_tensorflow_nor_the_tokenizers():
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert result.stdout.strip() == "[]"

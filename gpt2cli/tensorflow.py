@@ -1,6 +1,6 @@
 """TensorFlow, imported without its log noise and with its memory settings made before first use.
 
-Every module that needs TensorFlow takes it from here: `from gpt2cli.engine import tf`.
+Every module that needs TensorFlow takes it from here: `from gpt2cli.tensorflow import tf`.
 """
 
 import contextlib

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gpt2cli.engine import tf
 from gpt2cli.model import kernels
 from gpt2cli.model import network as model
+from gpt2cli.tensorflow import tf
 
 
 def both_gradients(ours, plain, *arguments):

@@ -8,10 +8,10 @@ import pytest
 from conftest import lively
 
 from gpt2cli.config import TrainConfig
-from gpt2cli.engine import tf
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
+from gpt2cli.tensorflow import tf
 from gpt2cli.text import batches as windows
 from gpt2cli.training import step as training
 

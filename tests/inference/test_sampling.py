@@ -8,13 +8,13 @@ import pytest
 from conftest import SHARED, compiled, lively
 
 from gpt2cli.config import GenerateSettings
-from gpt2cli.engine import tf
 from gpt2cli.inference import generator as inference
 from gpt2cli.inference import rows as generation
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines import xla_rules as graph_rules
 from gpt2cli.inference.rows import Row
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.tensorflow import tf
 
 ROWS = np.random.default_rng(0).normal(0, 3, [4, 300]).astype(np.float32)
 

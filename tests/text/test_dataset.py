@@ -25,7 +25,7 @@ from gpt2cli.text import batches as windows
 from gpt2cli.text import corpus as dataset
 from gpt2cli.text import encoder
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")
 DEFAULTS = TextSettings()
 
@@ -755,7 +755,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
     line = b"the kettle clicked off at half past six" + (b" " if flags else b"\n")
     path = write(tmp_path / "a.txt", line * 1_000_000)
     code = (
-        "import resource, sys, pathlib; from gpt2cli import dataset, encoder; from gpt2cli.config "
+        "import resource, sys, pathlib; from gpt2cli.text import corpus as dataset, encoder; from gpt2cli.config "
         "import TextSettings; import numpy as np\n"
         "path, out = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         "class Fast:\n"
@@ -771,7 +771,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert np.load(tmp_path / "o.npy", mmap_mode="r").shape == (40_000_001,)
     assert int(result.stdout) < 40_000  # kB

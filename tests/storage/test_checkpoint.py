@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import lively
 
-from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.tensorflow import tf
 
 
 @pytest.fixture

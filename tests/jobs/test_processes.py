@@ -518,7 +518,7 @@ def test_all_are_ended_together_when_this_process_is(program, monkeypatch):
 def test_processes_end_when_the_one_that_started_them_is_ended(tmp_path, program, number):
     program("touch ready$$; exec sleep 100")
     code = (
-        "import sys; from gpt2cli import config, processes; sys.executable = sys.argv[1]\n"
+        "import sys; from gpt2cli import config; from gpt2cli.jobs import workers as processes; sys.executable = sys.argv[1]\n"
         "processes.run('sample', [config.SampleConfig()] * 2, None)"
     )
     python, script = sys.orig_argv[0], sys.executable

@@ -4,10 +4,10 @@ import numpy as np
 import oracle
 import pytest
 
-from gpt2cli.engine import tf
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint
+from gpt2cli.tensorflow import tf
 
 TOKENS = np.array([5, 90, 5, 17, 63, 2, 2, 88, 41, 0, 96, 30, 11], np.int32)
 TOLERANCE = 2e-5  # float32 against float64; every slip below is far above it

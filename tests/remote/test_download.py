@@ -24,8 +24,8 @@ from gpt2cli.config import DownloadConfig
 from gpt2cli.errors import UserError
 from gpt2cli.remote import transfer
 
-GOLDEN = Path(__file__).parents[2] / "shared/golden/gpt2-openai/a-l12-h3-e24-c96-v601"
-VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2"
+GOLDEN = Path(__file__).parents[3] / "shared/golden/gpt2-openai/a-l12-h3-e24-c96-v601"
+VOCABULARY = Path(__file__).parents[3] / "shared/data/gpt2"
 DATA = "model.ckpt.data-00000-of-00001"
 
 MODEL = {
@@ -677,7 +677,7 @@ def test_the_module_does_not_bring_tensorflow():
         "import sys; from gpt2cli.commands import download; sys.exit('tensorflow' in sys.modules)"
     )
     assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )
 
 

@@ -12,13 +12,13 @@ import safetensors.numpy
 from conftest import lively
 from test_model import GOLDEN, check_golden
 
-from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.formats import convert as formats
 from gpt2cli.formats import statedict
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
+from gpt2cli.tensorflow import tf
 from gpt2cli.text import encoder
 
 SIZES = ModelConfig(n_vocab=40, n_ctx=12, n_embd=16, n_head=4, n_layer=2)

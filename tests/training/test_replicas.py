@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from gpt2cli.engine import tf
 from gpt2cli.errors import UserError
 from gpt2cli.model import network as model
 from gpt2cli.storage import checkpoint, folders
+from gpt2cli.tensorflow import tf
 from gpt2cli.training import hosts as cluster
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor")
