@@ -49,17 +49,17 @@ def _run(command, settings):
 
 
 def download(**settings):
-    """Fetch a model as `gpt2cli download` does; the settings are those of `DownloadConfig`."""
+    """Fetch a model as `gpt2cli download` does; the settings are those of `DownloadOptions`."""
     return _run("download", settings)
 
 
 def encode(**settings):
-    """Text to token ids as `gpt2cli encode` does it; the settings are those of `EncodeConfig`."""
+    """Text to token ids as `gpt2cli encode` does it; the settings are those of `EncodeOptions`."""
     return _run("encode", settings)
 
 
 def train(**settings):
-    """Train as `gpt2cli train` does; the settings are those of `TrainConfig`.
+    """Train as `gpt2cli train` does; the settings are those of `TrainOptions`.
 
     Returns:
         The run folder (a Path), which `load_model` takes.
@@ -68,7 +68,7 @@ def train(**settings):
 
 
 def sample(**settings):
-    """Print or write samples as `gpt2cli sample` does; the settings are those of `SampleConfig`.
+    """Print or write samples as `gpt2cli sample` does; the settings are those of `SampleOptions`.
 
     `load_model(...).generate(...)` gives them back instead.
     """
@@ -76,20 +76,20 @@ def sample(**settings):
 
 
 def convert(**settings):
-    """Convert a model as `gpt2cli convert` does; the settings are those of `ConvertConfig`."""
+    """Convert a model as `gpt2cli convert` does; the settings are those of `ConvertOptions`."""
     return _run("convert", settings)
 
 
 def export(**settings):
-    """Write a run's weights as `gpt2cli export` does; the settings are those of `ExportConfig`."""
+    """Write a run's weights as `gpt2cli export` does; the settings are those of `ExportOptions`."""
     return _run("export", settings)
 
 
 def vocab(**settings):
-    """Train a vocabulary as `gpt2cli vocab` does; the settings are those of `VocabConfig`."""
+    """Train a vocabulary as `gpt2cli vocab` does; the settings are those of `VocabOptions`."""
     return _run("vocab", settings)
 
 
 def init(**settings):
-    """Make a new model as `gpt2cli init` does; the settings are those of `InitConfig`."""
+    """Make a new model as `gpt2cli init` does; the settings are those of `InitOptions`."""
     return _run("init", settings)

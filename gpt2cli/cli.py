@@ -1,9 +1,9 @@
-"""The command line: Fire turns flags into a command's dataclass, and only then does work begin.
+"""The command line: Fire turns flags into a command's options, and only then does work begin.
 
 Left to itself, Fire runs a function before it complains about a misspelt flag, reads
 `--prompt "Hello, world"` as a tuple and takes `--flag=false` for true. So the flags are checked
 here first, each is handed over as `--name=value`, and the function that Fire calls only builds the
-dataclass.
+options.
 """
 
 import dataclasses
@@ -12,38 +12,53 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import signal
 import sys
 import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from gpt2cli import __version__, config, flags
+from gpt2cli import __version__, console, flags
 from gpt2cli.errors import BusyError, UsageError, UserError
 
-# Command -> its dataclass and the fields that may be given without their name, in order.
-COMMANDS = {
-    "download": (config.DownloadConfig, ("model",)),
-    "encode": (config.EncodeConfig, ("in_text", "out_npz")),
-    "train": (config.TrainConfig, ("dataset",)),
-    "sample": (config.SampleConfig, ()),
-    "interactive": (config.InteractiveConfig, ()),
-    "serve": (config.ServeConfig, ()),
-    "evaluate": (config.EvaluateConfig, ("dataset",)),
-    "convert": (config.ConvertConfig, ("src", "dst")),
-    "export": (config.ExportConfig, ("run_name", "dst")),
-    "vocab": (config.VocabConfig, ("in_text", "out")),
-    "init": (config.InitConfig, ("name",)),
-    "doctor": (config.DoctorConfig, ()),
+# Command -> the fields that may be given without their name, in order.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "download": ("model",),
+    "encode": ("in_text", "out_npz"),
+    "train": ("dataset",),
+    "sample": (),
+    "interactive": (),
+    "serve": (),
+    "evaluate": ("dataset",),
+    "convert": ("src", "dst"),
+    "export": ("run_name", "dst"),
+    "vocab": ("in_text", "out"),
+    "init": ("name",),
+    "doctor": (),
 }
 
-# of a UserError; 75 is EX_TEMPFAIL of sysexits.h: the same command may succeed later
-STATUSES = {UsageError: 2, BusyError: 75, UserError: 1}
+EXIT_STATUSES = {
+    0: "Success.",
+    1: "An error the user can fix; one line on standard error says how.",
+    2: "A wrong command line.",
+    75: "Another process is doing the same work or stopped it; the same command may succeed later.",
+    130: "Ctrl-C.",
+    141: "The reader of standard output closed it.",
+    143: "SIGTERM.",
+}
+STATUS_OF = {UsageError: 2, BusyError: 75, UserError: 1}  # 75 is EX_TEMPFAIL of sysexits.h
+OUT_OF_MEMORY = (
+    "gpt2cli: out of memory. Lower --batch_size; for train also --seq_length, or add "
+    "--memory_saving_gradients, --optimizer adafactor, --precision bfloat16 or "
+    "--only_train_transformer_layers"
+)
 
 
-def main(argv=None):
-    """Run one command line and leave with its exit status.
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command line and exit with a status of EXIT_STATUSES.
 
-    0 done, 1 an error that the user can mend, 2 a wrong command line, 75 another process is at the
-    same work, 130 Ctrl-C, 143 SIGTERM; any other exception is our bug and keeps its traceback.
+    Any exception that is not the user's to fix is a bug and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     # Without a handler a container's first process ignores SIGTERM, which `docker stop` sends.
@@ -53,18 +68,16 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):  # a text that cannot be shown must not end a run
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        settings = read_command_line(argv)
-        if settings is not None:
-            name = next(name for name, (cls, _) in COMMANDS.items() if type(settings) is cls)
-            if settings.verbose:
-                os.environ["GPT2CLI_VERBOSE"] = "1"
-            importlib.import_module(f"gpt2cli.commands.{name}").run(settings)
+        options = read_command_line(argv)
+        if options is not None:
+            console.verbose = options.verbose
+            sys.modules[type(options).__module__].run(options)
         sys.stdout.flush()
     except UserError as error:
-        print(f"gpt2cli: {error}", file=sys.stderr)
-        sys.exit(next(status for kind, status in STATUSES.items() if isinstance(error, kind)))
+        console.say(f"gpt2cli: {error}")
+        sys.exit(next(status for kind, status in STATUS_OF.items() if isinstance(error, kind)))
     except KeyboardInterrupt:
-        print("gpt2cli: interrupted", file=sys.stderr)
+        console.say("gpt2cli: interrupted")
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,24 +85,18 @@ def main(argv=None):
     except OSError as error:  # a file of the user's that no module expected to fail
         if error.errno is None:
             raise
-        where = error.filename or "standard output"
-        print(f"gpt2cli: {where}: {error.strerror}", file=sys.stderr)
+        console.say(f"gpt2cli: {error.filename or 'standard output'}: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush would fail again
         sys.exit(1)
     except Exception as error:
         # TensorFlow's class by name: importing it here would cost every command two seconds
         if not isinstance(error, MemoryError) and type(error).__name__ != "ResourceExhaustedError":
             raise
-        print(
-            "gpt2cli: out of memory. Lower --batch_size; for train also --seq_length, or turn on "
-            "--memory_saving_gradients, --optimizer adafactor, --precision bfloat16, "
-            "--only_train_transformer_layers",
-            file=sys.stderr,
-        )
+        console.say(OUT_OF_MEMORY)
         sys.exit(1)
 
 
-def _open_closed_streams():
+def _open_closed_streams() -> None:
     """Give the standard streams that the caller closed (`<&-`, cron) to the null device."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -100,8 +107,14 @@ def _open_closed_streams():
             setattr(sys, name, open(number, mode, closefd=False))
 
 
-def read_command_line(argv):
-    """The dataclass that a command line asks for, or None if it asked for help or the version.
+def options_class(command: str) -> type:
+    """Return the dataclass of a command's options."""
+    module = importlib.import_module(f"gpt2cli.commands.{command}")
+    return getattr(module, f"{command.capitalize()}Options")
+
+
+def read_command_line(argv: Sequence[str]) -> Any:
+    """Return a command's options, or None where help or the version was printed.
 
     Raises:
         UsageError: an unknown command or flag, a missing or wrong value.
@@ -116,7 +129,7 @@ def read_command_line(argv):
         return None
     if command not in COMMANDS:
         raise UsageError(
-            f"no command {command!r}{_nearest(command, COMMANDS)}. The commands are "
+            f"unknown command {command!r}{nearest(command, COMMANDS)}. The commands are "
             f"{', '.join(COMMANDS)}; see gpt2cli --help"
         )
     if "--help" in argv or "-h" in argv:
@@ -125,49 +138,29 @@ def read_command_line(argv):
     return _build(command, _given_values(command, argv[1:]))
 
 
-def _given_values(command, words):
-    """Words of a command line -> {field: [texts]}; every flag is checked before anything runs."""
-    config_class, positional = COMMANDS[command]
-    fields = flags.fields_of(config_class)
-    given, places = {}, list(positional)
+def _given_values(command: str, words: Sequence[str]) -> dict[str, list[str]]:
+    """Return the texts given for each field; every flag is checked before anything runs."""
+    fields = flags.fields_of(options_class(command))
+    given: dict[str, list[str]] = {}
+    places = list(COMMANDS[command])
     words = list(words)
     while words:
         word = words.pop(0)
-        if not word.startswith("--") or word == "--":
-            if not places or word == "--":
-                raise UsageError(f"{word!r} is one word too many; see gpt2cli {command} --help")
-            given.setdefault(places.pop(0), []).append(word)
-            continue
-        flag, equals, value = word[2:].partition("=")
-        name = flag.replace("-", "_")
-        name += "_" * (name + "_" in fields)
-        if name not in fields and name[:2] == "no" and fields.get(name[2:], [None])[0] is bool:
-            name, equals, value = name[2:], "=", "false"
-        if name not in fields:
-            raise UsageError(
-                f"{command} has no flag --{flag}{_nearest(name, fields, '--')}; "
-                f"see gpt2cli {command} --help"
-            )
-        if not equals:
-            alone = not words or words[0].startswith("--")
-            if fields[name][0] is bool and (alone or words[0].lower() not in _BOOLEANS):
-                value = "true"
-            elif alone:
-                raise UsageError(
-                    f"--{name} needs a value: {flags.describe_type(fields[name][0])} "
-                    f"(one that begins with -- is written --{name}=VALUE)"
-                )
-            else:
-                value = words.pop(0)
-        if name in places:
-            places.remove(name)
+        if word.startswith("--") and word != "--":
+            name, value = _read_flag(command, fields, word, words)
+            if name in places:
+                places.remove(name)
+        elif places and word != "--":
+            name, value = places.pop(0), word
+        else:
+            raise UsageError(f"unexpected argument {word!r}; see gpt2cli {command} --help")
         given.setdefault(name, []).append(value)
-    missing = [n for n, (_, d, _) in fields.items() if d is dataclasses.MISSING and n not in given]
+    required = [n for n, flag in fields.items() if flag.default is dataclasses.MISSING]
+    missing = ", ".join(f"--{flags.spelled(n)}" for n in required if n not in given)
     if missing:
-        asked = ", ".join(f"--{flags.spelled(n)}" for n in missing)
-        raise UsageError(f"{command} needs {asked}; see gpt2cli {command} --help")
+        raise UsageError(f"{command} needs {missing}; see gpt2cli {command} --help")
     for name, values in given.items():
-        if len(values) > 1 and fields[name][0] != tuple[str, ...]:
+        if len(values) > 1 and fields[name].hint != tuple[str, ...]:
             raise UsageError(f"--{name} is given {len(values)} times: {', '.join(values)}")
     return given
 
@@ -175,22 +168,51 @@ def _given_values(command, words):
 _BOOLEANS = ("true", "false", "1", "0", "yes", "no")
 
 
-def _build(command, given):
-    """Let Fire call the dataclass with the given texts, each read as its field's type."""
-    import fire  # a tenth of a second that --help need not wait for
+def _read_flag(
+    command: str, fields: dict[str, flags.Flag], word: str, words: list[str]
+) -> tuple[str, str]:
+    """Return a flag's field and its text, which may be the first of the remaining words."""
+    flag, equals, value = word[2:].partition("=")
+    name = flag.replace("-", "_")
+    if f"{name}_" in fields:
+        name += "_"
+    if name not in fields and name[:2] == "no" and name[2:] in fields:
+        if fields[name[2:]].hint is bool:
+            name, equals, value = name[2:], "=", "false"
+    if name not in fields:
+        raise UsageError(
+            f"{command} has no flag --{flag}{nearest(name, fields, '--')}; "
+            f"see gpt2cli {command} --help"
+        )
+    if equals:
+        return name, value
+    alone = not words or words[0].startswith("--")
+    if fields[name].hint is bool and (alone or words[0].lower() not in _BOOLEANS):
+        return name, "true"
+    if alone:
+        raise UsageError(
+            f"--{name} needs a value: {flags.describe_type(fields[name].hint)} "
+            f"(write a value that begins with -- as --{name}=VALUE)"
+        )
+    return name, words.pop(0)
 
-    config_class, _ = COMMANDS[command]
-    fields = flags.fields_of(config_class)
+
+def _build(command: str, given: dict[str, list[str]]) -> Any:
+    """Let Fire build the options from the given texts, each read as its field's type."""
+    import fire  # takes a tenth of a second, which --help need not wait for
+
+    cls = options_class(command)
+    fields = flags.fields_of(cls)
     built = []
 
-    def build(**settings):
-        built.append(config_class(**settings))
+    def build(**settings: Any) -> None:
+        built.append(cls(**settings))
 
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in given
     ]
-    build.__signature__ = inspect.Signature(parameters)
-    readers = {name: _reader(name, fields[name][0]) for name in given}
+    build.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    readers = {name: _reader(name, fields[name].hint) for name in given}
     fire.decorators.SetParseFns(**readers)(build)
     # A list of texts, so that no value is ever read by Fire's own rules, and no separator.
     words = [f"--{name}={json.dumps(values)}" for name, values in given.items()]
@@ -198,11 +220,11 @@ def _build(command, given):
     return built[0]
 
 
-def _reader(name, hint):
-    """The function with which Fire reads a flag: JSON list of texts -> value, or a UsageError."""
+def _reader(name: str, hint: Any) -> Callable[[str], Any]:
+    """Return the function with which Fire reads a flag: a JSON list of texts to a value."""
 
-    def read(texts):
-        texts = json.loads(texts)
+    def read(encoded: str) -> Any:
+        texts = json.loads(encoded)
         if hint == tuple[str, ...]:
             return tuple(texts)
         try:
@@ -214,44 +236,58 @@ def _reader(name, hint):
     return read
 
 
-def _nearest(word, words, dashes=""):
+def nearest(word: str, words: Iterable[str], dashes: str = "") -> str:
+    """Return ` (did you mean WORD?)`, or nothing where no word is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 
-def general_help():
-    """What `gpt2cli --help` prints."""
+def _filled(text: str, indent: str) -> list[str]:
+    """Wrap text at the terminal's width, or at 80 columns where there is no terminal."""
+    width = max(shutil.get_terminal_size((80, 24)).columns, 40)
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+
+
+def general_help() -> str:
+    """Return the text of `gpt2cli --help`."""
     lines = ["gpt2cli: GPT-2 on TensorFlow 2", "", "usage: gpt2cli COMMAND [FLAGS]", ""]
-    for name, (config_class, _) in COMMANDS.items():
-        summary = inspect.getdoc(config_class).splitlines()[0]
-        lines.append(f"  {name:<12} {summary}")
+    for name in COMMANDS:
+        first, *rest = _filled(flags.summary_of(options_class(name)), " " * 15)
+        lines += [f"  {name:<13}{first.lstrip()}", *rest]
     lines += ["", "gpt2cli COMMAND --help lists a command's flags; gpt2cli --version."]
     return "\n".join(lines)
 
 
-def command_help(command):
-    """What `gpt2cli COMMAND --help` prints: one paragraph a flag, from the dataclass."""
-    config_class, positional = COMMANDS[command]
-    fields = flags.fields_of(config_class)
-    places = " ".join(
-        n.upper() if fields[n][1] is dataclasses.MISSING else f"[{n.upper()}]" for n in positional
-    )
-    lines = [f"usage: gpt2cli {command} {places}".rstrip() + " [FLAGS]", ""]
-    lines += [inspect.getdoc(config_class).partition("\n\nArgs:")[0], ""]
-    for name, (hint, default, text) in fields.items():
-        lines.append(
-            f"  --{flags.spelled(name)} {flags.describe_type(hint)}{describe_default(default)}"
-        )
-        lines += textwrap.wrap(text, 92, initial_indent="      ", subsequent_indent="      ")
+def usage_line(command: str) -> str:
+    """Return `gpt2cli convert SRC DST [FLAGS]`."""
+    fields = flags.fields_of(options_class(command))
+    places = [
+        name.upper() if fields[name].default is dataclasses.MISSING else f"[{name.upper()}]"
+        for name in COMMANDS[command]
+    ]
+    return " ".join(["gpt2cli", command, *places, "[FLAGS]"])
+
+
+def command_help(command: str) -> str:
+    """Return the text of `gpt2cli COMMAND --help`: its flags in sections, then examples."""
+    cls = options_class(command)
+    fields = flags.fields_of(cls)
+    lines = [f"usage: {usage_line(command)}", ""]
+    for paragraph in flags.description_of(cls).split("\n\n"):
+        lines += [*_filled(paragraph, ""), ""]
+    for title, names in flags.sections_of(cls).items():
+        lines.append(f"{title}:")
+        for name in names:
+            hint, default, text = fields[name]
+            kind = flags.describe_type(hint)
+            lines.append(f"  --{flags.spelled(name)} {kind}{flags.describe_default(default)}")
+            lines += _filled(text, " " * 6)
+        lines.append("")
+    environment = flags.section(cls, "Environment")
+    if environment:
+        lines.append("Environment variables:")
+        for name, text in environment.items():
+            lines += [f"  {name}", *_filled(text, " " * 6)]
+        lines.append("")
+    lines += ["Examples:", *(f"  {line}" for line in flags.examples_of(cls))]
     return "\n".join(lines)
-
-
-def describe_default(default):
-    """` (default: 40)`, or nothing where a field has no default to speak of."""
-    if default is dataclasses.MISSING:
-        return " (required)"
-    if default is None or default == ():
-        return ""
-    if isinstance(default, bool):
-        default = str(default).lower()
-    return f" (default: {default})"

@@ -1,13 +1,13 @@
-"""The errors that are the user's to mend; every other exception is a bug of ours."""
+"""Errors the user can fix. Any other exception is a bug."""
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend: the text says what, where, what to do now."""
+    """An error the user can fix: the text says what happened, where, and what to do now."""
 
 
 class UsageError(UserError):
-    """The command line (or a Python call) itself is wrong: an unknown flag, a bad value."""
+    """A wrong command line or Python call: an unknown flag, a bad value."""
 
 
 class BusyError(UserError):
-    """Another process is at the same work, or ended it: later the same command may succeed."""
+    """Another process is doing the same work, or stopped it: retrying later may succeed."""

@@ -1,61 +1,149 @@
 """How a frozen dataclass becomes the flags of a command: types, defaults, help, checks.
 
-The fields are the flags, the text after a field's name under `Args:` is its help.
+The fields are the flags. The docstring has sections of fields (`Sampling:` and, below it,
+`top_k: sample from ...`), an `Environment:` section of the same form, and `Examples:`.
 """
 
 import dataclasses
+import inspect
 import math
 import numbers
 import re
 import types
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 from gpt2cli.errors import UsageError
 
+NOT_FIELDS = ("Environment", "Examples")  # sections that describe something else
 
-def spelled(name):
-    """A field's name on the command line: a trailing _ keeps Python's own words apart."""
+
+class Flag(typing.NamedTuple):
+    """A field of an options class.
+
+    Attributes:
+        hint: its type.
+        default: its default, or dataclasses.MISSING.
+        help: its text in the docstring.
+    """
+
+    hint: Any
+    default: Any
+    help: str
+
+
+def spelled(name: str) -> str:
+    """Return a field's name on the command line: from_ (from is a Python keyword) is --from."""
     return name.rstrip("_")
 
 
-def fields_of(config_class):
-    """Field name -> (type, default or dataclasses.MISSING, help); inherited fields come last."""
-    hints = typing.get_type_hints(config_class)
-    help_of = {}
-    for base in reversed(config_class.__mro__):
-        arguments = (base.__doc__ or "").partition("Args:\n")[2]
-        for name, text in re.findall(r"^ {8}(\w+): ((?:.+\n?)(?: {12}.+\n?)*)", arguments, re.M):
-            help_of[name] = " ".join(text.split())
-    own = config_class.__annotations__
-    fields = sorted(dataclasses.fields(config_class), key=lambda f: f.name not in own)
-    return {f.name: (hints[f.name], f.default, help_of.get(f.name, "")) for f in fields}
+def summary_of(cls: type) -> str:
+    """Return the first line of an options class's docstring."""
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
-def describe_type(hint):
-    """How help and errors name a field's type: `int`, `adam|sgd|adamw`, `true|false`, ..."""
+def description_of(cls: type) -> str:
+    """Return the docstring of an options class without its sections."""
+    text = re.split(r"^[A-Z][\w ]*:\n {4}", inspect.getdoc(cls) or "", maxsplit=1, flags=re.M)[0]
+    return text.strip()
+
+
+def section(cls: type, title: str) -> dict[str, str]:
+    """Return a section of the class's own docstring: name -> text. Empty where there is none."""
+    return _documented(cls).get(title, {})
+
+
+def examples_of(cls: type) -> list[str]:
+    """Return the command lines under `Examples:`."""
+    text = (inspect.getdoc(cls) or "").partition("Examples:\n")[2]
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def sections_of(cls: type) -> dict[str, list[str]]:
+    """Return the titles of the sections, a class's own before inherited ones, with their fields."""
+    order = {field.name: place for place, field in enumerate(dataclasses.fields(cls))}
+    placed: dict[str, str] = {}
+    titles: list[str] = []
+    for base in cls.__mro__:
+        for title, texts in _documented(base).items():
+            if title not in NOT_FIELDS and title not in titles:
+                titles.append(title)
+            for name in texts:
+                if title not in NOT_FIELDS:
+                    placed.setdefault(name, title)
+    members = {
+        title: [n for n, t in placed.items() if t == title and n in order] for title in titles
+    }
+    return {
+        title: sorted(names, key=order.__getitem__) for title, names in members.items() if names
+    }
+
+
+def fields_of(cls: type) -> dict[str, Flag]:
+    """Return a Flag for each field, section by section."""
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for named in _documented(base).values():
+            texts |= named
+    placed = [name for names in sections_of(cls).values() for name in names]
+    ordered = [*placed, *(name for name in fields if name not in placed)]
+    return {n: Flag(hints[n], fields[n].default, texts.get(n, "")) for n in ordered}
+
+
+def _documented(cls: type) -> dict[str, dict[str, str]]:
+    """Return the sections of a docstring: title -> name -> text."""
+    found: dict[str, dict[str, str]] = {}
+    for title, body in re.findall(
+        r"^([A-Z][\w ]*):\n((?: {4}.*\n?|\n)+)", inspect.cleandoc(cls.__doc__ or "") + "\n", re.M
+    ):
+        entries = re.findall(r"^ {4}(\w+): ((?:.+\n?)(?: {8}.+\n?)*)", body, re.M)
+        found[title] = {name: " ".join(text.split()) for name, text in entries}
+    return found
+
+
+def describe_type(hint: Any) -> str:
+    """Return a field's type as help and errors name it: `int`, `adam|sgd|adamw`, `true|false`."""
     if typing.get_origin(hint) is Literal:
         return "|".join(typing.get_args(hint))
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return describe_type(next(t for t in typing.get_args(hint) if t is not type(None)))
+    if _is_union(hint):
+        return describe_type(_inner(hint))
     if hint is bool:
         return "true|false"
     if hint == tuple[str, ...]:
-        return "text, may be repeated"
+        return "text (may be repeated)"
     return {int: "int", float: "float", str: "text"}[hint]
 
 
-def _accepted(hint, value):
-    """The value as the field's type, or raise TypeError/ValueError."""
-    if hint is typing.Any:  # its class looks at it
-        return value
+def describe_default(default: Any) -> str:
+    """Return ` (default: 40)`, or nothing where the help names the default or there is none."""
+    if default is dataclasses.MISSING:
+        return " (required)"
+    if default is None or default == ():
+        return ""
+    if isinstance(default, bool):
+        default = str(default).lower()
+    return f" (default: {default})"
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _inner(hint: Any) -> Any:
+    """Return the type in `TYPE | None`."""
+    return next(t for t in typing.get_args(hint) if t is not type(None))
+
+
+def _accepted(hint: Any, value: Any) -> Any:
+    """Return the value as the field's type; TypeError or ValueError if it is not of that type."""
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise ValueError
         return value
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        inner = next(t for t in typing.get_args(hint) if t is not type(None))
-        return None if value is None else _accepted(inner, value)
+    if _is_union(hint):
+        return None if value is None else _accepted(_inner(hint), value)
     if hint == tuple[str, ...]:
         value = (value,) if isinstance(value, str) else tuple(value)
         if not all(isinstance(item, str) for item in value):
@@ -74,14 +162,14 @@ def _accepted(hint, value):
     return value
 
 
-def parse_value(hint, text):
-    """What somebody typed, as the field's type. Text stays text: no quotes, no tuples, no None.
+def parse_value(hint: Any, text: str) -> Any:
+    """Return typed text as the field's type. Text stays text: no quotes, no tuples, no None.
 
     Raises:
-        ValueError: it is not of that type.
+        ValueError: the text is not of that type.
     """
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if _is_union(hint):
+        hint = _inner(hint)
     if hint is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if text.lower() not in words:
@@ -92,18 +180,25 @@ def parse_value(hint, text):
     return _accepted(hint, text)
 
 
-def check(config, **limits):
-    """Check types of all fields, then `name=(low, high)` limits, both ends allowed, None open."""
-    for name, (hint, _, _) in fields_of(type(config)).items():
-        value = getattr(config, name)
+def check(options: Any, **limits: tuple[float | None, float | None]) -> None:
+    """Check the types of all fields and the limits of some; set each field to its exact type.
+
+    Args:
+        options: an instance of an options class.
+        limits: (lowest, highest) allowed value of a field; None leaves that end open.
+
+    Raises:
+        UsageError: a value is of another type or outside its limits.
+    """
+    for name, flag in fields_of(type(options)).items():
+        value = getattr(options, name)
         try:
-            object.__setattr__(config, name, _accepted(hint, value))
+            object.__setattr__(options, name, _accepted(flag.hint, value))
         except (TypeError, ValueError, OverflowError):
-            raise UsageError(
-                f"--{spelled(name)} takes {describe_type(hint)}, not {value!r}"
-            ) from None
+            wanted = describe_type(flag.hint)
+            raise UsageError(f"--{spelled(name)} takes {wanted}, not {value!r}") from None
     for name, (low, high) in limits.items():
-        value = getattr(config, name)
+        value = getattr(options, name)
         if value is None:
             continue
         if low is not None and value < low:

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 
+from gpt2cli import console
 from gpt2cli.errors import UserError
 
 OLDEST = (2, 18)  # setup.py says the same; below it NumPy 2 is not supported
@@ -20,7 +21,7 @@ def without_noise():
 
     TensorFlow's libraries log while they are loaded, before any setting of theirs is read.
     """
-    if os.environ.get("GPT2CLI_VERBOSE"):
+    if console.verbose:
         yield
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only, once they are loaded
@@ -46,7 +47,7 @@ with without_noise():
     # the format of LiteRT's files, which TensorFlow's own flatbuffer_utils takes from here too
     from tensorflow.lite.python import schema_py_generated as lite_schema  # noqa: F401
 
-    if not os.environ.get("GPT2CLI_VERBOSE"):
+    if not console.verbose:
         tf.get_logger().setLevel("ERROR")  # a notebook with several models is told of retracing
     VERSION = tuple(int(part) for part in tf.__version__.split(".")[:2])
     GPUS = tf.config.list_physical_devices("GPU")

@@ -1,7 +1,7 @@
 """Trains the same thing on one device and on some logical CPUs: python tests/follow.py COUNT CASES.
 
 A process of its own, because logical devices are made before TensorFlow's first operation. Prints a
-JSON list: for each case, an object of TrainConfig's fields, steps, and the parts in which the one
+JSON list: for each case, an object of TrainOptions's fields, steps, and the parts in which the one
 device computes a batch, the losses and norms of both.
 """
 
@@ -20,7 +20,7 @@ COUNT = int(sys.argv[1])
 devices = [tf.config.LogicalDeviceConfiguration()] * COUNT
 tf.config.set_logical_device_configuration(processor, devices)
 
-from gpt2cli.config import TrainConfig  # noqa: E402
+from gpt2cli.commands.train import TrainOptions  # noqa: E402
 from gpt2cli.model import network as model  # noqa: E402
 from gpt2cli.model.sizes import ModelConfig  # noqa: E402
 from gpt2cli.text import batches as windows  # noqa: E402
@@ -38,7 +38,7 @@ def losses(replicas, steps, parts=1, **fields):
         parts: in how many parts of a batch the gradients are computed and rounded.
     """
     fields = {"accumulate_gradients": parts} | fields
-    config = TrainConfig(**{"dataset": "x", "seed": 3, "learning_rate": 1e-3} | fields)
+    config = TrainOptions(**{"dataset": "x", "seed": 3, "learning_rate": 1e-3} | fields)
     with replicas.strategy.scope():
         network = model.GPT2(SIZES, model.random_weights(SIZES), config.precision, "float32")
     trainer = training.Trainer(network, config, replicas)

@@ -40,7 +40,7 @@ def targets():
         return path
 
     def corpus(ending):
-        settings = config.TextSettings(workers=1)
+        settings = options.TextOptions(workers=1)
         return lambda data: dataset.load(file(f"in.{ending}", data), vocabulary, settings, 2048)
 
     def bpe(name, other):
@@ -60,7 +60,7 @@ def targets():
     def prompts(ending):
         def read(data):
             path = file(f"prompts.{ending}", data)
-            answers.read_prompts(config.SampleConfig(prompts=str(path)))
+            answers.read_prompts(SampleOptions(prompts=str(path)))
 
         return read
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from gpt2cli import cli as command_line
-from gpt2cli import config, flags
+from gpt2cli import flags
+from gpt2cli.commands.sample import SampleOptions
 
 
 def read(*words):
@@ -211,9 +212,9 @@ def test_the_dataclass_refuses_in_python_what_the_command_line_refuses():
 
     for changes in ({"top_p": 2.0}, {"length": "ten"}, {"temperature": True}, {"stop": (1,)}):
         with pytest.raises(UsageError):
-            config.SampleConfig(**changes)
+            SampleOptions(**changes)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.SampleConfig().length = 5
+        SampleOptions().length = 5
 
 
 def test_nothing_of_fire_shows_in_the_output(cli):
@@ -320,7 +321,7 @@ def test_a_shard_may_come_from_slurm_or_kubernetes(monkeypatch, shard, environme
         monkeypatch.setenv(name, value)
     if not re.fullmatch(r"\d/\d", expected or ""):
         with pytest.raises(config.UsageError, match=f"--shard .*{expected or ''}"):
-            config.SampleConfig(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
+            SampleOptions(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
         return
-    found = config.SampleConfig(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
+    found = SampleOptions(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
     assert found.shard == expected and found.out == f"o-{expected.replace('/', '-of-')}.jsonl"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, small_disk
 
-from gpt2cli.config import TrainConfig
+from gpt2cli.commands.train import TrainOptions
 from gpt2cli.errors import UserError
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
@@ -327,7 +327,7 @@ def test_a_batch_that_gives_no_number_is_left_out_when_asked(cli, mini, monkeypa
 def step_of(config, network):
     tokens = windows.Tokens([np.arange(400) % 50])
     batch = windows.RandomWindows(tokens, 8, 1).batch(0, 2)
-    trainer = training.Trainer(network, TrainConfig(dataset="x", **config))
+    trainer = training.Trainer(network, TrainOptions(dataset="x", **config))
     return trainer, batch, trainer.step(0, batch)
 
 

@@ -2,14 +2,60 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from gpt2cli.config import ConvertConfig
 from gpt2cli.errors import UserError
+from gpt2cli.flags import check
 from gpt2cli.storage import runs
 
 
-def run(config: ConvertConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Convert a model from another program to a model folder, or one to Hugging Face format.
+
+    Model:
+        src: folder or file to read: the checkpoint of OpenAI, nshepperd, gpt-2-simple or GPT2_ML (a
+            folder, or its path without extension), a Hugging Face folder, or the .bin of UER-py or
+            TencentPretrain.
+        dst: folder to create.
+        to: format to write: openai, which all commands here read, or hf, for transformers.
+        from_: format of SRC; auto detects it from the files.
+        overwrite: replace DST if it exists.
+
+    Missing information:
+        config: JSON file with the sizes, where it is not in SRC (GPT2_ML, UER-py).
+        vocab: vocabulary file or folder, where it is not in SRC.
+        n_head: number of attention heads, which weights do not show, where no JSON file gives it
+            (UER-py).
+        as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
+            converter does, instead of converting exactly.
+
+    Messages:
+        verbose: show TensorFlow's own messages.
+
+    Examples:
+        gpt2cli convert checkpoint/books export/books --to hf
+        gpt2cli convert uer_model.bin models/uer --config uer_config.json --vocab vocab.txt
+    """
+
+    src: str
+    dst: str
+    to: Literal["openai", "hf"] = "openai"
+    from_: Literal["auto", "openai", "hf", "uer", "gpt2_ml"] = "auto"
+    overwrite: bool = False
+    config: str | None = None
+    vocab: str | None = None
+    n_head: int | None = None
+    as_published: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, n_head=(1, None))
+
+
+def run(config: ConvertOptions) -> None:
     """Read SRC, write DST, compare the two; a line on stderr for each.
 
     Raises:

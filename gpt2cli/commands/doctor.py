@@ -11,13 +11,30 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt2cli import __version__, machine
 from gpt2cli.errors import UserError
+from gpt2cli.flags import check
+from gpt2cli.options import FolderOptions
 from gpt2cli.storage import folders
 from gpt2cli.training import hosts as cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(FolderOptions):
+    """Report the hardware and software gpt2cli can use, and how to fix problems.
+
+    Examples:
+        gpt2cli doctor
+        gpt2cli doctor --verbose
+    """
+
+    def __post_init__(self) -> None:
+        check(self)
+
 
 PACKAGES = ("tensorflow", "keras", "numpy", "tiktoken", "tokenizers", "safetensors")
 EXTRAS = {"serve": "starlette", "torch": "torch"}  # and a package that shows it is there

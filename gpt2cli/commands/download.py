@@ -5,19 +5,70 @@ download.json in a model's folder keeps what came from where, so that a complete
 
 import functools
 import json
+import re
 import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import requests
 
 from gpt2cli import files
-from gpt2cli.config import DownloadConfig
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UsageError, UserError
+from gpt2cli.flags import check
 from gpt2cli.model.sizes import ALIASES, RELEASED, ModelConfig
+from gpt2cli.options import check_name
 from gpt2cli.remote import hub, transfer
 from gpt2cli.storage import folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadOptions:
+    """Download a released model to models/NAME, or list the names.
+
+    Model:
+        model: 124M, 355M, 774M or 1558M (117M and 345M are older names of the first two), or
+            hf:OWNER/NAME for a GPT-2 from the Hugging Face hub; without it, the names are listed.
+        revision: branch, tag or commit of an hf: model (default: main).
+        url: mirror to use instead of OpenAI's bucket, with the same layout:
+            URL/124M/hparams.json, ...
+
+    Folders and messages:
+        models_dir: folder that contains the model folders.
+        verbose: show TensorFlow's own messages.
+
+    Environment:
+        HF_ENDPOINT: hub to use for hf: models instead of Hugging Face's.
+        HF_TOKEN: access token for private and gated hf: models.
+
+    Examples:
+        gpt2cli download
+        gpt2cli download 124M
+        gpt2cli download hf:uer/gpt2-chinese-cluecorpussmall
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    url: str | None = None
+    models_dir: str = "models"
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.model is not None and self.model.startswith("hf:"):
+            if not re.fullmatch(r"hf:[\w.-]+/[\w.-]+", self.model, re.ASCII):
+                raise UsageError(f"a hub model is named hf:OWNER/NAME, got {self.model!r}")
+            check_name("model", self.model.partition("/")[2])
+            if self.url is not None:
+                raise UsageError("--url is for mirrors of OpenAI's bucket; for hf: set HF_ENDPOINT")
+        elif self.model is not None:
+            check_name("model", self.model)
+        if self.revision is not None and not (self.model or "").startswith("hf:"):
+            raise UsageError("--revision needs a model named hf:OWNER/NAME")
+        if self.url is not None and not re.match(r"https?://[^/]", self.url):
+            raise UsageError(f"--url must begin with http:// or https://, got {self.url!r}")
+
 
 BUCKET = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # openai/gpt-2 download_model.py
 PARAMETERS = dict(zip(RELEASED, (124439808, 354823168, 774030080, 1557611200), strict=True))
@@ -38,7 +89,7 @@ SHA256 = {
 MAX_JSON = 1 << 26  # bytes; OpenAI's encoder.json has 1 MB
 
 
-def run(config: DownloadConfig) -> None:
+def run(config: DownloadOptions) -> None:
     """gpt2cli download: a name to a model folder that opens; no name prints the list.
 
     A model of the hub is fetched into models/.hf-OWNER--NAME, which stays if that fails, so that

@@ -4,15 +4,43 @@ import collections
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UsageError, UserError
+from gpt2cli.flags import check
+from gpt2cli.options import SourceOptions, TextOptions
 from gpt2cli.storage import folders
 from gpt2cli.text import corpus as dataset
 from gpt2cli.text import encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions(TextOptions, SourceOptions):
+    """Convert text to token ids once, so that training starts at once.
+
+    Files:
+        in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
+        out_npz: file to write: .npz (as nshepperd/gpt-2's encode.py), or .npy for a corpus larger
+            than memory.
+
+    Examples:
+        gpt2cli encode data/books/ data/books.npz
+        gpt2cli encode corpus.txt corpus.npy --model_name tiny --lines
+    """
+
+    in_text: str
+    out_npz: str
+
+    def __post_init__(self) -> None:
+        check(self)
+        self._check_text()
+        self._check_source()
+        if not self.out_npz.endswith((".npz", ".npy")):
+            raise UsageError(f"--out_npz must end in .npz or .npy, got {self.out_npz!r}")
 
 
 def run(config):

@@ -3,12 +3,45 @@
 import json
 import math
 import sys
+from dataclasses import dataclass
+from typing import Literal
 
 from tqdm import tqdm
 
+from gpt2cli.flags import check
+from gpt2cli.options import CheckpointOptions, TextOptions
 from gpt2cli.storage import folders
 from gpt2cli.text import corpus as dataset
 from gpt2cli.text import encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(CheckpointOptions, TextOptions):
+    """Measure how well a model predicts a text: loss (nats per token), perplexity, accuracy.
+
+    Data:
+        dataset: text, .csv or .jsonl file, a folder or glob of them, or an encoded .npz or .npy.
+        batch_size: windows of n_ctx tokens per pass on a GPU; a CPU takes one at a time.
+
+    Output:
+        format: text (one line) or json (one object).
+
+    Environment:
+        XDG_CACHE_HOME: folder for converted programs (default: ~/.cache).
+
+    Examples:
+        gpt2cli evaluate data/held-out.txt --run_name books
+        gpt2cli evaluate data/held-out.txt --model_name 124M --format json
+    """
+
+    dataset: str
+    batch_size: int = 1
+    format: Literal["text", "json"] = "text"
+
+    def __post_init__(self) -> None:
+        check(self, batch_size=(1, None))
+        self._check_text()
+        self._check_source()
 
 
 def run(config):

@@ -2,11 +2,46 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
+from gpt2cli.flags import check
+from gpt2cli.options import check_name
 from gpt2cli.storage import folders, runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a run's weights, without the optimizer's state, as a model folder.
+
+    Run and model:
+        run_name: run to export.
+        dst: folder to create, such as models/NAME.
+        step: checkpoint to export: a step, or best for the lowest validation loss among those kept
+            (default: the newest).
+        overwrite: replace DST if it is a model folder.
+
+    Folders and messages:
+        checkpoint_dir: folder that contains the run folders.
+        verbose: show TensorFlow's own messages.
+
+    Examples:
+        gpt2cli export books models/books
+        gpt2cli export books models/books --step best
+    """
+
+    run_name: str
+    dst: str
+    step: str | None = None
+    overwrite: bool = False
+    checkpoint_dir: str = "checkpoint"
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_name("run_name", self.run_name)
 
 
 def run(config):

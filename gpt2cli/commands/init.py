@@ -4,13 +4,65 @@ import math
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from gpt2cli import files
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.flags import check
 from gpt2cli.model.sizes import PRESETS, ModelConfig
+from gpt2cli.options import MAX_SEED, MAX_TOKENS, check_name
 from gpt2cli.storage import folders, runs
 from gpt2cli.text import encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions:
+    """Create a new model with random weights, to train it from scratch.
+
+    Model:
+        name: name of the model, models/NAME.
+        vocab: vocabulary: vocab.txt, or a folder with it or with encoder.json and vocab.bpe
+            (`gpt2cli vocab` makes one).
+        seed: seed of the weights.
+        overwrite: replace the model if it exists.
+
+    Sizes:
+        size: released size whose layers, heads and width to use; the flags below override it.
+        n_layer: layers.
+        n_head: attention heads in a layer.
+        n_embd: width of the embeddings.
+        n_ctx: positions the model can see.
+        n_vocab: rows of the token embedding, where it should have more than the vocabulary.
+
+    Folders and messages:
+        models_dir: folder that contains the model folders.
+        verbose: show TensorFlow's own messages.
+
+    Examples:
+        gpt2cli init small --vocab vocabulary --size distil
+        gpt2cli init mine --vocab models/124M --n_layer 6 --n_ctx 512
+    """
+
+    name: str
+    vocab: str
+    seed: int = 0
+    overwrite: bool = False
+    size: Literal["tiny", "distil", "124M", "355M", "774M", "1558M"] = "124M"
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    n_ctx: int = 1024
+    n_vocab: int | None = None
+    models_dir: str = "models"
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("n_layer", "n_head", "n_embd", "n_ctx", "n_vocab")
+        check(self, seed=(0, MAX_SEED), **dict.fromkeys(sizes, (1, MAX_TOKENS)))
+        check_name("name", self.name)
+
 
 OF_THE_VOCABULARY = ("lower_case", "start_token", "end_token")  # keys of a hparams.json
 

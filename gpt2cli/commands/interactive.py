@@ -4,14 +4,34 @@ import contextlib
 import dataclasses
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2cli import config as configs
 from gpt2cli import flags
-from gpt2cli.config import new_seed
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UsageError, UserError
+from gpt2cli.options import CheckpointOptions, GenerateOptions, new_seed
 from gpt2cli.storage import folders
 from gpt2cli.text import encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractiveOptions(CheckpointOptions, GenerateOptions):
+    """Type a prompt and watch the model continue it; /set changes settings.
+
+    Environment:
+        XDG_CACHE_HOME: folder for converted programs (default: ~/.cache).
+
+    Examples:
+        gpt2cli interactive --run_name books
+        gpt2cli interactive --model_name 124M --length 100 --top_k 40
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_source()
+        if self.nsamples < 1:
+            raise UsageError("--nsamples must be at least 1 here, got 0")
+
 
 COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
 HISTORY = Path("~/.gpt2cli_history")
@@ -118,7 +138,7 @@ def _read_line(mark):
 def _obey(text, config):
     """Carry out a line that begins with /; returns the settings to go on with."""
     command, _, rest = text.partition(" ")
-    fields = flags.fields_of(configs.GenerateSettings)
+    fields = flags.fields_of(GenerateOptions)
     if command == "/set":
         name, value = (*re.split(r"[ =]+", rest.strip(), maxsplit=1), "")[:2]
         name = name.removeprefix("--").replace("-", "_")

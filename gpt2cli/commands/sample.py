@@ -2,14 +2,124 @@
 
 import contextlib
 import dataclasses
+import os
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from gpt2cli import files
-from gpt2cli.config import new_seed
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UsageError, UserError
 from gpt2cli.jobs import job as answers
+from gpt2cli.jobs.shards import shard_of_job
+from gpt2cli.options import CheckpointOptions, GenerateOptions, new_seed
 from gpt2cli.storage import folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(CheckpointOptions, GenerateOptions):
+    """Write text: from nothing, or continuing a prompt.
+
+    Prompt:
+        prompt: text to continue; - reads it from standard input.
+        prefix: another name for --prompt, as in gpt-2-simple.
+        prompt_file: file that contains the text to continue.
+        prompts: file of prompts, one per line; in a .jsonl file each line is a text, a list of
+            token ids, or an object with "prompt" or "tokens".
+
+    Model:
+        run_name: run whose newest checkpoint to use instead of a model; samples also go to
+            samples/RUN_NAME/.
+
+    Output:
+        nsamples: number of samples for each prompt; 0 runs until Ctrl-C.
+        format: text (OpenAI's banner and the text) or jsonl (one JSON object per sample).
+        delimiter: line to print after each sample, instead of OpenAI's banner before it.
+        out: file to write instead of standard output. With --format jsonl, results go to FILE.part
+            first; rerun the same command to resume.
+        nfiles: number of files to write, NAME-1.txt, ... for --out NAME.txt, with --nsamples each.
+        sample_dir: folder in which samples/RUN_NAME/ is created.
+
+    Sharing work:
+        shard: part of --prompts to answer: 3/8 is the third of eight. auto/8 takes the part from
+            Slurm's array index (--array=0-7) or Kubernetes' JOB_COMPLETION_INDEX. {shard} in --out
+            stands for it, as 3-of-8.
+        processes: split the prompts across N processes, one GPU each if available; 0 means one
+            process per GPU. Needs --format jsonl --out FILE.
+
+    Environment:
+        SLURM_ARRAY_TASK_ID: part that --shard auto/N takes in a Slurm array.
+        JOB_COMPLETION_INDEX: part that --shard auto/N takes in an indexed Kubernetes job.
+        CUDA_VISIBLE_DEVICES: GPUs that --processes may use.
+        XDG_CACHE_HOME: folder for converted programs (default: ~/.cache).
+
+    Examples:
+        gpt2cli sample --run_name books --prompt "It was a dark" --length 200 --top_p 0.9
+        echo "Once upon a time" | gpt2cli sample --prompt -
+        gpt2cli sample --prompts prompts.txt --format jsonl --out answers.jsonl
+    """
+
+    prompt: str | None = None
+    prefix: str | None = None
+    prompt_file: str | None = None
+    prompts: str | None = None
+    format: Literal["text", "jsonl"] = "text"
+    delimiter: str | None = None
+    out: str | None = None
+    nfiles: int = 1
+    sample_dir: str = "samples"
+    shard: str | None = None
+    processes: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_source()
+        if self.prefix is not None:
+            if self.prompt is not None:
+                raise UsageError("--prefix is the same as --prompt: give one of them")
+            object.__setattr__(self, "prompt", self.prefix)
+            object.__setattr__(self, "prefix", None)
+        if self.processes < 0:
+            raise UsageError(f"--processes must be at least 0, got {self.processes}")
+        if self.processes > 1 and not (self.is_job() and self.prompts):
+            raise UsageError(
+                "--processes shares --prompts FILE; it needs --format jsonl --out FILE"
+            )
+        if self.nfiles < 1:
+            raise UsageError(f"--nfiles must be at least 1, got {self.nfiles}")
+        if self.nfiles > 1 and (self.out is None or not self.nsamples):
+            raise UsageError("--nfiles needs --out FILE, and --nsamples above 0")
+        if self.nfiles > 1 and (self.beams > 1 or self.temperature == 0):
+            raise UsageError("--nfiles with --beams or --temperature 0 would write equal files")
+        if self.delimiter is not None and self.format == "jsonl":
+            raise UsageError("--delimiter is for --format text; a line of jsonl is one sample")
+        if self.shard is not None:
+            object.__setattr__(self, "shard", shard_of_job(self.shard, os.environ))
+        self.shard_of()
+        if self.shard is None and "{shard}" in (self.out or ""):
+            raise UsageError("{shard} in --out stands for --shard, which is not given")
+        if self.shard is not None and self.out is not None:
+            named = self.out.replace("{shard}", self.shard.replace("/", "-of-"))
+            object.__setattr__(self, "out", named)
+        given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise UsageError("give one of " + " and ".join(f"--{name}" for name in given))
+
+    def is_job(self):
+        """Whether lines are gathered in --out, which may be stopped and gone on with."""
+        return self.out is not None and self.format == "jsonl" and self.nfiles == 1 <= self.nsamples
+
+    def shard_of(self):
+        """(part, parts) of --shard, the first part being 0; (0, 1) without it."""
+        if self.shard is None:
+            return 0, 1
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard, re.ASCII)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--shard takes PART/PARTS such as 3/8, not {self.shard!r}")
+        if self.prompts is None or not self.nsamples:
+            raise UsageError("--shard takes a part of --prompts FILE, with --nsamples above 0")
+        return int(match[1]) - 1, int(match[2])
 
 
 def run(config):

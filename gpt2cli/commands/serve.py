@@ -3,13 +3,84 @@
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import socket
 import sys
+from dataclasses import dataclass
 
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UsageError, UserError
+from gpt2cli.flags import check
+from gpt2cli.options import MAX_TOKENS, CheckpointOptions
 from gpt2cli.storage import folders
 from gpt2cli.text import encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(CheckpointOptions):
+    """Serve one model: a web page and OpenAI's completions API (needs pip install ".[serve]").
+
+    On SIGTERM the server finishes in-flight requests and exits. On SIGHUP it loads the run's newest
+    checkpoint, or --checkpoint again.
+
+    Server:
+        host: address to listen on; 0.0.0.0 listens on all interfaces.
+        port: port to listen on; 0 picks a free one and prints it.
+        api_key: require this key (Authorization: Bearer KEY). Prefer the environment variable
+            GPT2CLI_API_KEY, which other users of the machine cannot see.
+        log_prompts: include prompts in the log.
+
+    Limits:
+        max_batch: samples generated side by side.
+        max_queue: samples that may wait for a place in the batch; more are rejected (503).
+        max_n: samples per request, over all its prompts.
+        max_prompt: tokens in a prompt (default: n_ctx).
+        max_tokens: tokens in a sample (default: n_ctx).
+        max_body: bytes in a request (413).
+        max_time: seconds for a request, including its time in the queue (504).
+        max_idle: seconds a client may stay silent before its connection is closed (408 in the
+            middle of a request).
+        max_connections: simultaneous connections (503).
+
+    Environment:
+        GPT2CLI_API_KEY: the key that requests must carry; see --api_key.
+
+    Examples:
+        gpt2cli serve --run_name books
+        gpt2cli serve --model_name 124M --precision int8 --host 0.0.0.0 --port 8000
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 5000
+    api_key: str | None = None
+    log_prompts: bool = False
+    max_batch: int = 16
+    max_queue: int = 64
+    max_n: int = 16
+    max_prompt: int | None = None
+    max_tokens: int | None = None
+    max_body: int = 1_000_000
+    max_time: float = 300.0
+    max_idle: float = 30.0
+    max_connections: int = 1000
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            port=(0, 65535),
+            max_batch=(1, 1024),
+            max_queue=(0, None),
+            max_n=(1, None),
+            max_prompt=(1, MAX_TOKENS),
+            max_tokens=(1, MAX_TOKENS),
+            max_body=(100, None),
+            max_time=(0.1, 86400),
+            max_idle=(0.1, 86400),
+            max_connections=(1, 100_000),
+        )
+        self._check_source()
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise UsageError("--api_key must consist of ASCII letters, digits and signs, no spaces")
 
 
 def run(config):

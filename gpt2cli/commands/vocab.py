@@ -6,15 +6,57 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
 from gpt2cli import files
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.flags import check
+from gpt2cli.options import MAX_TOKENS, TextOptions
 from gpt2cli.storage import folders
 from gpt2cli.text import corpus as dataset
 from gpt2cli.text import encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabOptions(TextOptions):
+    """Train a vocabulary on a corpus and write the vocabulary files of a model folder.
+
+    Files:
+        in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
+        out: folder to write the vocabulary to.
+        overwrite: replace existing vocabulary files.
+
+    Vocabulary:
+        kind: bpe for GPT-2's byte-pair encoding, wordpiece for BERT's (for Chinese).
+        size: number of tokens, including special ones.
+        min_frequency: number of times a pair or character must occur to become a token.
+        lower_case: read text in lower case and without accents (wordpiece).
+
+    Messages:
+        verbose: show TensorFlow's own messages.
+
+    Examples:
+        gpt2cli vocab data/books/ vocabulary
+        gpt2cli vocab data/chinese.txt vocabulary --kind wordpiece --size 8000 --lines
+    """
+
+    in_text: str
+    out: str
+    overwrite: bool = False
+    kind: Literal["bpe", "wordpiece"] = "bpe"
+    size: int = 50257
+    min_frequency: int = 2
+    lower_case: bool = True
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, size=(10, MAX_TOKENS), min_frequency=(1, None))
+        self._check_text()
+
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # [PAD] is id 0, as in BERT's
 SMALLEST = {"bpe": 257, "wordpiece": len(SPECIAL) + 1}  # 256 bytes and the end token

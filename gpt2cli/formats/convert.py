@@ -90,7 +90,7 @@ def open_source(
         config: the json with the sizes, where it does not lie in `src`.
         vocab: the vocabulary's file or folder, where it does not lie in `src`.
         n_head: attention heads, where no json says it.
-        as_published: UER-py's gains and epsilon 1e-5 as they are; see `ConvertConfig`.
+        as_published: UER-py's gains and epsilon 1e-5 as they are; see `ConvertOptions`.
 
     Raises:
         UserError: not one of these, something that our network cannot be (the field is named), a

@@ -27,7 +27,7 @@ class Search:
         generation: a generation.Generation of one row, the prompt; it is used up.
         row: an inference.Continuation, empty: what follows the prompt. Its `branch` gives another
             with one token more, and its `stopped` says that a stop text has come.
-        settings: config.GenerateSettings: beams, length_penalty, and what Generation takes.
+        settings: GenerateOptions: beams, length_penalty, and what Generation takes.
 
     Attributes:
         kept: Beams that have ended, best first, up to `beams`.

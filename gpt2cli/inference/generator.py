@@ -11,7 +11,6 @@ from typing import get_args
 
 import numpy as np
 
-from gpt2cli.config import GenerateSettings, Precision, new_seed
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.inference import beams, sampling
 from gpt2cli.inference import rows as generation
@@ -19,6 +18,7 @@ from gpt2cli.inference.engines import litert as lite
 from gpt2cli.inference.engines import xla as graph
 from gpt2cli.inference.text import Continuation, Sample
 from gpt2cli.model import network as model
+from gpt2cli.options import GenerateOptions, Precision, new_seed
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.tensorflow import gpus_for
 from gpt2cli.text import batches as windows
@@ -82,15 +82,15 @@ class Model:
 
         Args:
             prompts: a text, a list of ids, a list of such, or None for text from nothing.
-            settings: the fields of config.GenerateSettings: length, temperature, top_k, ...
+            settings: the fields of GenerateOptions: length, temperature, top_k, ...
 
         Returns:
             A list of Sample: all samples of the first prompt, of the second, ...
         """
         try:
-            settings = GenerateSettings(**settings)
+            settings = GenerateOptions(**settings)
         except TypeError as error:
-            raise UsageError(str(error).removeprefix("GenerateSettings.__init__() ")) from None
+            raise UsageError(str(error).removeprefix("GenerateOptions.__init__() ")) from None
         if settings.nsamples == 0:
             raise UsageError("nsamples must be at least 1 here; `samples` goes on for ever with 0")
         one = prompts is None or isinstance(prompts, str)
@@ -101,7 +101,7 @@ class Model:
         return list(self.samples(plain, settings))
 
     def samples(self, prompts, settings, first_index=0, stop=lambda: False):
-        """Yield the Samples of GenerateSettings for a list of prompts, batch by batch.
+        """Yield the Samples of GenerateOptions for a list of prompts, batch by batch.
 
         `stop` is asked between two parts of a batch; if it says so, nothing more comes.
         """
@@ -156,7 +156,7 @@ class Model:
         cases = itertools.product(sizes, [width] if compiles else [1, width], [0, 2])
         for slots, rows, ngram in cases:
             prompt = [0] * max(1, slots - 2)
-            settings = GenerateSettings(length=2, no_repeat_ngram=ngram)
+            settings = GenerateOptions(length=2, no_repeat_ngram=ngram)
             batch = Batch(self.network, width)
             batch.add([self.begin(number, prompt, settings, 0) for number in range(rows)])
             while not batch.is_empty():

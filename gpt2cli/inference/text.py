@@ -60,7 +60,7 @@ class Continuation:
         index: its number among all samples of the call.
         prompt: what it goes on from, as in `Sample`.
         vocabulary: the encoder, or None.
-        settings: config.GenerateSettings.
+        settings: GenerateOptions.
         row: the generation.Row that it is the text of, or None for beams.
 
     Attributes:

@@ -16,10 +16,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2cli import files
-from gpt2cli.config import new_seed
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.jobs import lines as jobs
 from gpt2cli.jobs import workers as processes
+from gpt2cli.options import new_seed
 
 
 def read_prompts(config):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from gpt2cli import files
+from gpt2cli import console, files
 from gpt2cli.errors import UserError
 from gpt2cli.remote import transfer
 
@@ -79,7 +79,7 @@ def look_up(name, revision):
     from huggingface_hub.utils import logging
 
     endpoint = os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
-    if not os.environ.get("GPT2CLI_VERBOSE"):
+    if not console.verbose:
         logging.set_verbosity_error()
     with _in_words(f"{endpoint}/{name}", revision, endpoint):
         api = huggingface_hub.HfApi(endpoint=endpoint)

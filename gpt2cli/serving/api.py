@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt2cli import __version__, flags
-from gpt2cli.config import GenerateSettings
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.options import GenerateOptions
 
 RANGES = {
     "max_tokens": (0, 2**31 - 1),
@@ -170,8 +170,8 @@ class CompletionRequest:
         return checked({name: value for name, value in values.items() if value is not None})
 
     def settings(self):
-        """The GenerateSettings of one of its samples."""
-        return GenerateSettings(
+        """The GenerateOptions of one of its samples."""
+        return GenerateOptions(
             **{name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "stop")},
             length=max(1, self.max_tokens),
             min_length=self.min_length,

@@ -14,8 +14,8 @@ import uuid
 
 import prometheus_client
 
-from gpt2cli.config import new_seed
 from gpt2cli.errors import UserError
+from gpt2cli.options import new_seed
 from gpt2cli.serving import api as completions
 from gpt2cli.serving import scheduler
 from gpt2cli.serving.api import Refused
@@ -55,7 +55,7 @@ class Service:
     """The model that is served, and what everybody who asks shares.
 
     Args:
-        config: ServeConfig.
+        config: ServeOptions.
         load: function that gives an inference.Model, ready, and the name of its checkpoint.
         leave: function that has the server end.
     """

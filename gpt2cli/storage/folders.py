@@ -6,10 +6,10 @@ import os
 import re
 from pathlib import Path
 
-from gpt2cli.config import check_name
 from gpt2cli.errors import UserError
 from gpt2cli.files import digest, read_bytes, read_text, replacing
 from gpt2cli.model.sizes import ALIASES, ModelConfig
+from gpt2cli.options import check_name
 from gpt2cli.storage import runs
 
 DEFAULT_MODEL = "124M"

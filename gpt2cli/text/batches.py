@@ -64,7 +64,7 @@ class Tokens:
         Each has `count`, the rows in one pass over the text, and `batch(step, rows)`.
 
         Args:
-            sampling: random, sequential or documents, as TrainConfig explains them.
+            sampling: random, sequential or documents, as TrainOptions explains them.
             length: predictions in a row.
             seed: 0 to 2**63 - 1.
             end: the id that ends a document; None: only chunks end one.

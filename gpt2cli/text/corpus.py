@@ -314,7 +314,7 @@ def encode(paths, encoder, settings, n_vocab=None, progress=lambda size: None, s
     Args:
         paths: from `find`.
         encoder: from encoder.load, or None if no path is text.
-        settings: a config.TextSettings.
+        settings: a TextOptions.
         n_vocab: ids must be below it; the encoder's if not given.
         progress: is told the bytes that were read.
         seen: is given each text, its ids without separators and whether a document ends with it,
@@ -358,7 +358,7 @@ def texts(paths, cut, settings, progress=lambda size: None):
     Args:
         paths: from `find`.
         cut: regex as an encoder's CUT.
-        settings: a config.TextSettings.
+        settings: a TextOptions.
         progress: is told the bytes that were read.
 
     Raises:
@@ -530,7 +530,7 @@ def load(path, encoder, settings, n_vocab):
 
     Args:
         encoder: from encoder.load, or None if the model folder has no vocabulary.
-        settings: a config.TextSettings.
+        settings: a TextOptions.
         n_vocab: of the model; every id must be below it.
 
     Raises:

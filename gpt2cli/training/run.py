@@ -17,10 +17,10 @@ from pathlib import Path
 
 from gpt2cli import files, machine
 from gpt2cli import tensorflow as engine
-from gpt2cli.config import GenerateSettings, new_seed
 from gpt2cli.errors import UserError
 from gpt2cli.inference import generator as inference
 from gpt2cli.inference.engines import xla as graph
+from gpt2cli.options import GenerateOptions, new_seed
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.text import batches as windows
 from gpt2cli.training import journal
@@ -35,7 +35,7 @@ class Run:
     """One training run: model, optimizer, and what is written into its folders.
 
     Args:
-        config: TrainConfig.
+        config: TrainOptions.
         folder: the run's folder.
         prefix: the checkpoint to start from.
         resumed: go on with its step, seed and optimizer state.
@@ -318,7 +318,7 @@ class Run:
             return
         config = self.config
         explicit = config.top_k is not None
-        settings = GenerateSettings(
+        settings = GenerateOptions(
             length=config.sample_length,
             nsamples=config.sample_num,
             batch_size=config.sample_num,

@@ -31,7 +31,7 @@ def memory_needed(sizes, config):
 
     Args:
         sizes: ModelConfig.
-        config: TrainConfig.
+        config: TrainOptions.
     """
     width, length = sizes.n_embd, config.seq_length or sizes.n_ctx
     tokens, number = config.batch_size * length, 2 if config.precision == "bfloat16" else 4
@@ -272,7 +272,7 @@ class Trainer:
 
     Args:
         model: a GPT2 with float32 weights, made in the scope of the strategy.
-        config: TrainConfig.
+        config: TrainOptions.
         replicas: Replicas; one device if not given.
     """
 

@@ -10,7 +10,7 @@ from conftest import ROOT, TINY
 
 import gpt2cli
 from gpt2cli.commands import convert
-from gpt2cli.config import ConvertConfig
+from gpt2cli.commands.convert import ConvertOptions
 from gpt2cli.errors import UserError
 
 
@@ -18,7 +18,7 @@ from gpt2cli.errors import UserError
 def hf(tmp_path_factory):
     """models/tiny in Hugging Face's form."""
     folder = tmp_path_factory.mktemp("convert") / "tiny-hf"
-    convert.run(ConvertConfig(src=str(TINY), dst=str(folder), to="hf"))
+    convert.run(ConvertOptions(src=str(TINY), dst=str(folder), to="hf"))
     return folder
 
 
@@ -113,7 +113,7 @@ def test_refusals_of_the_model_are_one_line_and_leave_nothing(cli, hf, tmp_path)
 
 def test_a_brackets_path_is_refused_before_the_work(hf, tmp_path):
     with pytest.raises(UserError, match=r"no path with \[ or \]"):
-        convert.run(ConvertConfig(src=str(hf), dst=str(tmp_path / "a[1]")))
+        convert.run(ConvertOptions(src=str(hf), dst=str(tmp_path / "a[1]")))
     assert names(tmp_path) == []
 
 

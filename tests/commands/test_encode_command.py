@@ -7,8 +7,9 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 
 from gpt2cli.commands import encode
-from gpt2cli.config import EncodeConfig, TextSettings
+from gpt2cli.commands.encode import EncodeOptions
 from gpt2cli.errors import UserError
+from gpt2cli.options import TextOptions
 from gpt2cli.text import corpus as dataset
 from gpt2cli.text import encoder
 
@@ -32,7 +33,9 @@ def models_dir(tmp_path_factory):
 def run(models_dir, in_text, out, **settings):
     settings.setdefault("model_name", "english")
     encode.run(
-        EncodeConfig(in_text=str(in_text), out_npz=str(out), models_dir=str(models_dir), **settings)
+        EncodeOptions(
+            in_text=str(in_text), out_npz=str(out), models_dir=str(models_dir), **settings
+        )
     )
 
 
@@ -44,7 +47,7 @@ def test_encode_writes_the_ids_and_says_what_it_did_on_stderr(tmp_path, models_d
     run(models_dir, text, out)
     english = encoder.load(models_dir / "english")
     expected = [*english.encode("the kettle"), 0, *english.encode("clicked off\n"), 0]
-    tokens = dataset.load(out, None, TextSettings(), english.n_vocab)
+    tokens = dataset.load(out, None, TextOptions(), english.n_vocab)
     assert tokens.whole().tolist() == expected
     stdout, stderr = capsys.readouterr()
     assert stdout == ""

@@ -132,14 +132,14 @@ def test_stop_with_a_minimal_length_ends_at_the_first_full_stop_after_it(chinese
 
 
 def test_a_stop_text_that_is_kept_is_streamed_and_truncated_as_well(tiny):
-    from gpt2cli.config import GenerateSettings
+    from gpt2cli.options import GenerateOptions
 
     settings = dict(length=60, seed=2, temperature=0.8)
     (whole,) = tiny.generate("The", **settings)
     stop = whole.text[30:34]
     end = whole.text.index(stop) + 4
     for cut in (None, whole.text[20:23], whole.text[40:43]):
-        both = GenerateSettings(stop=(stop, "never"), keep_stop=True, truncate=cut, **settings)
+        both = GenerateOptions(stop=(stop, "never"), keep_stop=True, truncate=cut, **settings)
         *pieces, sample = tiny.stream("The", both)
         expected = whole.text[:end].split(cut)[0] if cut else whole.text[:end]
         assert "".join(pieces) == sample.text == expected
@@ -168,10 +168,10 @@ def test_the_end_token_ends_a_sample_and_is_not_printed(tiny):
 
 
 def test_a_streamed_text_is_the_text(tiny):
-    from gpt2cli.config import GenerateSettings
+    from gpt2cli.options import GenerateOptions
 
     for settings in (dict(), dict(stop=("the", ". ")), dict(truncate="is")):
-        settings = GenerateSettings(length=50, seed=6, temperature=0.9, **settings)
+        settings = GenerateOptions(length=50, seed=6, temperature=0.9, **settings)
         *pieces, sample = tiny.stream("A class", settings)
         (whole,) = tiny.samples(["A class"], settings)
         assert "".join(pieces) == sample.text == whole.text
@@ -179,9 +179,9 @@ def test_a_streamed_text_is_the_text(tiny):
 
 
 def test_bytes_outside_utf8_never_break_a_stream(tiny):
-    from gpt2cli.config import GenerateSettings
+    from gpt2cli.options import GenerateOptions
 
-    settings = GenerateSettings(length=80, seed=1, temperature=50.0)  # all but uniform
+    settings = GenerateOptions(length=80, seed=1, temperature=50.0)  # all but uniform
     *pieces, sample = tiny.stream("x", settings)
     assert "".join(pieces) == sample.text == tiny.encoder.decode(sample.tokens)
 

@@ -7,20 +7,20 @@ import oracle
 import pytest
 from conftest import TINY, compiled, lively
 
-from gpt2cli.config import GenerateSettings
 from gpt2cli.errors import UsageError
 from gpt2cli.inference import beams, sampling
 from gpt2cli.inference import generator as inference
 from gpt2cli.inference import rows as generation
 from gpt2cli.inference import text as continuation
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.options import GenerateOptions
 
 NAMES = ("a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601")
 
 
 def search(model, prompt, end=None, banned=(), **settings):
     """The search's result as (score, generated ids with the end token), best first."""
-    settings = GenerateSettings(**settings)
+    settings = GenerateOptions(**settings)
     rules = sampling.Rules(
         repetition_penalty=settings.repetition_penalty,
         min_length=settings.min_length,
@@ -195,7 +195,7 @@ def test_beams_through_the_commands(cli, tiny):
     assert "logprobs" not in found[0]
     shown = cli("sample", *flags, "--include_prefix").stdout
     assert all(f"import {s.text}\n" in shown for s in samples)
-    settings = GenerateSettings(length=10, beams=3, nsamples=2, include_prefix=True)
+    settings = GenerateOptions(length=10, beams=3, nsamples=2, include_prefix=True)
     *pieces, best = tiny.stream("import ", settings)
     assert "".join(pieces) == samples[0].text and best.text == "import " + samples[0].text
 
@@ -214,4 +214,4 @@ def test_an_interactive_session_prints_all_beams(cli, tiny, monkeypatch):
 def test_beams_do_not_draw():
     for wrong in (dict(nsamples=4), dict(temperature=0.5), dict(top_k=3), dict(top_p=0.5)):
         with pytest.raises(UsageError, match="beams"):
-            GenerateSettings(beams=3, **wrong)
+            GenerateOptions(beams=3, **wrong)

@@ -62,7 +62,7 @@ def test_rows_of_any_length_are_read_together_and_go_on_alone(network, ours):
 def test_two_texts_may_be_continued_in_turn(ours):
     alone = inference.Model(ours, None)
     expected = [list(alone.generate([t], length=150, temperature=0)[0].tokens) for t in (3, 4)]
-    settings = inference.GenerateSettings(length=150, temperature=0)
+    settings = inference.GenerateOptions(length=150, temperature=0)
     streams = [alone.samples([[t]], settings) for t in (3, 4)]
     growing = [alone._continue([(0, [t])], settings, seed=1, limit=7, width=1) for t in (3, 4)]
     rows = [None, None]

@@ -7,13 +7,13 @@ import oracle
 import pytest
 from conftest import SHARED, compiled, lively
 
-from gpt2cli.config import GenerateSettings
 from gpt2cli.inference import generator as inference
 from gpt2cli.inference import rows as generation
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines import xla_rules as graph_rules
 from gpt2cli.inference.rows import Row
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.options import GenerateOptions
 from gpt2cli.tensorflow import tf
 
 ROWS = np.random.default_rng(0).normal(0, 3, [4, 300]).astype(np.float32)
@@ -316,7 +316,7 @@ def test_logprobs_are_the_models_own(plain_model, network, settings, window):
 
 
 def test_the_likeliest_are_told_beside_what_was_chosen(either_model, network):
-    settings = GenerateSettings(length=30, seed=3, logprobs=True)
+    settings = GenerateOptions(length=30, seed=3, logprobs=True)
     texts = [either_model.begin(n, prompt, settings, 3) for n, prompt in enumerate(([5, 6], [7]))]
     batch = inference.Batch(either_model.network, 2)
     batch.add(texts)

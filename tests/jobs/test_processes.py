@@ -19,7 +19,7 @@ from test_jobs import FLAGS, Stopped, job, lines
 
 from gpt2cli import cli as command_line
 from gpt2cli import files
-from gpt2cli.config import SampleConfig
+from gpt2cli.commands.sample import SampleOptions
 from gpt2cli.inference import generator as inference
 from gpt2cli.jobs import workers as processes
 
@@ -466,7 +466,7 @@ def program(tmp_path, monkeypatch):
 
 
 def configs(count):
-    return [SampleConfig(prompt=str(number)) for number in range(count)]
+    return [SampleOptions(prompt=str(number)) for number in range(count)]
 
 
 def test_a_process_that_ends_is_told_of_while_the_others_run(program):
@@ -518,8 +518,9 @@ def test_all_are_ended_together_when_this_process_is(program, monkeypatch):
 def test_processes_end_when_the_one_that_started_them_is_ended(tmp_path, program, number):
     program("touch ready$$; exec sleep 100")
     code = (
-        "import sys; from gpt2cli import config; from gpt2cli.jobs import workers as processes; sys.executable = sys.argv[1]\n"
-        "processes.run('sample', [config.SampleConfig()] * 2, None)"
+        "import sys; from gpt2cli.commands.sample import SampleOptions; from gpt2cli.jobs import workers as processes;"
+        "sys.executable = sys.argv[1]\n"
+        "processes.run('sample', [SampleOptions()] * 2, None)"
     )
     python, script = sys.orig_argv[0], sys.executable
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -554,5 +555,5 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch, told, found):
 
 
 def test_a_config_is_its_own_command_line():
-    config = SampleConfig(prompt="-x = 1", stop=("a", "b\n"), logprobs=True, top_p=0.5, seed=0)
+    config = SampleOptions(prompt="-x = 1", stop=("a", "b\n"), logprobs=True, top_p=0.5, seed=0)
     assert command_line.read_command_line(["sample", *processes.words_of(config)]) == config

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, TINY, small_disk
 
 from gpt2cli.commands import download
-from gpt2cli.config import DownloadConfig
+from gpt2cli.commands.download import DownloadOptions
 from gpt2cli.errors import UserError
 from gpt2cli.remote import transfer
 
@@ -156,7 +156,7 @@ def fetch(mirror, waits, opened, tmp_path):
 
     def fetch(model="own"):
         download.run(
-            DownloadConfig(model=model, url=mirror.url, models_dir=str(tmp_path / "models"))
+            DownloadOptions(model=model, url=mirror.url, models_dir=str(tmp_path / "models"))
         )
         return tmp_path / "models" / model
 
@@ -187,7 +187,7 @@ def test_the_default_folder_is_not_named_in_the_next_command(
     fetch, mirror, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    download.run(DownloadConfig(model="own", url=mirror.url + "/"))
+    download.run(DownloadOptions(model="own", url=mirror.url + "/"))
     assert capsys.readouterr().err.endswith("Try: gpt2cli sample --model_name own\n")
     assert_whole(Path("models/own"))
 
@@ -289,7 +289,7 @@ def test_a_part_of_another_mirror_is_not_gone_on_with(fetch, mirror, tmp_path, m
     other = {name: content[::-1] if name == DATA else content for name, content in MODEL.items()}
     mirror.contents = {f"/other/own/{name}": content for name, content in other.items()}
     url = mirror.url.replace("models", "other")
-    download.run(DownloadConfig(model="own", url=url, models_dir=str(tmp_path / "models")))
+    download.run(DownloadOptions(model="own", url=url, models_dir=str(tmp_path / "models")))
     assert_whole(folder_of(tmp_path), other)
 
 
@@ -414,7 +414,9 @@ def test_a_server_that_stalls_is_asked_again(fetch, mirror, monkeypatch, cut, ca
 
 
 def test_a_server_that_is_not_there_is_named(waits, opened, tmp_path):
-    config = DownloadConfig(model="own", url="http://127.0.0.1:1/m", models_dir=str(tmp_path / "m"))
+    config = DownloadOptions(
+        model="own", url="http://127.0.0.1:1/m", models_dir=str(tmp_path / "m")
+    )
     with pytest.raises(UserError, match="http://127.0.0.1:1/m/own/encoder.json: .*refused"):
         download.run(config)
     assert not (tmp_path / "m" / "own").exists()
@@ -425,7 +427,7 @@ def test_a_server_that_is_not_there_is_named(waits, opened, tmp_path):
 )
 def test_an_url_that_is_none_is_refused(url, waits, opened, tmp_path):
     with pytest.raises(UserError, match="--url"):
-        download.run(DownloadConfig(model="own", url=url, models_dir=str(tmp_path)))
+        download.run(DownloadOptions(model="own", url=url, models_dir=str(tmp_path)))
 
 
 HTML = b"<!DOCTYPE html>\n<html><body>Blocked by the proxy</body></html>"
@@ -591,12 +593,12 @@ def test_an_unknown_name_is_answered_with_the_names(tmp_path, opened):
     with pytest.raises(
         UserError, match="no released model '125M': there are 124M, 355M, 774M, 155"
     ):
-        download.run(DownloadConfig(model="125M", models_dir=str(tmp_path / "models")))
+        download.run(DownloadOptions(model="125M", models_dir=str(tmp_path / "models")))
     assert not (tmp_path / "models").exists()
 
 
 def test_without_a_name_the_list_is_printed_on_standard_output(capsys):
-    download.run(DownloadConfig())
+    download.run(DownloadOptions())
     out, err = capsys.readouterr()
     assert err == ""
     assert out.splitlines() == [
@@ -661,13 +663,13 @@ def test_a_folder_that_cannot_be_made_is_told(mirror, opened, tmp_path):
     (tmp_path / "models").write_text("a file")
     with pytest.raises(UserError, match="cannot write"):
         download.run(
-            DownloadConfig(model="own", url=mirror.url, models_dir=str(tmp_path / "models"))
+            DownloadOptions(model="own", url=mirror.url, models_dir=str(tmp_path / "models"))
         )
 
 
 def test_a_password_in_the_url_is_not_written_down(fetch, mirror, tmp_path, capsys):
     url = mirror.url.replace("//", "//me:secret@")
-    download.run(DownloadConfig(model="own", url=url, models_dir=str(tmp_path / "models")))
+    download.run(DownloadOptions(model="own", url=url, models_dir=str(tmp_path / "models")))
     written = b"".join(p.read_bytes() for p in folder_of(tmp_path).iterdir())
     assert b"secret" not in written and "secret" not in capsys.readouterr().err
 
@@ -706,7 +708,7 @@ def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits,
     elif damage:
         content = mirror.contents[f"/models/own/{damage}"]
         mirror.contents[f"/models/own/{damage}"] = content[: len(content) // 2]
-    config = DownloadConfig(model="own", url=mirror.url, models_dir=str(tmp_path))
+    config = DownloadOptions(model="own", url=mirror.url, models_dir=str(tmp_path))
     if damage:
         with pytest.raises(UserError, match=r"delete .*own and name another with --url"):
             download.run(config)
@@ -805,7 +807,7 @@ def hub(mirror, waits, tiny_hf, tmp_path, monkeypatch):
 
     def fetch(**settings):
         models = str(tmp_path / "models")
-        download.run(DownloadConfig(model="hf:me/tiny", models_dir=models, **settings))
+        download.run(DownloadOptions(model="hf:me/tiny", models_dir=models, **settings))
         return tmp_path / "models" / "tiny"
 
     return fetch

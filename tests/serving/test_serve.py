@@ -26,9 +26,10 @@ import oracle
 import pytest
 from conftest import ROOT, compiled
 
-from gpt2cli.config import GenerateSettings, ServeConfig
+from gpt2cli.commands.serve import ServeOptions
 from gpt2cli.errors import UserError
 from gpt2cli.inference import generator as inference
+from gpt2cli.options import GenerateOptions
 from gpt2cli.serving import api as completions
 from gpt2cli.serving import http as server
 from gpt2cli.serving import scheduler, service
@@ -39,7 +40,7 @@ SECRET = "Nobody may read this in the log"
 @contextlib.contextmanager
 def serving(model, load=None, **settings):
     """A server of a Model in this process: its address and its Service."""
-    config = ServeConfig(model_name="tiny", port=0, **settings)
+    config = ServeOptions(model_name="tiny", port=0, **settings)
     made = service.Service(config, load or (lambda: (model, "model.ckpt")), lambda: None)
     served = server.make_server(made)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2000)
@@ -697,7 +698,7 @@ def test_a_model_that_is_no_longer_served_leaves_the_memory(tiny, network):
 def test_places_that_are_freed_at_any_moment_change_no_other_text(network):
     """Cancelled from another thread, as by a client that goes away."""
     model = inference.Model(compiled("lite", network), None)
-    settings = GenerateSettings(length=40)
+    settings = GenerateOptions(length=40)
     (alone,) = model.generate([5, 6], length=40, seed=1)
     made, found = scheduler.Scheduler(4, 10_000), queue.SimpleQueue()
     interval = sys.getswitchinterval()

@@ -19,15 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
-from gpt2cli.config import TextSettings
 from gpt2cli.errors import UserError
+from gpt2cli.options import TextOptions
 from gpt2cli.text import batches as windows
 from gpt2cli.text import corpus as dataset
 from gpt2cli.text import encoder
 
 SHARED = Path(__file__).parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")
-DEFAULTS = TextSettings()
+DEFAULTS = TextOptions()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_texts_encode_as_nshepperd_does_apart_from_his_spelled_separator():
     spelled = gpt2.encode(encoder.END)
     for expected in json.loads((folder / "expected.json").read_text()).values():
         sources = [folder / name for name in expected["source"]]
-        ours = chunks_of(sources, gpt2, TextSettings(combine=expected["combine"]))
+        ours = chunks_of(sources, gpt2, TextOptions(combine=expected["combine"]))
         his = [array["ids"] for array in expected["arrays"]]
         for our_chunk, his_chunk in zip(ours, his, strict=True):
             again = []
@@ -117,16 +117,16 @@ def test_a_text_is_followed_by_the_end_token_and_short_files_share_a_chunk(tmp_p
     ]
     x, yy, z = (bpe.encode(path.read_text()) for path in paths)
     assert chunks_of(paths, bpe) == [[*x, 0, *yy, 0, *z, 0]]
-    assert chunks_of(paths, bpe, TextSettings(combine=1)) == [[*x, 0], [*yy, 0], [*z, 0]]
+    assert chunks_of(paths, bpe, TextOptions(combine=1)) == [[*x, 0], [*yy, 0], [*z, 0]]
     # x, the 13 characters of a separator and yy are 16, as nshepperd counts.
-    assert chunks_of(paths, bpe, TextSettings(combine=16)) == [[*x, 0, *yy, 0], [*z, 0]]
-    assert chunks_of(paths, bpe, TextSettings(combine=17)) == [[*x, 0, *yy, 0, *z, 0]]
+    assert chunks_of(paths, bpe, TextOptions(combine=16)) == [[*x, 0, *yy, 0], [*z, 0]]
+    assert chunks_of(paths, bpe, TextOptions(combine=17)) == [[*x, 0, *yy, 0, *z, 0]]
 
 
 def test_the_literal_end_token_means_the_token_unless_it_is_to_be_text(tmp_path, bpe):
     path = write(tmp_path / "a.txt", f"x{encoder.END}y")
     assert chunks_of([path], bpe) == [[*bpe.encode("x"), 0, *bpe.encode("y"), 0]]
-    as_text = chunks_of([path], bpe, TextSettings(special="text"))
+    as_text = chunks_of([path], bpe, TextOptions(special="text"))
     assert as_text == [[*bpe.encode(f"x{encoder.END}y"), 0]]
 
 
@@ -164,7 +164,7 @@ def test_lines_are_documents_as_records_of_jsonl_are(tmp_path, bpe, monkeypatch,
     records = write(tmp_path / "a.jsonl", "\n".join(json.dumps(text) for text in DOCUMENTS))
     expected = sum(([*bpe.encode(text), 0] for text in DOCUMENTS), [])
     for workers in (0, 1):
-        by_line = TextSettings(lines=True, workers=workers)
+        by_line = TextOptions(lines=True, workers=workers)
         assert chunks_of([lines], bpe, by_line) == [expected]
         assert chunks_of([records], bpe, by_line) == [expected]
 
@@ -172,8 +172,8 @@ def test_lines_are_documents_as_records_of_jsonl_are(tmp_path, bpe, monkeypatch,
 def test_lines_share_chunks_by_their_length_as_files_do(tmp_path, bpe):
     paths = [write(tmp_path / name, "x\ny\n") for name in "abc"]
     # two characters and the 13 of one separator between them
-    together = chunks_of(paths, bpe, TextSettings(lines=True, combine=16))
-    each = chunks_of(paths, bpe, TextSettings(lines=True, combine=15))
+    together = chunks_of(paths, bpe, TextOptions(lines=True, combine=16))
+    each = chunks_of(paths, bpe, TextOptions(lines=True, combine=15))
     x, y = bpe.encode("x"), bpe.encode("y")
     assert each == [[*x, 0, *y, 0]] * 3
     assert together == [[*x, 0, *y, 0] * 2, [*x, 0, *y, 0]]
@@ -197,7 +197,7 @@ def test_uer_reads_blank_lines_and_loses_an_unterminated_last_one(
     monkeypatch.setattr(dataset, "BLOCK", block)
     path = write(tmp_path / "a.txt", text)
     expected = sum(([1, *wordpiece.encode(text), 2] for text in documents), [])
-    ids = chunks_of([path], wordpiece, TextSettings(uer_compat=True))
+    ids = chunks_of([path], wordpiece, TextOptions(uer_compat=True))
     assert ids == ([expected] if expected else [])
 
 
@@ -209,15 +209,15 @@ def test_documents_without_an_end_token_follow_each_other(tmp_path, wordpiece):
     ml = encoder.load(folder)
     assert ml.end is None and ml.prefix == []
     paths = [write(tmp_path / "a.txt", "今\n天\n"), write(tmp_path / "b.txt", "气")]
-    assert chunks_of(paths, ml, TextSettings(lines=True)) == [[3, 4, 5]]
-    assert chunks_of(paths, ml, TextSettings(lines=True, combine=1)) == [[3, 4], [5]]
+    assert chunks_of(paths, ml, TextOptions(lines=True)) == [[3, 4, 5]]
+    assert chunks_of(paths, ml, TextOptions(lines=True, combine=1)) == [[3, 4], [5]]
 
 
 def test_the_number_of_workers_changes_no_id(tmp_path, wordpiece, monkeypatch):
     monkeypatch.setattr(dataset, "BLOCK", 64)
     path = write(tmp_path / "a.txt", "今天 天气\n" * 200)
     one, two, many = (
-        chunks_of([path], wordpiece, TextSettings(workers=workers)) for workers in (1, 2, 7)
+        chunks_of([path], wordpiece, TextOptions(workers=workers)) for workers in (1, 2, 7)
     )
     assert one == two == many
 
@@ -238,7 +238,7 @@ def test_workers_are_so_many_threads_and_tokenizers_adds_none(tmp_path, monkeypa
 
     for workers in (1, 3):
         seen.clear()
-        chunks_of([path], Watched(), TextSettings(workers=workers))
+        chunks_of([path], Watched(), TextOptions(workers=workers))
         assert len(seen) == workers and {value for _, value in seen} == {"false"}
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
@@ -248,7 +248,7 @@ def test_texts_gives_what_is_in_the_files_and_refuses_ids(tmp_path):
     write(tmp_path / "b.jsonl", '"off"')
     paths, cut = dataset.find(tmp_path), encoder.BPE.CUT
     assert "".join(dataset.texts(paths, cut, DEFAULTS)) == "the kettle\n\nclicked\noff"
-    lines = list(dataset.texts(paths, cut, TextSettings(lines=True)))
+    lines = list(dataset.texts(paths, cut, TextOptions(lines=True)))
     assert lines == ["the kettle", "clicked", "off"]
     np.save(tmp_path / "c.npy", [1])
     with pytest.raises(UserError, match="c.npy holds token ids, not text"):
@@ -259,7 +259,7 @@ def test_csv_records_are_documents_and_the_heading_is_left_out(tmp_path, bpe):
     path = write(tmp_path / "a.csv", 'text\r\n"x, ""y"""\r\n\r\n"two\r\nlines\u2028"\r\nlast')
     head, *records = (bpe.encode(t) + [0] for t in ("text", 'x, "y"', "two\nlines\u2028", "last"))
     assert chunks_of([path], bpe) == [sum(records, [])]
-    with_head = chunks_of([path], bpe, TextSettings(csv_header=False))
+    with_head = chunks_of([path], bpe, TextOptions(csv_header=False))
     assert with_head == [sum(records, head)]
 
 
@@ -294,11 +294,11 @@ def test_the_byte_offset_is_right_in_every_block(tmp_path, bpe, at):
 
 def test_other_encodings_and_replacement_are_read(tmp_path, bpe):
     latin = write(tmp_path / "latin.txt", "café".encode("latin-1"))
-    assert chunks_of([latin], bpe, TextSettings(encoding="latin-1")) == [[*bpe.encode("café"), 0]]
-    replaced = chunks_of([latin], bpe, TextSettings(errors="replace"))
+    assert chunks_of([latin], bpe, TextOptions(encoding="latin-1")) == [[*bpe.encode("café"), 0]]
+    replaced = chunks_of([latin], bpe, TextOptions(errors="replace"))
     assert replaced == [[*bpe.encode("caf\ufffd"), 0]]
     wide = write(tmp_path / "wide.txt", "東京".encode("utf-16"))
-    assert chunks_of([wide], bpe, TextSettings(encoding="utf-16")) == [[*bpe.encode("東京"), 0]]
+    assert chunks_of([wide], bpe, TextOptions(encoding="utf-16")) == [[*bpe.encode("東京"), 0]]
     with pytest.raises(UserError, match="wide.txt"):
         chunks_of([wide], bpe)
 
@@ -322,7 +322,7 @@ def test_a_path_is_a_file_a_folder_or_a_glob(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
 def test_what_is_saved_loads_as_it_was(tmp_path, bpe, suffix):
     paths = [write(tmp_path / "in" / name, f"the kettle {name}") for name in "abc"]
-    settings = TextSettings(combine=1)
+    settings = TextOptions(combine=1)
     out = tmp_path / f"out{suffix}"
     parts = dataset.encode(paths, bpe, settings)
     if suffix == ".npz":
@@ -370,7 +370,7 @@ def test_encoded_files_and_texts_mix_in_order(tmp_path, bpe, combine):
     np.save(tmp_path / "b.npy", np.array([5, 6], np.uint16))
     np.savez(tmp_path / "c.npz", np.array([7, 8], np.int64), np.array([9]))
     write(tmp_path / "d.txt", "y")
-    loaded = dataset.load(tmp_path, bpe, TextSettings(combine=combine), bpe.n_vocab)
+    loaded = dataset.load(tmp_path, bpe, TextOptions(combine=combine), bpe.n_vocab)
     x, y = bpe.encode("x"), bpe.encode("y")
     assert [c.tolist() for c in loaded.chunks] == [[*x, 0], [5, 6], [7, 8], [9], [*y, 0]]
 
@@ -729,7 +729,7 @@ def test_documents_are_the_instances_of_uers_lm_processor(tmp_path, golden, vari
     corpus = (folder / "corpus.txt").read_bytes() + b"\n" * (variant != "as_written")
     path = write(tmp_path / "corpus.txt", corpus)
 
-    tokens = dataset.load(path, bert, TextSettings(uer_compat=True), bert.n_vocab)
+    tokens = dataset.load(path, bert, TextOptions(uer_compat=True), bert.n_vocab)
     sampler = tokens.sampler("documents", seq_length, 1, bert.end, uer_compat=True)
     batch = sampler.batch(0, sampler.count)
     in_order = np.argsort(sampler.order(0))
@@ -740,7 +740,7 @@ def test_documents_are_the_instances_of_uers_lm_processor(tmp_path, golden, vari
 
     # Without his defects: the last line counts either way, and no padding is predicted.
     expected = everything["with_final_newline"][str(seq_length)]
-    tokens = dataset.load(path, bert, TextSettings(lines=True), bert.n_vocab)
+    tokens = dataset.load(path, bert, TextOptions(lines=True), bert.n_vocab)
     sampler = tokens.sampler("documents", seq_length, 1, bert.end)
     batch = sampler.batch(0, sampler.count)
     assert sampler.count == sum(i["length"] > 1 for i in expected["instances"])
@@ -755,15 +755,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
     line = b"the kettle clicked off at half past six" + (b" " if flags else b"\n")
     path = write(tmp_path / "a.txt", line * 1_000_000)
     code = (
-        "import resource, sys, pathlib; from gpt2cli.text import corpus as dataset, encoder; from gpt2cli.config "
-        "import TextSettings; import numpy as np\n"
+        "import resource, sys, pathlib; from gpt2cli.text import corpus as dataset, encoder;"
+        "from gpt2cli.options "
+        "import TextOptions; import numpy as np\n"
         "path, out = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         "class Fast:\n"
         "    n_vocab, end, prefix, CUT = 256, 0, [], encoder.BPE.CUT\n"
         "    def arrays(self, texts, special):\n"
         "        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "dataset.save_npy(out, dataset.encode([path], Fast(), TextSettings(FLAGS)), np.uint16)\n"
+        "dataset.save_npy(out, dataset.encode([path], Fast(), TextOptions(FLAGS)), np.uint16)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     result = subprocess.run(

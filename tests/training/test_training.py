@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import lively
 
-from gpt2cli.config import TrainConfig
+from gpt2cli.commands.train import TrainOptions
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
@@ -16,7 +16,7 @@ from gpt2cli.text import batches as windows
 from gpt2cli.training import step as training
 
 SIZES = ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2)
-BASE = TrainConfig(dataset="-", learning_rate=0.01)
+BASE = TrainOptions(dataset="-", learning_rate=0.01)
 
 
 def batch(rows=4, length=16, seed=0):
