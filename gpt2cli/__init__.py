@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def load_model(path, precision="auto"):
-    """The `inference.Model` of a model folder, a run folder, or a checkpoint's prefix path.
+    """The `inference.LanguageModel` of a model folder, a run folder, or a checkpoint's prefix path.
 
     Args:
         path: the folder or prefix; a folder without a vocabulary loads, for ids only.

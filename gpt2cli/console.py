@@ -1,7 +1,8 @@
 """The conversation on standard error: one line at a time, and a progress bar on a terminal."""
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -15,18 +16,22 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def progress(total: int, unit: str, done: int = 0) -> "tqdm":
+def progress(
+    total: int, unit: str, done: int = 0, items: Iterable[Any] | None = None
+) -> "tqdm[Any]":
     """Return a progress bar that shows on a terminal only, never in a log file.
 
     Args:
         total: amount of work, in units; bytes are scaled to kB, MB, ...
         unit: "B" for bytes, or a word with a space before it.
         done: amount of work that an earlier process did.
+        items: what the bar yields when it is iterated over, one unit each.
     """
     from tqdm import tqdm
 
+    scaled = unit == "B"
     return tqdm(
-        total=total, initial=done, unit=unit, unit_scale=unit == "B", disable=None, leave=False
+        items, total=total, initial=done, unit=unit, unit_scale=scaled, disable=None, leave=False
     )
 
 

@@ -1,4 +1,4 @@
-"""How a file or a folder is replaced so that nobody ever sees half of it, read, and locked."""
+"""Files and folders: replaced as a whole, read, locked, compared."""
 
 import contextlib
 import errno
@@ -9,7 +9,9 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from gpt2cli.errors import BusyError, UserError
 
@@ -22,13 +24,14 @@ SPARE = 2**20  # bytes that should be left on a disk when a large file has been 
 
 
 @contextlib.contextmanager
-def replacing(path, mode="wb", **open_options):
-    """Open `path` for writing so that a reader sees the old file or the whole new one.
+def replacing(path: str | Path, mode: str = "wb", **open_options: Any) -> Iterator[IO[Any]]:
+    """Open `path` for writing so that a reader sees either the old file or the whole new one.
 
-    It is written beside `path` and renamed when the block ends; if that raises, the old stays.
+    The file is written beside `path` and renamed when the block ends; if the block raises, the old
+    file stays.
 
     Raises:
-        UserError: the folder cannot be made or written to, or the disk is full.
+        UserError: the folder cannot be created or written to, or the disk is full.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
@@ -49,8 +52,8 @@ def replacing(path, mode="wb", **open_options):
             part.unlink()
 
 
-def sync_folder(path):
-    """Have the disk know the names that a folder now has; where a folder cannot be opened, no."""
+def sync_folder(path: str | Path) -> None:
+    """Flush a folder's names to the disk, where the system lets a folder be opened."""
     with contextlib.suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -60,13 +63,11 @@ def sync_folder(path):
 
 
 @contextlib.contextmanager
-def replacing_folder(path):
-    """A new folder that takes the place of `path` when the block ends well, and else goes.
-
-    What is there goes when the new one is in its place.
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder that replaces `path` when the block succeeds, and is removed otherwise.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: the folder cannot be created or written to.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}")
@@ -93,52 +94,68 @@ def replacing_folder(path):
                 folder.rmdir()
 
 
-def cannot_write(path, error):
-    """The UserError for an OSError that came from writing `path`."""
+def cannot_write(path: str | Path, error: OSError) -> UserError:
+    """Return the UserError for an OSError from writing `path`."""
     return UserError(
-        f"cannot write {path}: {error.strerror or error}. "
-        "Free space or choose a folder that you may write to; what was there before is unchanged"
+        f"cannot write {path}: {error.strerror or error}. Free space, or choose a folder you may "
+        "write to. The previous content is unchanged"
     )
 
 
-def check_room(path, size):
-    """UserError where the disk on which `path` is or will be lacks the room for so many bytes."""
+def check_room(path: str | Path, size: int) -> None:
+    """Raise UserError if the disk of `path` has no room for `size` bytes."""
     there = next(folder for folder in Path(path).absolute().parents if folder.exists())
     free = shutil.disk_usage(there).free
     if free < size + SPARE:
-        reason = f"it takes {size:,} bytes, and {free:,} are free on the disk"
+        reason = f"it needs {size:,} bytes and the disk has {free:,} free"
         raise cannot_write(path, OSError(errno.ENOSPC, reason))
 
 
-def read_bytes(path):
-    """The bytes of a file; UserError where it cannot be read."""
+def read_bytes(path: str | Path) -> bytes:
+    """Return the bytes of a file; UserError if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def read_text(path):
-    """The text of a UTF-8 file; UserError where it cannot be read or is something else."""
+def read_text(path: str | Path) -> str:
+    """Return the text of a UTF-8 file; UserError if it cannot be read or is not UTF-8."""
+    return decode(read_bytes(path), path)
+
+
+def decode(content: bytes, where: str | Path) -> str:
+    """Return UTF-8 bytes as text; UserError names `where` they came from."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: byte {error.start} ({error.reason})") from None
+        raise UserError(f"{where} is not UTF-8 text: byte {error.start} ({error.reason})") from None
 
 
-def read_object(path):
-    """The object in a JSON file; UserError where it cannot be read or is something else."""
+def parse_json(content: bytes | str, where: str | Path) -> Any:
+    """Return the value of a JSON text; UserError names `where` it came from."""
+    text = decode(content, where) if isinstance(content, bytes) else content
     try:
-        values = json.loads(read_text(path))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}). Copy or fetch it again") from None
+        raise UserError(f"{where} is not JSON ({error})") from None
+
+
+def parse_object(content: bytes | str, where: str | Path) -> dict[str, Any]:
+    """Return the object of a JSON text; UserError names `where` it came from."""
+    values = parse_json(content, where)
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold one JSON object. Copy or fetch it again")
+        raise UserError(f"{where} must contain one JSON object. Copy or fetch it again")
     return values
 
 
-def digest(path, algorithm="sha256"):
-    """The checksum of a file, in hexadecimal; OSError where it cannot be read."""
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file; UserError if it cannot be read or is not an object."""
+    return parse_object(read_bytes(path), path)
+
+
+def digest(path: str | Path, algorithm: str = "sha256") -> str:
+    """Return the hexadecimal checksum of a file; OSError if it cannot be read."""
     hasher = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -147,17 +164,17 @@ def digest(path, algorithm="sha256"):
 
 
 @contextlib.contextmanager
-def locked(path, what, of=None):
-    """Let one process at a time do `what`; the lock of one that has died is nobody's.
+def locked(path: str | Path, work: str, target: str | Path | None = None) -> Iterator[None]:
+    """Let one process at a time do some work; a dead process holds no lock.
 
     Args:
-        path: the lock's file, which is there as long as it is held.
-        what: the work, for the message: "download", "train".
-        of: what the work fills, for the message; by default the lock's folder.
+        path: the lock file, which exists while the lock is held.
+        work: name of the work for messages: "download", "train".
+        target: file or folder that the work writes, for messages (default: the lock's folder).
 
     Raises:
-        BusyError: another process is at it.
-        UserError: the file cannot be made.
+        BusyError: another process holds the lock.
+        UserError: the lock file cannot be created.
     """
     path = Path(path)
     while True:
@@ -174,14 +191,12 @@ def locked(path, what, of=None):
             holder = file.read(200).strip()
             file.close()
             raise BusyError(
-                f"another {what} is filling {of or path.parent}{holder and f' ({holder})'}. "
-                "Wait until it ends, or choose another name"
+                f"another {work} is writing {target or path.parent}{holder and f' ({holder})'}. "
+                "Wait for it to end, or choose another name"
             ) from None
         except OSError as error:  # a file system without locks
             file.close()
-            raise UserError(
-                f"{path} cannot be locked: {error.strerror}. Use another disk"
-            ) from error
+            raise UserError(f"cannot lock {path}: {error.strerror}. Use another disk") from error
         with contextlib.suppress(OSError):  # the one before removed it between open and flock
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 break
@@ -200,12 +215,12 @@ def locked(path, what, of=None):
 
 
 @contextlib.contextmanager
-def filling(folder, what):
-    """`locked` of a folder, which goes again if nothing came into it."""
+def filling(folder: str | Path, work: str) -> Iterator[None]:
+    """Lock a folder as `locked` does; remove it again if nothing was written to it."""
     folder = Path(folder)
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
-        with locked(folder / ".lock", what):
+        with locked(folder / ".lock", work):
             yield
     finally:
         for empty in (folder, *missing):

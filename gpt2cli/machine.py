@@ -1,21 +1,24 @@
-"""The cores and the memory that this process may use, told without TensorFlow."""
+"""The cores and the memory this process may use, without TensorFlow."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
 
-def cores():
-    """Processors that this process may use, by its affinity and by a container's limit."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def cores() -> int:
+    """Return the number of cores this process may use, by its affinity and a container's limit."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # "max 100000" is no limit
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        count = min(count, -(-quota // period))
+        count = min(count, math.ceil(quota / period))
     return max(count, 1)
 
 
-def free_memory():
-    """Bytes of main memory that this process may still take; None where that cannot be told."""
+def free_memory() -> int | None:
+    """Return the bytes of memory this process may still take; None where that is unknown."""
     free = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():

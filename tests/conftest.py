@@ -82,7 +82,7 @@ def plain_model(network):
     """`network` as a Model, without a vocabulary."""
     from gpt2cli.inference import generator as inference
 
-    return inference.Model(compiled("lite", network), None)
+    return inference.LanguageModel(compiled("lite", network), None)
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +90,7 @@ def either_model(either):
     """`either` as a Model, without a vocabulary."""
     from gpt2cli.inference import generator as inference
 
-    return inference.Model(either, None)
+    return inference.LanguageModel(either, None)
 
 
 @pytest.fixture(scope="session")

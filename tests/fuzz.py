@@ -23,14 +23,14 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 def targets():
     """Name -> function of bytes."""
-    from gpt2cli import cli, config, files
+    from gpt2cli import cli, files, options
+    from gpt2cli.commands.sample import SampleOptions
     from gpt2cli.jobs import job as answers
     from gpt2cli.jobs import lines as jobs
     from gpt2cli.model import sizes as hparams
     from gpt2cli.serving import api as completions
     from gpt2cli.storage import folders, runs
-    from gpt2cli.text import corpus as dataset
-    from gpt2cli.text import encoder
+    from gpt2cli.text import encoded, encoder
 
     vocabulary = encoder.load(TINY)
 
@@ -41,7 +41,7 @@ def targets():
 
     def corpus(ending):
         settings = options.TextOptions(workers=1)
-        return lambda data: dataset.load(file(f"in.{ending}", data), vocabulary, settings, 2048)
+        return lambda data: encoded.load(file(f"in.{ending}", data), vocabulary, settings, 2048)
 
     def bpe(name, other):
         def read(data):
@@ -71,7 +71,7 @@ def targets():
     def sums(data):
         file("hparams.json", b"{}")
         file("SHA256SUMS", data)
-        folders.check_sums(FOLDER)
+        folders.open_folder(FOLDER)
 
     def lines(data):
         json.dumps(list(jobs._whole_lines(data.splitlines(keepends=True))))

@@ -9,6 +9,7 @@ import pytest
 from gpt2cli import cli as command_line
 from gpt2cli import flags
 from gpt2cli.commands.sample import SampleOptions
+from gpt2cli.errors import UsageError
 
 
 def read(*words):
@@ -208,7 +209,6 @@ def test_nonsense_is_a_usage_error_in_the_flags_own_words(cli, words):
 
 
 def test_the_dataclass_refuses_in_python_what_the_command_line_refuses():
-    from gpt2cli.errors import UsageError
 
     for changes in ({"top_p": 2.0}, {"length": "ten"}, {"temperature": True}, {"stop": (1,)}):
         with pytest.raises(UsageError):
@@ -320,7 +320,7 @@ def test_a_shard_may_come_from_slurm_or_kubernetes(monkeypatch, shard, environme
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if not re.fullmatch(r"\d/\d", expected or ""):
-        with pytest.raises(config.UsageError, match=f"--shard .*{expected or ''}"):
+        with pytest.raises(UsageError, match=f"--shard .*{expected or ''}"):
             SampleOptions(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
         return
     found = SampleOptions(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")

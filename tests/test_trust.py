@@ -172,7 +172,7 @@ def test_a_checkpoint_for_good_that_failed_is_for_good_later(cli, mini, monkeypa
 def test_what_a_stop_broke_off_is_done_when_the_run_goes_on(cli, mini, monkeypatch):
     from gpt2cli.inference import generator as inference
 
-    real, calls = inference.Model.score, []
+    real, calls = inference.LanguageModel.score, []
 
     def stopping(self, batches):
         calls.append(1)
@@ -183,7 +183,7 @@ def test_what_a_stop_broke_off_is_done_when_the_run_goes_on(cli, mini, monkeypat
     flags = (*UNSEEDED, "--seed", 7, "--val_dataset", "text.txt", "--val_every", 2)
     flags += ("--val_batch_count", 1, "--sample_every", 2, "--sample_length", 4, "--patience", 9)
     with monkeypatch.context() as patch:
-        patch.setattr(inference.Model, "score", stopping)
+        patch.setattr(inference.LanguageModel, "score", stopping)
         assert cli("train", "text.txt", *flags, "--steps", 4).returncode == 143
     assert runs.states("checkpoint/run1")[2]["due"] == ["validation", "samples"]
     assert not Path("samples/run1/samples-2").exists()
@@ -207,7 +207,7 @@ def test_samples_that_a_stop_broke_off_begin_as_they_would_have(cli, mini, monke
         return iter(())
 
     with monkeypatch.context() as patch:
-        patch.setattr(inference.Model, "samples", stopping)
+        patch.setattr(inference.LanguageModel, "samples", stopping)
         assert cli("train", "text.txt", *flags, "--save_every", 2).returncode == 143
     assert not Path("samples/run1/samples-2").exists()
     assert cli("train", "text.txt", *flags).returncode == 0
@@ -251,13 +251,13 @@ def validated(cli, losses, monkeypatch, *more):
     """Train with these validation losses, one a step from step 0."""
     from gpt2cli.inference import generator as inference
 
-    wanted, real = iter(losses), inference.Model.score
+    wanted, real = iter(losses), inference.LanguageModel.score
 
     def score(self, batches):
         batches = list(batches)
         return real(self, batches) if len(batches) == 1 else training.Score(next(wanted), 0.5, 9)
 
-    monkeypatch.setattr(inference.Model, "score", score)
+    monkeypatch.setattr(inference.LanguageModel, "score", score)
     flags = (*FLAGS, "--val_dataset", "text.txt", "--val_every", 1, "--val_batch_count", 2)
     result = cli("train", "text.txt", *flags, "--steps", 9, *more)
     assert result.returncode == 0, result.stderr

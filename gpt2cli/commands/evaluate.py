@@ -2,17 +2,12 @@
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from tqdm import tqdm
-
+from gpt2cli.console import progress, say
 from gpt2cli.flags import check
 from gpt2cli.options import CheckpointOptions, TextOptions
-from gpt2cli.storage import folders
-from gpt2cli.text import corpus as dataset
-from gpt2cli.text import encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +39,29 @@ class EvaluateOptions(CheckpointOptions, TextOptions):
         self._check_source()
 
 
-def run(config):
-    """Print mean loss in nats a token, perplexity, accuracy and the number of tokens."""
-    prefix = folders.source_checkpoint(config)
-    folder = prefix.parent
-    dataset.find(config.dataset)
+def run(options: EvaluateOptions) -> None:
+    """Print mean loss in nats per token, perplexity, accuracy and the number of tokens."""
+    from gpt2cli.storage import folders
+    from gpt2cli.text import corpus, encoded, encoder
+
+    folder = folders.open_source(options)
+    corpus.find(options.dataset)
     vocabulary = encoder.of_model(folder)
-    tokens = dataset.load(config.dataset, vocabulary, config, encoder.ids_of(folder, vocabulary))
+    n_vocab = encoder.ids_of(folder, vocabulary)
+    tokens = encoded.load(options.dataset, vocabulary, options, n_vocab)
 
-    from gpt2cli import tensorflow as engine  # what can be refused was refused before this import
-    from gpt2cli.inference import generator as inference
+    from gpt2cli import tensorflow  # wrong input was rejected before this import
+    from gpt2cli.inference import generator
 
-    engine.keep_no_memory()
-    model = inference.load_model(prefix, config.precision)
-    print(f"{prefix}: {engine.describe_devices(config.precision)}", file=sys.stderr)
-    batches = tokens.evaluation_windows(model.config.n_ctx, config.batch_size)
-    total = -(-(tokens.total - 1) // (model.config.n_ctx * config.batch_size))
-    # disable=None: a bar on a terminal, nothing in a log file
-    score = model.score(tqdm(batches, total=total, disable=None, leave=False))
+    tensorflow.keep_no_memory()
+    model = generator.load_model(folder, options.precision, vocabulary)
+    say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}")
+    batches = tokens.evaluation_windows(model.config.n_ctx, options.batch_size)
+    total = math.ceil((tokens.total - 1) / (model.config.n_ctx * options.batch_size))
+    with progress(total, " batches", items=batches) as bar:
+        score = model.score(bar)
     perplexity = math.exp(min(score.loss, 700))  # the largest that a float holds is exp(709)
-    if config.format == "json":
+    if options.format == "json":
         print(json.dumps({"perplexity": perplexity, **score._asdict()}))
     else:
         print(

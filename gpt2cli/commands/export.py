@@ -1,15 +1,12 @@
-"""gpt2cli export: the weights of a run, without what only training needs, as a model folder."""
+"""gpt2cli export: a run's weights, without the optimizer's state, as a model folder."""
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2cli import files
+from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.flags import check
 from gpt2cli.options import check_name
-from gpt2cli.storage import folders, runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,36 +41,34 @@ class ExportOptions:
         check_name("run_name", self.run_name)
 
 
-def run(config):
-    """Write DST, a model folder, from a checkpoint of the run; nobody sees it half done.
+def run(options: ExportOptions) -> None:
+    """Write DST, a model folder, from a checkpoint of the run, whole or not at all.
 
     Raises:
-        UserError: no such run or step, a damaged one, DST exists or cannot be written.
+        UserError: no such run or step, a damaged one, or DST exists or cannot be written.
     """
-    folder, dst = folders.run_dir(config.checkpoint_dir, config.run_name), Path(config.dst)
-    prefix = folders.find_checkpoint(chosen(folder, config.step))
-    if os.path.lexists(dst) and not config.overwrite:
-        raise UserError(f"{dst} exists. Name another folder, or replace it with --overwrite")
-    is_model = dst.is_dir() and not dst.is_symlink() and folders.config_path(dst)
-    is_model = is_model and not runs.steps(dst)
-    if os.path.lexists(dst) and not is_model:
-        raise UserError(f"{dst} is not a model's folder, so it is not replaced. Name another")
-    if dst.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise UserError(f"{dst} is the run's folder or holds it. Name another")
+    from gpt2cli import files
+    from gpt2cli.storage import folders
 
-    from gpt2cli.model import network as model
-    from gpt2cli.storage import checkpoint  # what can be refused was refused before this import
+    run_folder, dst = folders.run_dir(options.checkpoint_dir, options.run_name), Path(options.dst)
+    folder = folders.open_model(chosen(run_folder, options.step))
+    folders.check_destination(dst, options.overwrite, run_folder)
+
+    from gpt2cli.model.network import weight_shapes  # wrong input was rejected before this import
+    from gpt2cli.storage import checkpoint
 
     with files.replacing_folder(dst) as part:
         folders.copy_vocabulary(folder, part)
-        checkpoint.save(checkpoint.load(prefix), part)
+        checkpoint.save(checkpoint.load(folder), part)
     size = sum(path.stat().st_size for path in dst.iterdir())
-    count = len(model.weight_shapes(folders.read_config(dst)))
-    print(f"{prefix} -> {dst}: {count} weights, {size:,} bytes", file=sys.stderr)
+    count = len(weight_shapes(folder.known_sizes()))
+    say(f"{folder.checkpoint} -> {dst}: {count} weights, {size:,} bytes")
 
 
-def chosen(folder, step):
-    """The run's folder, which means its newest checkpoint, or the prefix of the one of a step."""
+def chosen(folder: Path, step: str | None) -> Path:
+    """Return the run's folder (its newest checkpoint) or the prefix of a step's checkpoint."""
+    from gpt2cli.storage import runs
+
     if step is None:
         return folder
     known = runs.steps(folder)
@@ -82,7 +77,7 @@ def chosen(folder, step):
         if best is None:
             raise UserError(
                 f"no checkpoint in {folder} was validated when it was saved. Train with "
-                "--keep_best, or name one of " + ", ".join(map(str, known))
+                "--keep_best, or choose one of " + ", ".join(map(str, known))
             )
         return folder / f"model-{best}"
     if not step.isdecimal() or int(step) not in known:

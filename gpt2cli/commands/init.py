@@ -1,20 +1,15 @@
-"""gpt2cli init: a model folder with random weights, for training from nothing."""
+"""gpt2cli init: a model folder with random weights, to train it from scratch."""
 
 import math
-import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from gpt2cli import files
+from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
-from gpt2cli.model.sizes import PRESETS, ModelConfig
 from gpt2cli.options import MAX_SEED, MAX_TOKENS, check_name
-from gpt2cli.storage import folders, runs
-from gpt2cli.text import encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,106 +59,117 @@ class InitOptions:
         check_name("name", self.name)
 
 
-OF_THE_VOCABULARY = ("lower_case", "start_token", "end_token")  # keys of a hparams.json
-
-
-def run(config):
-    """Make models/NAME; nobody sees it before it is whole.
+def run(options: InitOptions) -> None:
+    """Create models/NAME, whole or not at all.
 
     Raises:
         UserError: it exists, the vocabulary or the sizes do not fit, or the disk is full.
     """
-    folder = Path(config.models_dir) / config.name
-    if os.path.lexists(folder) and not config.overwrite:
-        raise UserError(
-            f"{folder} exists already. Name another model, or replace it with --overwrite"
-        )
-    is_model = folder.is_dir() and (folders.config_path(folder) or not os.listdir(folder))
-    if os.path.lexists(folder) and (not is_model or runs.steps(folder)):
-        raise UserError(f"{folder} is not a model's folder, so it is not replaced. Name another")
-    n_layer, n_head, n_embd = (
-        getattr(config, name) or preset
-        for name, preset in zip(("n_layer", "n_head", "n_embd"), PRESETS[config.size], strict=True)
-    )
-    if n_embd % n_head:
-        raise UsageError(
-            f"--n_embd {n_embd} is not a multiple of --n_head {n_head}: each head takes an equal "
-            f"share of the width. --size {config.size} gives what is not named"
-        )
+    from gpt2cli import files
+    from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.storage import folders
+    from gpt2cli.text import encoder
+
+    folder = Path(options.models_dir) / options.name
+    folders.check_destination(folder, options.overwrite)
+    n_layer, n_head, n_embd = layer_sizes(options)
     with files.replacing_folder(folder) as part:
-        extra = copy_vocabulary(config.vocab, part)
-        vocabulary = _load(config.vocab, part)
+        extra = copy_vocabulary(Path(options.vocab), part)
+        vocabulary = _load(options.vocab, part)
         if getattr(vocabulary, "lower_case", True) is False:
             extra["lower_case"] = False
-        n_vocab = config.n_vocab or vocabulary.n_vocab
+        n_vocab = options.n_vocab or vocabulary.n_vocab
         if n_vocab < vocabulary.n_vocab:
             raise UserError(
                 f"--n_vocab {n_vocab} is less than the {vocabulary.n_vocab} tokens of "
-                f"{config.vocab}. Leave it out, or name a smaller vocabulary"
+                f"{options.vocab}. Leave it out, or use a smaller vocabulary"
             )
-        sizes = ModelConfig(n_vocab, config.n_ctx, n_embd, n_head, n_layer, extra=extra)
+        sizes = ModelConfig(n_vocab, options.n_ctx, n_embd, n_head, n_layer, extra=extra)
         if extra:  # these decide how the vocabulary is read, so they are checked with it
             with files.replacing(part / "hparams.json") as file:
                 file.write(sizes.to_json().encode())
             encoder.load(part)
-        n_weights = _write_weights(sizes, config.seed, part, folder)
-    _say(
+        n_weights = _write_weights(sizes, options.seed, part, folder)
+    say(
         f"{folder}: n_layer {n_layer}, n_head {n_head}, n_embd {n_embd}, n_ctx {sizes.n_ctx}, "
-        f"n_vocab {n_vocab}; {n_weights:,} parameters, random (seed {config.seed}), "
+        f"n_vocab {n_vocab}; {n_weights:,} random parameters (seed {options.seed}), "
         f"{4 * n_weights:,} bytes"
     )
-    words = ["gpt2cli", "train", "--dataset", "FILE", "--model_name", config.name]
-    if config.models_dir != "models":
-        words += ["--models_dir", config.models_dir]
-    _say(f"train it with: {shlex.join(words)}")
+    words = ["gpt2cli", "train", "--dataset", "FILE", "--model_name", options.name]
+    if options.models_dir != "models":
+        words += ["--models_dir", options.models_dir]
+    say(f"train it with: {shlex.join(words)}")
 
 
-def copy_vocabulary(path, folder):
-    """Copy the vocabulary that `path` means into `folder`.
+def layer_sizes(options: InitOptions) -> tuple[int, int, int]:
+    """Return n_layer, n_head and n_embd of --size and the flags that override it."""
+    from gpt2cli.model.sizes import PRESETS
+
+    names = ("n_layer", "n_head", "n_embd")
+    n_layer, n_head, n_embd = (
+        getattr(options, name) or preset
+        for name, preset in zip(names, PRESETS[options.size], strict=True)
+    )
+    if n_embd % n_head:
+        raise UsageError(
+            f"--n_embd {n_embd} is not a multiple of --n_head {n_head}: each head takes an equal "
+            f"share of the width. --size {options.size} sets those you do not give"
+        )
+    return n_layer, n_head, n_embd
+
+
+def copy_vocabulary(path: Path, folder: Path) -> dict[str, Any]:
+    """Copy a vocabulary into `folder`.
 
     Args:
         path: vocab.txt by any name, one of the two files of a BPE, or a folder with either.
+        folder: the folder to write to.
 
     Returns:
-        What a hparams.json beside it says of the vocabulary, a dict.
+        The settings that a hparams.json beside it has for the vocabulary.
 
     Raises:
         UserError: nothing is there, or one file of two.
     """
-    path = Path(path)
+    from gpt2cli import files
+    from gpt2cli.storage import folders
+    from gpt2cli.text import encoder
+
     if path.name == "vocab.txt" and not (path.parent / "encoder.json").exists():
-        path = path.parent if path.is_file() else path  # its folder says how it is read
+        path = path.parent if path.is_file() else path  # its folder decides how it is read
     if path.is_dir():
-        encoder.load(path)  # its messages name the user's folder
-        folders.copy_vocabulary(path, folder)
-        # of a folder without hparams.json there is nothing to copy but files
-        known = folders.read_config(path).extra if folders.config_path(path) else {}
-        return {key: known[key] for key in OF_THE_VOCABULARY if key in known}
+        opened = folders.open_folder(path)
+        encoder.load(opened)  # its messages name the user's folder
+        folders.copy_vocabulary(opened, folder)
+        known = opened.sizes.extra if opened.sizes is not None else {}
+        keys = ("lower_case", "start_token", "end_token")
+        return {key: known[key] for key in keys if key in known}
     if not path.is_file():
         raise UserError(
             f"no vocabulary at {path.absolute()}. --vocab takes vocab.txt, or a folder with it or "
             "with encoder.json and vocab.bpe; make one with: gpt2cli vocab CORPUS FOLDER"
         )
     names = next((kind for kind in encoder.KINDS if len(kind) == 2 and path.name in kind), None)
-    if names is None:  # whatever its name, a list of tokens
+    if names is None:  # a list of tokens, whatever its name
         copied = {path: "vocab.txt"}
     else:
         copied = {path.with_name(name): name for name in names}
         lacking = [source for source in copied if not source.is_file()]
         if lacking:
             raise UserError(
-                f"{path} has no {lacking[0].name} beside it, and the two are one vocabulary. Copy "
+                f"{path} has no {lacking[0].name} beside it, and a vocabulary needs both. Copy "
                 "both from the same place"
             )
     for source, name in copied.items():
-        if source.is_file():
-            with files.replacing(folder / name) as file:
-                file.write(files.read_bytes(source))
+        with files.replacing(folder / name) as file:
+            file.write(files.read_bytes(source))
     return {}
 
 
-def _load(path, part):
-    """encoder.load of the copied files; an error names the file that the user gave."""
+def _load(path: str, part: Path) -> Any:
+    """Load the copied vocabulary; an error names the file that the user gave."""
+    from gpt2cli.text import encoder
+
     try:
         return encoder.load(part)
     except UserError as error:
@@ -171,19 +177,17 @@ def _load(path, part):
         raise UserError(text.replace(str(part), str(Path(path).parent))) from None
 
 
-def _write_weights(sizes, seed, part, folder):
-    """Write hparams.json and the checkpoint into `part`; returns the number of weights.
+def _write_weights(sizes: Any, seed: int, part: Path, folder: Path) -> int:
+    """Write hparams.json and the checkpoint into `part`; return the number of weights.
 
-    UserError if the disk lacks the room, before anything is computed.
+    Raises:
+        UserError: the disk is too full; nothing was computed yet.
     """
-    from gpt2cli.model import network as model
+    from gpt2cli import files
+    from gpt2cli.model.network import GPT2, random_weights, weight_shapes
     from gpt2cli.storage import checkpoint
 
-    n_weights = sum(math.prod(shape) for shape in model.weight_shapes(sizes).values())
+    n_weights = sum(math.prod(shape) for shape in weight_shapes(sizes).values())
     files.check_room(folder / "model.ckpt", 4 * n_weights)
-    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes, seed)), part)
+    checkpoint.save(GPT2(sizes, random_weights(sizes, seed)), part)
     return n_weights
-
-
-def _say(text):
-    print(text, file=sys.stderr)

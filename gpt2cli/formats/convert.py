@@ -141,12 +141,16 @@ def _kind_of(path):
 def _open_tensorflow(path, config_path):
     """The Source of OpenAI's or GPT2_ML's checkpoint."""
     prefix = folders.find_checkpoint(path)
-    if config_path is None and folders.config_path(prefix.parent) is None:
+    folder = dataclasses.replace(folders.open_folder(prefix.parent), checkpoint=prefix)
+    if config_path is not None:
+        sizes = ModelConfig.from_json(files.read_bytes(config_path), where=str(config_path))
+        folder = dataclasses.replace(folder, sizes=sizes, sizes_path=config_path)
+    elif folder.sizes is None:
         raise UserError(
-            f"{prefix.parent} has neither hparams.json nor GPT2_ML's config json: name the file "
-            "with the sizes with --config"
+            f"{prefix.parent} has neither hparams.json nor GPT2_ML's config JSON file: name the "
+            "file with the sizes with --config"
         )
-    config, stored = checkpoint.open_weights(prefix, config_path)
+    config, stored = checkpoint.open_weights(folder)
 
     def tensor(name, shape):
         return np.asarray(stored(name, shape), np.float32)

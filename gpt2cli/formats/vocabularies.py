@@ -8,7 +8,7 @@ import json
 from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.storage import folders
-from gpt2cli.text import encoder
+from gpt2cli.text import bpe, encoder
 
 OUR_NAMES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 HF_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}
@@ -42,9 +42,11 @@ def read(path, n_vocab, warnings):
     if path.is_file() and path.name not in known:
         return {"vocab.txt": files.read_bytes(path)}, {}
     folder = path.parent if path.is_file() else path
+    opened = folders.open_folder(folder)
     asked = {}
-    if (folder / "tokenizer_config.json").is_file():
-        values = files.read_object(folder / "tokenizer_config.json")
+    if opened.has("tokenizer_config.json"):
+        where = folder / "tokenizer_config.json"
+        values = files.parse_object(opened.read(where.name), where)
         if values.get("do_lower_case") is False:
             asked["lower_case"] = False
         if values.get("add_prefix_space") is True:
@@ -52,13 +54,13 @@ def read(path, n_vocab, warnings):
         made_for = values.get("tokenizer_class")
         if made_for is not None and made_for not in TOKENIZERS:
             warnings.append(f"its tokenizer is {made_for}; here texts may get other ids")
-    if folders.config_path(folder):
-        extra = folders.read_config(folder).extra
+    if opened.sizes is not None:
+        extra = opened.sizes.extra
         keys = ("lower_case", "start_token", "end_token")
         asked |= {key: extra[key] for key in keys if key in extra}
     for kind in encoder.KINDS:
-        if all((folder / name).is_file() for name in kind):
-            found = {OUR_NAMES.get(n, n): files.read_bytes(folder / n) for n in kind}
+        if all(opened.has(name) for name in kind):
+            found = {OUR_NAMES.get(n, n): opened.read(n) for n in kind}
             if kind != ("vocab.txt",):
                 asked.pop("lower_case", None)
                 found["encoder.json"] = _with_added(found["encoder.json"], folder, n_vocab)
@@ -137,7 +139,7 @@ def _is_byte_level(values):
 
 def _usual(vocabulary):
     """The start_token and end_token that our encoder takes where nothing else is said."""
-    start, end = ("[CLS]", "[SEP]") if "vocab.txt" in vocabulary else (encoder.END,) * 2
+    start, end = ("[CLS]", "[SEP]") if "vocab.txt" in vocabulary else (bpe.END,) * 2
     return {"start_token": start, "end_token": end}
 
 

@@ -1,12 +1,13 @@
 """A model with its vocabulary, ready for use: logits, loss, generated text.
 
 `sample`, `interactive`, `evaluate`, the samples of `train` and the Python functions all go through
-`Model`; text becomes ids and ids become text here, `sampling` knows only ids.
+`LanguageModel`; text becomes ids and ids become text here, `sampling` knows only ids.
 """
 
 import itertools
 import operator
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -20,15 +21,17 @@ from gpt2cli.inference.text import Continuation, Sample
 from gpt2cli.model import network as model
 from gpt2cli.options import GenerateOptions, Precision, new_seed
 from gpt2cli.storage import checkpoint, folders
+from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.tensorflow import gpus_for
 from gpt2cli.text import batches as windows
 from gpt2cli.text import encoder
+from gpt2cli.text.encoder import Encoder
 from gpt2cli.training import step as training
 
 STREAMED = 4  # tokens between two pieces of a streamed text
 
 
-class Model:
+class LanguageModel:
     """A GPT-2 and its vocabulary. Made by `load_model`; every method may be called many times.
 
     Attributes:
@@ -294,26 +297,32 @@ class Batch:
         return not self._texts
 
 
-def load_model(path, precision="auto"):
-    """The Model of a model folder, a run folder, or a checkpoint's path without its ending.
+def load_model(
+    path: str | Path | ModelFolder, precision: str = "auto", vocabulary: Encoder | None = None
+) -> LanguageModel:
+    """Load a model folder, a run folder, or a checkpoint's path without its extension.
 
     Args:
         path: the folder or prefix; a folder without a vocabulary loads, for ids only.
-        precision: "float32", or "auto", which is the same; "bfloat16", of weights and activations;
-            "int8", of matrices, on the CPU.
+        precision: "float32", or "auto", which is the same; "bfloat16", for weights and activations;
+            "int8", for matrices, on the CPU.
+        vocabulary: the folder's vocabulary, where it was loaded before.
 
     Raises:
-        UserError: says which file is wrong and what to do.
+        UserError: the text names the damaged or missing file, and what to do.
     """
     if precision not in get_args(Precision):
         known = ", ".join(get_args(Precision))
         raise UsageError(f"precision must be one of {known}, got {precision!r}")
-    prefix = folders.find_checkpoint(path)
-    encoder.of_model(prefix.parent)  # what is wrong with it is known before gigabytes are read
-    config, stored = checkpoint.open_weights(prefix)
+    folder = path if isinstance(path, ModelFolder) else folders.open_model(path)
+    if vocabulary is None:
+        vocabulary = encoder.of_model(folder)  # before gigabytes are read
+    sizes, stored = checkpoint.open_weights(folder)
+    if vocabulary is not None:
+        encoder.check_fits(folder, vocabulary, sizes.n_vocab)
     precision = "float32" if precision == "auto" else precision
     if gpus_for(precision):
-        network = graph.Graph(model.GPT2(config, stored, precision))
+        network = graph.Graph(model.GPT2(sizes, stored, precision))
     else:
-        network = lite.Lite(config, stored, precision)
-    return Model(network, encoder.of_model(prefix.parent, config.n_vocab))
+        network = lite.Lite(sizes, stored, precision)
+    return LanguageModel(network, vocabulary)

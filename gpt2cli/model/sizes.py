@@ -1,8 +1,10 @@
-"""The sizes of a model: what hparams.json says."""
+"""A model's sizes, as hparams.json states them."""
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
+from gpt2cli import files
 from gpt2cli.errors import UserError
 
 # The released sizes; 117M and 345M are the names of the first announcement, before a recount.
@@ -28,19 +30,22 @@ LN_EPSILON = 1e-5  # openai/gpt-2 src/model.py, norm; the same in GPT2_ML train/
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What `hparams.json` says.
+    """A model's sizes, and its other settings in hparams.json.
 
     Args:
         n_vocab: rows of the token embedding.
-        n_ctx: positions that the model can see.
+        n_ctx: positions the model can see.
         n_embd: width of the residual stream.
         n_head: attention heads in a layer; divides n_embd.
         n_layer: layers.
-        arch: the order of operations in a layer and the names of the weights: gpt2, or gpt2_ml
+        arch: order of operations in a layer and names of the weights: gpt2, or gpt2_ml
             (imcaspar/gpt2-ml, Chinese, 1.5B).
-        ln_epsilon: added to the variance in layer norms.
-        extra: keys of the file that are not the network's, kept when it is written again:
-            lower_case, start_token, end_token for the encoder, and what this program does not know.
+        ln_epsilon: number added to the variance in layer norms.
+        extra: other keys of the file, kept when it is written again: lower_case, start_token and
+            end_token for the encoder, and keys that this program does not know.
+
+    Raises:
+        UserError: a value is of the wrong type or outside its limits.
     """
 
     n_vocab: int
@@ -50,9 +55,9 @@ class ModelConfig:
     n_layer: int
     arch: str = "gpt2"
     ln_epsilon: float = LN_EPSILON
-    extra: dict = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in SIZES:
             value, most = getattr(self, name), LARGEST.get(name, 2**31 - 1)
             if type(value) is not int or not 1 <= value <= most:
@@ -71,18 +76,13 @@ class ModelConfig:
             )
 
     @classmethod
-    def from_json(cls, text, where="hparams.json"):
-        """Parse the text of a hparams.json or of GPT2_ML's config.json; `where` names it.
+    def from_json(cls, text: str | bytes, where: str = "hparams.json") -> "ModelConfig":
+        """Parse the text of hparams.json or of GPT2_ML's config.json, which `where` names.
 
         Raises:
             UserError: it is neither.
         """
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{where} must hold one JSON object with {', '.join(SIZES)}")
+        values = files.parse_object(text, where)
         if "num_hidden_layers" in values and "n_layer" not in values:
             values = _from_gpt2_ml(values, where)
         missing = [name for name in SIZES if name not in values]
@@ -96,8 +96,8 @@ class ModelConfig:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
-    def to_json(self):
-        """The text of hparams.json: sizes, what differs from OpenAI's models, other keys."""
+    def to_json(self) -> str:
+        """Return the text of hparams.json: sizes, differences from OpenAI's models, other keys."""
         optional = {
             n: getattr(self, n) for n in OPTIONAL if getattr(self, n) != getattr(type(self), n)
         }
@@ -117,11 +117,11 @@ GPT2_ML_NAMES = {
 }
 
 
-def _from_gpt2_ml(values, where):
-    """GPT2_ML's config json -> the values of a hparams.json; UserError for what is not one."""
+def _from_gpt2_ml(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Convert GPT2_ML's config JSON to the values of hparams.json; UserError if it is not one."""
     missing = [name for name in GPT2_ML_NAMES.values() if name not in values]
     if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}: it is not a GPT2_ML config")
+        raise UserError(f"{where} lacks {', '.join(missing)}: it is not a config of GPT2_ML")
     width = values["hidden_size"]
     if type(width) is int and values.get("intermediate_size", 4 * width) != 4 * width:
         raise UserError(f"{where}: intermediate_size must be 4 times hidden_size ({4 * width})")

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import urllib3
 from tqdm import tqdm
 
 from gpt2cli import files
+from gpt2cli.console import say
 from gpt2cli.errors import UserError
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0  # seconds; the second is without a byte
@@ -66,11 +66,6 @@ class Wanted:
     optional: bool = False
     adopt: bool = False
     hashed: bool = False
-
-
-def say(text):
-    """One line of conversation; standard output is for results alone."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def fetch(session, wanted):

@@ -44,7 +44,7 @@ class Job:
     """A request.
 
     Args:
-        model: the inference.Model that its texts are of.
+        model: the inference.LanguageModel that its texts are of.
         texts: Continuations, not yet in any Batch.
         tell: function of a list of Pieces, called on the scheduler's thread.
         seconds: that it may take, with its time in the queue.

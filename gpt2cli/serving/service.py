@@ -56,7 +56,7 @@ class Service:
 
     Args:
         config: ServeOptions.
-        load: function that gives an inference.Model, ready, and the name of its checkpoint.
+        load: function that gives an inference.LanguageModel, ready, and the name of its checkpoint.
         leave: function that has the server end.
     """
 
@@ -197,7 +197,7 @@ class Answer:
 
     Args:
         service: the Service.
-        model: the inference.Model that answers, whatever is loaded meanwhile.
+        model: the inference.LanguageModel that answers, whatever is loaded meanwhile.
         request: CompletionRequest.
         prompts: its prompts.
         streams: tell of the text while it grows.

@@ -1,12 +1,12 @@
 """Weights <-> files: TensorFlow checkpoints under the original's names, and run folders.
 
-A model folder holds hparams.json, a vocabulary and one checkpoint; a run folder is a model folder
-with a checkpoint a save, `model-<step>`, and beside each of them what only training needs:
+A model folder contains hparams.json, a vocabulary and one checkpoint. A run folder is a model
+folder with a checkpoint for each save, `model-<step>`, and beside each the state of the training:
 
     model-100.index, .data-00000-of-00001      weights alone, readable by nshepperd's code
     optimizer-100.index, .data-00000-of-00001  the optimizer's variables
     state-100.json                             step, seed, ..., and checksums: see runs.py
-    checkpoint, counter                        the newest save, as TensorFlow and nshepperd name it
+    checkpoint, counter                        the newest save, for TensorFlow and nshepperd
 """
 
 import contextlib
@@ -15,46 +15,47 @@ import glob
 import math
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
-from gpt2cli.model import network as model
+from gpt2cli.model.network import GPT2, weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import folders, runs
+from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.tensorflow import tf
 
 
 @contextlib.contextmanager
-def _reading(prefix):
-    """Turn TensorFlow's complaints about a file into ours."""
+def _reading(prefix: Path) -> Iterator[None]:
+    """Turn TensorFlow's errors about a file into a UserError."""
     try:
         yield
     except (tf.errors.OpError, ValueError, RuntimeError, LookupError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise UserError(
-            f"{prefix}.* cannot be read, it is damaged or cut short ({reason}). "
-            "Fetch it again with: gpt2cli download, or restore an older checkpoint of the run"
+            f"cannot read {prefix}.*: it is damaged or cut short ({reason}). Fetch it again with "
+            "gpt2cli download, or use an older checkpoint of the run"
         ) from error
 
 
-def open_checked(prefix, described=None):
-    """A reader of the checkpoint at `prefix` and its ModelConfig, which must be of one model.
+def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
+    """Return a reader of a folder's checkpoint, and the sizes, after comparing the two.
 
-    n_vocab is that of the weights where GPT2_ML's json gives the sizes: the released 21128 tokens
-    have 21130 rows.
+    Where GPT2_ML's JSON file gives the sizes, n_vocab is that of the weights: the released 21128
+    tokens have 21130 rows.
 
-    Args:
-        described: the file with the sizes, where it does not lie beside the checkpoint.
+    Raises:
+        UserError: a weight is missing, of another shape or not known, or a file is damaged.
     """
-    if described is None:
-        config, described = folders.read_config(prefix.parent), folders.config_path(prefix.parent)
-    else:
-        config = ModelConfig.from_json(files.read_text(described), where=str(described))
+    config, described, prefix = folder.known_sizes(), folder.sizes_path, folder.checkpoint
+    assert described is not None and prefix is not None
     if "[" in str(prefix) or "]" in str(prefix):
-        raise UserError(f"TensorFlow reads no path with [ or ] in it: rename {prefix.parent}")
+        raise UserError(f"TensorFlow cannot read paths with [ or ]: rename {prefix.parent}")
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         found = reader.get_variable_to_shape_map()
@@ -62,83 +63,91 @@ def open_checked(prefix, described=None):
         needed = sum(kinds[name].size * np.prod(found[name], dtype=int) for name in found)
         shards = prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*-of-*")
         if sum(path.stat().st_size for path in shards) < needed:
-            raise ValueError(f"its data is shorter than the {needed} bytes that its index lists")
+            raise ValueError(f"its data is shorter than the {needed} bytes listed in its index")
     table = "newslm/embeddings/word_embed"
     if described.name != "hparams.json" and len(found.get(table, ())) == 2:
         config = dataclasses.replace(config, n_vocab=found[table][0])
-    expected = model.weight_shapes(config)
+    expected = weight_shapes(config)
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and OURS.fullmatch(name)]
     if missing:
         raise UserError(
-            f"{prefix} is not a checkpoint of this model: it lacks {_few(missing)}. "
-            f"Is it of another size or kind than {described} says?"
+            f"{prefix} does not belong to this model: it lacks {_few(missing)}. "
+            f"Does {described} belong to a model of another size or kind?"
         )
     if extra:
         raise UserError(
-            f"{prefix} has more than {described} says: {_few(extra)}. "
+            f"{prefix} has weights that {described} does not describe: {_few(extra)}. "
             f"Use the {described.name} that belongs to it"
         )
     for name, shape in expected.items():
         if tuple(found[name]) != shape or not kinds[name].is_floating:
             raise UserError(
-                f"{prefix}: {name} is {kinds[name].name} {list(found[name])}, {described.name} "
-                f"asks for float32 {list(shape)}. Use the one that belongs to this checkpoint"
+                f"{prefix}: {name} is {kinds[name].name} {list(found[name])}, but {described.name} "
+                f"requires float32 {list(shape)}. Use the one that belongs to this checkpoint"
             )
     return reader, config
 
 
-# A model's weights, and not what a program keeps beside them: slots of an optimizer, counters.
+# A model's weights, as opposed to an optimizer's slots and counters that lie beside them.
 OURS = re.compile(
     r"model/(wte|wpe|ln_f/[gb]|h\d+/(ln_[12]/[gb]|(attn|mlp)/c_\w+/[wb]))"
     r"|newslm/(embeddings|layer\d+)/\w+(/(kernel|bias|gamma|beta))?"
 )
 
 
-def _few(names):
+def _few(names: Iterable[str]) -> str:
+    """Return the first three of some names."""
+    names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(sorted(names)[:3]) + more
 
 
-def verify(folder):
-    """Open a folder's checkpoint and compare names and shapes with its hparams.json (UserError)."""
-    open_checked(folders.find_checkpoint(folder))
+def verify(folder: Path) -> None:
+    """Compare the names and shapes of a folder's checkpoint with its hparams.json (UserError)."""
+    open_checked(folders.open_model(folder))
 
 
-def load(path, precision="float32", weights_precision=None):
-    """A GPT2 with the weights that `path` means; see `folders.find_checkpoint` and `model.GPT2`.
+def load(
+    source: str | Path | ModelFolder,
+    precision: str = "float32",
+    weights_precision: str | None = None,
+) -> GPT2:
+    """Load a network with its weights; see `folders.find_checkpoint` and `GPT2`.
 
     Raises:
         UserError: no checkpoint, a damaged one, one of another size, or one with numbers that are
             not finite; the text names the file.
     """
-    config, stored = open_weights(folders.find_checkpoint(path))
-    return model.GPT2(config, stored, precision, weights_precision)
+    folder = source if isinstance(source, ModelFolder) else folders.open_model(source)
+    config, stored = open_weights(folder)
+    return GPT2(config, stored, precision, weights_precision)
 
 
-def open_weights(prefix, described=None):
-    """The ModelConfig of a checkpoint and the function that reads its weights for a `model.GPT2`.
+def open_weights(folder: ModelFolder) -> tuple[ModelConfig, Callable[[str, Any], np.ndarray]]:
+    """Return the sizes of a folder's checkpoint, and the function that reads a weight by name.
 
     Raises:
-        UserError: as `load`, and the function as well.
+        UserError: as `load`; the function raises it too.
     """
-    reader, config = open_checked(prefix, described)
+    reader, config = open_checked(folder)
+    prefix = folder.checkpoint
 
-    def stored(name, shape):
+    def stored(name: str, shape: Any) -> np.ndarray:
         with _reading(prefix):
             value = reader.get_tensor(name)
         if not np.isfinite(value).all():
             raise UserError(
-                f"{prefix}: {name} has values that are not finite; the training that wrote it "
-                "diverged, or the file is damaged. Use an older checkpoint"
+                f"{prefix}: {name} has values that are not finite: training diverged, or the file "
+                "is damaged. Use an older checkpoint"
             )
         return value
 
     return config, stored
 
 
-def write(prefix, tensors):
-    """Write {name: tensor} as a checkpoint; nobody sees half of it, an older one stays if it fails.
+def write(prefix: str | Path, tensors: Mapping[str, Any]) -> None:
+    """Write tensors by name as a checkpoint, whole or not at all; an older one stays on failure.
 
     The files are those of tf.compat.v1.train.Saver, one shard.
 
@@ -148,13 +157,20 @@ def write(prefix, tensors):
     write_all({Path(prefix): tensors})
 
 
-def write_all(checkpoints, sealed=lambda digests: None):
-    """`write` for several {prefix: {name: tensor}}: all are on disk before the first is renamed.
+def write_all(
+    checkpoints: Mapping[Path, Mapping[str, Any]],
+    sealed: Callable[[dict[str, str]], None] = lambda digests: None,
+) -> None:
+    """Write several checkpoints: all are on disk before the first is renamed.
 
-    Where a prefix exists its index is removed first: without an index a shard counts for nothing.
+    Where a prefix exists its index is removed first: a shard without an index does not count.
 
     Args:
-        sealed: is called in between, with the SHA-256 of each file by its name.
+        checkpoints: prefix -> name -> tensor.
+        sealed: function called before the renaming with the SHA-256 of each file by name.
+
+    Raises:
+        UserError: as `write`.
     """
     parts = {p: p.with_name(f".{p.name}.{os.getpid()}.part") for p in checkpoints}
     digests = {}
@@ -193,12 +209,12 @@ def write_all(checkpoints, sealed=lambda digests: None):
                 left.unlink(missing_ok=True)
 
 
-def _bytes_of(tensors):
+def _bytes_of(tensors: Mapping[str, Any]) -> int:
     return sum(tf.as_dtype(t.dtype).size * math.prod(t.shape) for t in tensors.values())
 
 
-def save(network, folder):
-    """Write a model folder's hparams.json and checkpoint `model.ckpt`, and SHA256SUMS."""
+def save(network: GPT2, folder: str | Path) -> None:
+    """Write a model folder's hparams.json, checkpoint `model.ckpt` and SHA256SUMS."""
     folder = Path(folder)
     with files.replacing(folder / "hparams.json") as file:
         file.write(network.config.to_json().encode())
@@ -207,17 +223,26 @@ def save(network, folder):
     folders.write_sums(folder)
 
 
-def save_run(folder, network, optimizer_variables, state, source=None):
+def save_run(
+    folder: str | Path,
+    network: GPT2,
+    optimizer_variables: Mapping[str, Any],
+    state: Mapping[str, Any],
+    source: Path | None = None,
+) -> None:
     """Add the checkpoint of `state["step"]` to a run folder; the others stay.
 
-    Nothing of the folder changes before the new files are on the disk.
+    The folder does not change before the new files are on the disk.
 
     Args:
         folder: the run's folder.
-        network: the GPT2.
-        optimizer_variables: {name: variable} of the optimizer.
-        state: JSON object that training needs to go on; has "step".
-        source: the model folder whose description this one gets; it has its own if not given.
+        network: the network with its weights.
+        optimizer_variables: name -> variable.
+        state: JSON object from which training resumes; has "step".
+        source: the model folder whose description to copy; None where the run has its own.
+
+    Raises:
+        UserError: as `write`.
     """
     folder, step = Path(folder), state["step"]
     before = runs.states(folder).values()
@@ -225,7 +250,7 @@ def save_run(folder, network, optimizer_variables, state, source=None):
     # the weights last: they make it a checkpoint
     saved = {f"optimizer-{step}": optimizer_variables, f"model-{step}": network.weights}
 
-    def seal(digests):
+    def seal(digests: dict[str, str]) -> None:
         if source is not None:
             folders.copy_description(source, folder, network.config)
         runs.set_aside(folder, step)
@@ -237,15 +262,15 @@ def save_run(folder, network, optimizer_variables, state, source=None):
         runs.recover(folder)
 
 
-def name_newest(folder, steps):
-    """Have `checkpoint` and `counter` name the last of these steps, for other programs."""
+def name_newest(folder: str | Path, steps: list[int]) -> None:
+    """Name the last of these steps in `checkpoint` and `counter`, for other programs."""
     names = [f"model-{step}" for step in steps]
     _name_newest(folder, names[-1], names)
     with files.replacing(Path(folder) / "counter") as file:
         file.write(f"{steps[-1]}\n".encode())
 
 
-def _name_newest(folder, newest, names):
+def _name_newest(folder: str | Path, newest: str, names: list[str]) -> None:
     """Write the `checkpoint` file as TensorFlow does, with names relative to the folder."""
     lines = [f'model_checkpoint_path: "{newest}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
@@ -253,16 +278,16 @@ def _name_newest(folder, newest, names):
         file.write("\n".join(lines).encode() + b"\n")
 
 
-def load_state(prefix):
-    """The state beside a run's checkpoint, or None."""
+def load_state(prefix: Path) -> dict[str, Any] | None:
+    """Return the state beside a run's checkpoint, or None."""
     step = prefix.name.removeprefix("model-")
     return runs.read_state(prefix.parent, int(step)) if step.isdecimal() else None
 
 
-def load_training(prefix):
-    """What lies beside a run's checkpoint: (optimizer's tensors by name, state), or ({}, None).
+def load_training(prefix: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """Return the optimizer's tensors by name and the state beside a run's checkpoint.
 
-    A model folder, or a run of another program, has neither.
+    Both are empty, ({}, None), for a model folder and a run of another program.
     """
     state = load_state(prefix)
     if state is None:
@@ -275,11 +300,12 @@ def load_training(prefix):
         return {name: reader.get_tensor(name) for name in names}, state
 
 
-def load_slots(prefix, optimizer):
-    """AdaFactor's moments in a checkpoint of GPT2_ML, as `load_training` gives them; or {}.
+def load_slots(prefix: Path, optimizer: str) -> dict[str, np.ndarray]:
+    """Return AdaFactor's moments in a checkpoint of GPT2_ML by name; empty where there are none.
 
     Args:
-        optimizer: the name of ours, which its variables' names begin with.
+        prefix: the checkpoint.
+        optimizer: name of our optimizer, with which its variables' names begin.
     """
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))

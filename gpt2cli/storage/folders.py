@@ -1,20 +1,26 @@
-"""Model folders and run folders: where they lie, what is in them, if it is what was written."""
+"""Model folders and run folders: where they are, what is in them, whether it is undamaged."""
 
 import contextlib
 import glob
+import hashlib
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpt2cli.errors import UserError
 from gpt2cli.files import digest, read_bytes, read_text, replacing
 from gpt2cli.model.sizes import ALIASES, ModelConfig
-from gpt2cli.options import check_name
+from gpt2cli.options import CheckpointOptions, SourceOptions, check_name
 from gpt2cli.storage import runs
 
 DEFAULT_MODEL = "124M"
 
 SUMS = "SHA256SUMS"
+
+# Files with a model's sizes; those after hparams.json are GPT2_ML's.
+CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json")
 
 # Everything of a model folder but the weights; a run folder gets copies of those that exist.
 ENCODER_FILES = (
@@ -23,15 +29,101 @@ ENCODER_FILES = (
 )
 
 
-def names_in(folder):
-    """The names of the model or run folders in `folder`, sorted."""
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model or run folder that was opened once, to be handed on instead of its path.
+
+    Attributes:
+        path: the folder.
+        sizes: the model's sizes; None for a folder with a vocabulary alone.
+        sizes_path: the file that gave the sizes.
+        checkpoint: prefix of the checkpoint to read; None where the weights are not needed.
+        sums: file name -> SHA-256, as SHA256SUMS records it; empty without one.
+    """
+
+    path: Path
+    sizes: ModelConfig | None = None
+    sizes_path: Path | None = None
+    checkpoint: Path | None = None
+    sums: Mapping[str, str] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Return whether the folder contains a file."""
+        return (self.path / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            UserError: the file cannot be read, or is not the one that SHA256SUMS records.
+        """
+        content = read_bytes(self.path / name)
+        recorded = self.sums.get(name)
+        if recorded is not None and recorded != hashlib.sha256(content).hexdigest():
+            raise UserError(
+                f"{self.path / name} differs from its checksum: it is damaged, so fetch or copy it "
+                f"again, or you changed it, so remove its line from {self.path / SUMS}"
+            )
+        return content
+
+    def known_sizes(self) -> ModelConfig:
+        """Return the sizes; UserError where the folder has none."""
+        if self.sizes is None:
+            raise UserError(
+                f"no hparams.json in {self.path.absolute()}: not a model folder. "
+                "Fetch one with: gpt2cli download 124M, or make one with: gpt2cli convert"
+            )
+        return self.sizes
+
+
+def open_folder(path: str | Path) -> ModelFolder:
+    """Open a folder: read its checksums and, where it has them, its sizes.
+
+    Raises:
+        UserError: one of these files is damaged.
+    """
+    path = Path(path)
+    folder = ModelFolder(path, sums=_read_sums(path))
+    for name in CONFIGS:
+        if folder.has(name):
+            content = folder.read(name)
+            if name == CONFIGS[0] or b"num_hidden_layers" in content:
+                where = path / name
+                sizes = ModelConfig.from_json(content, where=str(where))
+                return replace(folder, sizes=sizes, sizes_path=where)
+    return folder
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Return the sizes of a model folder; UserError where it has none."""
+    return open_folder(path).known_sizes()
+
+
+def open_model(path: str | Path, to_train: bool = False) -> ModelFolder:
+    """Open the model that `path` means, with its checkpoint; see `find_checkpoint`.
+
+    Raises:
+        UserError: no checkpoint, no sizes, or a damaged file.
+    """
+    prefix = find_checkpoint(path, to_train)
+    folder = replace(open_folder(prefix.parent), checkpoint=prefix)
+    folder.known_sizes()
+    return folder
+
+
+def names_in(folder: str | Path) -> list[str]:
+    """Return the names of the model or run folders in `folder`, sorted."""
     with contextlib.suppress(OSError):
         return sorted(p.name for p in Path(folder).iterdir() if (p / "hparams.json").is_file())
     return []
 
 
-def model_dir(models_dir, name=None):
-    """The folder of a model, which must exist; 117M also finds 124M, 345M 355M, and vice versa."""
+def model_dir(models_dir: str | Path, name: str | None = None) -> Path:
+    """Return a model's folder; 117M also finds 124M, 345M also 355M, and vice versa.
+
+    Raises:
+        UserError: there is no such model; the text names those that exist.
+    """
     name = name or DEFAULT_MODEL
     check_name("model_name", name)
     older = {new: old for old, new in ALIASES.items()}
@@ -46,8 +138,8 @@ def model_dir(models_dir, name=None):
     )
 
 
-def run_dir(checkpoint_dir, run_name, must_exist=True):
-    """The folder of a run; with `must_exist`, UserError names the runs that do exist."""
+def run_dir(checkpoint_dir: str | Path, run_name: str, must_exist: bool = True) -> Path:
+    """Return a run's folder; with `must_exist`, UserError names the runs that exist."""
     check_name("run_name", run_name)
     folder = Path(checkpoint_dir) / run_name
     if must_exist and not folder.is_dir():
@@ -59,61 +151,38 @@ def run_dir(checkpoint_dir, run_name, must_exist=True):
     return folder
 
 
-def source_dir(config):
-    """The model or run folder that a command's --run_name or --model_name means."""
-    if config.run_name is not None:
-        return run_dir(config.checkpoint_dir, config.run_name)
-    return model_dir(config.models_dir, config.model_name)
+def source_dir(options: SourceOptions) -> Path:
+    """Return the folder that --run_name or --model_name means."""
+    if options.run_name is not None:
+        return run_dir(options.checkpoint_dir, options.run_name)
+    return model_dir(options.models_dir, options.model_name)
 
 
-def source_checkpoint(config):
-    """The prefix of the checkpoint that they mean with --checkpoint; see `find_checkpoint`."""
-    folder, name = source_dir(config), config.checkpoint
+def open_source(options: CheckpointOptions) -> ModelFolder:
+    """Open the model and checkpoint that --run_name, --model_name and --checkpoint mean."""
+    folder, name = source_dir(options), options.checkpoint
     if name is None:
-        return find_checkpoint(folder)
+        return open_model(folder)
     name = f"model-{name}" if re.fullmatch(r"\d+", name, re.ASCII) else name
     if not (folder / f"{name}.index").is_file():
         there = {path.stem for path in folder.glob("*.index")}
         found = ", ".join(sorted(n for n in there if not n.startswith("optimizer-"))) or "none"
         raise UserError(f"{folder} has no checkpoint {name} (found: {found})")
-    return find_checkpoint(folder / f"{name}.index")
+    return open_model(folder / f"{name}.index")
 
 
-CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json")
+def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
+    """Return the prefix of the checkpoint that `path` means: the newest undamaged one of a run.
 
-
-def config_path(folder):
-    """The file with a model's sizes, or None: hparams.json, else GPT2_ML's json."""
-    for path in (Path(folder) / name for name in CONFIGS):
-        if path.is_file() and (path.name == CONFIGS[0] or b"num_hidden_layers" in read_bytes(path)):
-            return path
-    return None
-
-
-def read_config(folder):
-    """The ModelConfig of a model folder; GPT2_ML's json stands in for a missing hparams.json."""
-    path = config_path(folder)
-    if path is None:
-        raise UserError(
-            f"no hparams.json in {Path(folder).absolute()}: not a model folder. "
-            "Fetch one with: gpt2cli download 124M, or make one with: gpt2cli convert"
-        )
-    return ModelConfig.from_json(read_text(path), where=str(path))
-
-
-def find_checkpoint(path, to_train=False):
-    """The prefix of the checkpoint that `path` means.
-
-    Of a run that is the newest whole one. What was recorded of the files when they were written is
-    compared: SHA256SUMS for all but the weights, which TensorFlow checks while it reads them, and
-    for a run's checkpoint its state.
+    A run's checkpoint is compared with the checksums in its state. TensorFlow checks all weights
+    while it reads them.
 
     Args:
         path: a model or run folder, a prefix such as `models/124M/model.ckpt`, or its .index file.
-        to_train: the optimizer's state has to be whole as well.
+        to_train: the optimizer's state must be undamaged as well.
 
     Raises:
-        UserError: there is none, or one of its files is missing or not as it was written.
+        UserError: there is none, or one of its files is missing or damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -124,8 +193,8 @@ def find_checkpoint(path, to_train=False):
     if not index.is_file():
         raise UserError(
             f"no checkpoint at {prefix.absolute()}: {index.name} is missing. "
-            "Name a model folder, a run folder or a checkpoint's path without its ending; "
-            "a released model comes with: gpt2cli download 124M"
+            "Name a model folder, a run folder, or a checkpoint's path without its extension; "
+            "get a released model with: gpt2cli download 124M"
         )
     if not list(prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*-of-*")):
         raise UserError(
@@ -134,12 +203,11 @@ def find_checkpoint(path, to_train=False):
     named = re.fullmatch(r"model-(\d+)", prefix.name)
     if named and (wrong := runs.fault(prefix.parent, int(named[1]), to_train)):
         raise UserError(f"{wrong}. Use another checkpoint of the run")
-    check_sums(prefix.parent)
     return prefix
 
 
-def _newest(folder, to_train):
-    """The prefix of a run's newest checkpoint, or what `checkpoint` names, or the only one."""
+def _newest(folder: Path, to_train: bool) -> Path:
+    """Return a run's newest checkpoint, or the one that `checkpoint` names, or the only one."""
     if runs.states(folder):
         return folder / f"model-{runs.newest(folder, to_train)}"
     named = runs.named(folder)
@@ -153,52 +221,67 @@ def _newest(folder, to_train):
     return folder / "model.ckpt"
 
 
-def write_sums(folder):
-    """Record in SHA256SUMS what a folder's files are, but not the weights.
+def write_sums(folder: Path) -> None:
+    """Record the checksums of a folder's files, weights excepted, in SHA256SUMS.
 
-    As sha256sum writes them, so that `sha256sum --check SHA256SUMS` compares them too.
+    The format is that of sha256sum, so `sha256sum --check SHA256SUMS` compares them too.
     """
     found = [name for name in (*CONFIGS, *ENCODER_FILES) if (folder / name).is_file()]
     with replacing(folder / SUMS, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{digest(folder / name)}  {name}\n" for name in found)
 
 
-def check_sums(folder):
-    """UserError where a file is not the one that SHA256SUMS records; without it all is well."""
+def _read_sums(folder: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 of SHA256SUMS; empty where there is none."""
     path = folder / SUMS
-    if not path.is_file():
-        return
-    for line in read_text(path).splitlines():
-        recorded, _, name = line.partition("  ")
-        if not os.path.isfile(folder / Path(name).name):  # False for what no file may be named
-            continue  # what is needed is missed by who needs it
-        if digest(folder / Path(name).name) != recorded:
-            raise UserError(
-                f"{folder / name} is not the file that was written: it is damaged, or it was "
-                f"changed on purpose, then remove its line from {path}. Else get it anew"
-            )
+    lines = read_text(path).splitlines() if path.is_file() else []
+    pairs = (line.partition("  ") for line in lines)
+    return {name: recorded for recorded, _, name in pairs}
 
 
-def copy_description(source, folder, config=None):
-    """Make `folder` a model folder of the sizes and vocabulary of `source`, and of no other.
+def copy_description(
+    source: str | Path | ModelFolder, folder: Path, sizes: ModelConfig | None = None
+) -> None:
+    """Give `folder` the sizes and the vocabulary of `source`, in place of its own.
 
     Args:
-        config: the ModelConfig to write; by default that of `source`.
+        sizes: the ModelConfig to write; by default that of `source`.
     """
-    source, folder = Path(source), Path(folder)
-    text = (config or read_config(source)).to_json()
-    (folder / SUMS).unlink(missing_ok=True)  # those of another model are not to be compared
-    copy_vocabulary(source, folder)
+    opened = source if isinstance(source, ModelFolder) else open_folder(source)
+    text = (sizes or opened.known_sizes()).to_json()
+    (folder / SUMS).unlink(missing_ok=True)  # another model's checksums must not be compared
+    copy_vocabulary(opened, folder)
     with replacing(folder / "hparams.json") as file:  # last: it makes the folder a model's
         file.write(text.encode())
     write_sums(folder)
 
 
-def copy_vocabulary(source, folder):
-    """Give `folder` the vocabulary files of `source`, and no other."""
+def copy_vocabulary(source: ModelFolder, folder: Path) -> None:
+    """Give `folder` the vocabulary files of `source`, in place of its own."""
     for name in ENCODER_FILES:
-        if (source / name).is_file():
+        if source.has(name):
             with replacing(folder / name) as file:
-                file.write((source / name).read_bytes())
+                file.write(source.read(name))
         else:
             (folder / name).unlink(missing_ok=True)
+
+
+def check_destination(dst: Path, overwrite: bool, *sources: Path) -> None:
+    """Reject a folder that a new model must not be written to.
+
+    Raises:
+        UserError: `dst` exists and may not be replaced, is not a model folder, or is or contains
+            one of the sources.
+    """
+    for source in sources:
+        if dst.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"{dst} is or contains {source}, which is read. Name another folder")
+    if not os.path.lexists(dst):
+        return
+    if not overwrite:
+        raise UserError(f"{dst} exists. Name another folder, or replace it with --overwrite")
+    is_folder = dst.is_dir() and not dst.is_symlink()
+    names = os.listdir(dst) if is_folder else []
+    is_model = not names or {*CONFIGS[:2]} & set(names) or open_folder(dst).sizes is not None
+    if not (is_folder and is_model) or runs.steps(dst):
+        raise UserError(f"{dst} is not a model folder, so it is not replaced. Name another folder")

@@ -51,7 +51,7 @@ class Run:
         self.say(memory_line(training.memory_needed(folders.read_config(prefix.parent), config)))
         with self.replicas.strategy.scope():
             network = checkpoint.load(prefix, config.precision, weights_precision="float32")
-        self.model = inference.Model(graph.Graph(network), vocabulary)
+        self.model = inference.LanguageModel(graph.Graph(network), vocabulary)
         tensors, state = {}, None
         if resumed and config.restore_from == "weights":
             state = checkpoint.load_state(prefix)

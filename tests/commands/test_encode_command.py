@@ -10,8 +10,8 @@ from gpt2cli.commands import encode
 from gpt2cli.commands.encode import EncodeOptions
 from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
-from gpt2cli.text import corpus as dataset
-from gpt2cli.text import encoder
+from gpt2cli.text import corpus, encoded, encoder
+from gpt2cli.text.bpe import END
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def models_dir(tmp_path_factory):
     (folder / "english").mkdir()
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator(
-        ["the kettle clicked off"], vocab_size=300, min_frequency=1, special_tokens=[encoder.END]
+        ["the kettle clicked off"], vocab_size=300, min_frequency=1, special_tokens=[END]
     )
     theirs.save_model(str(folder / "english"))
     (folder / "chinese").mkdir()
@@ -42,12 +42,12 @@ def run(models_dir, in_text, out, **settings):
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
 def test_encode_writes_the_ids_and_says_what_it_did_on_stderr(tmp_path, models_dir, capsys, suffix):
     text = tmp_path / "a.txt"
-    text.write_text(f"the kettle{encoder.END}clicked off\n")
+    text.write_text(f"the kettle{END}clicked off\n")
     out = tmp_path / "deep" / "er" / f"out{suffix}"
     run(models_dir, text, out)
     english = encoder.load(models_dir / "english")
     expected = [*english.encode("the kettle"), 0, *english.encode("clicked off\n"), 0]
-    tokens = dataset.load(out, None, TextOptions(), english.n_vocab)
+    tokens = encoded.load(out, None, TextOptions(), english.n_vocab)
     assert tokens.whole().tolist() == expected
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
@@ -61,7 +61,7 @@ def test_encode_writes_the_ids_and_says_what_it_did_on_stderr(tmp_path, models_d
 
 @pytest.mark.parametrize("block", [3, 2**18])
 def test_chunks_are_counted(tmp_path, models_dir, capsys, monkeypatch, block):
-    monkeypatch.setattr(dataset, "BLOCK", block)
+    monkeypatch.setattr(corpus, "BLOCK", block)
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text("the kettle clicked")
     run(models_dir, tmp_path / "*.txt", tmp_path / "out.npz", combine=30)
@@ -148,7 +148,7 @@ def test_lines_are_counted_as_documents(tmp_path, models_dir, capsys):
     run(models_dir, tmp_path / "a.txt", tmp_path / "out.npz", lines=True)
     assert "tokens (3 documents, 3 end tokens) in 1 chunk," in capsys.readouterr().err
     # the literal end token ends no document
-    (tmp_path / "a.txt").write_text(f"the{encoder.END}kettle\n")
+    (tmp_path / "a.txt").write_text(f"the{END}kettle\n")
     run(models_dir, tmp_path / "a.txt", tmp_path / "out.npz", lines=True, workers=1)
     assert "tokens (1 document, 2 end tokens) in 1 chunk," in capsys.readouterr().err
 

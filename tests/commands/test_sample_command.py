@@ -108,7 +108,7 @@ def chinese(network, tmp_path_factory):
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     sizes = dict(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2, end_token=None)
     (folder / "hparams.json").write_text(json.dumps(sizes))
-    return inference.Model(compiled("lite", network), encoder.of_model(folder))
+    return inference.LanguageModel(compiled("lite", network), encoder.of_model(folder))
 
 
 @pytest.mark.parametrize("least", [0, 1, 20, 60])

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers
 
-from gpt2cli.commands import vocab
-from gpt2cli.text import encoder
+from gpt2cli.text import encoder, vocabulary
+from gpt2cli.text.bpe import BYTE_OF, END, SPLIT
 
 ENGLISH = "\n".join(topics[name] for name in sorted(topics)[:12])
 CHINESE = "今天天气不错，我们去公园散步。Tomorrow we walk, walking 今天。Café ２０２４年！\n" * 30
@@ -33,8 +33,8 @@ def made(corpus, tmp_path_factory):
     """Folders with a BPE of 700 tokens and a WordPiece of 400, trained on the corpus."""
     folder = tmp_path_factory.mktemp("made")
     texts = [ENGLISH, CHINESE]
-    vocab.write(folder / "bpe", vocab.train_bpe(texts, 700))
-    vocab.write(folder / "wordpiece", vocab.train_wordpiece(lambda: texts, 400))
+    vocabulary.write(folder / "bpe", vocabulary.train_bpe(texts, 700))
+    vocabulary.write(folder / "wordpiece", vocabulary.train_wordpiece(lambda: texts, 400))
     return folder
 
 
@@ -50,8 +50,8 @@ def test_a_bpe_has_gpt2s_form_and_size(cli, corpus, tmp_path):
     assert "bytes of text per token" in result.stderr and "only" not in result.stderr
     assert sorted(p.name for p in out.iterdir()) == ["encoder.json", "vocab.bpe"]
     ids = json.loads((out / "encoder.json").read_text())
-    assert sorted(ids.values()) == list(range(500)) and ids[encoder.END] == 499
-    assert set(list(ids)[:256]) == set(encoder.BYTE_OF)
+    assert sorted(ids.values()) == list(range(500)) and ids[END] == 499
+    assert set(list(ids)[:256]) == set(BYTE_OF)
     lines = (out / "vocab.bpe").read_text(encoding="utf-8").split("\n")
     assert lines[0] == "#version: 0.2" and lines[-1] == "" and len(lines) == 2 + 500 - 257
     bpe = encoder.load(out)
@@ -92,12 +92,14 @@ def test_case_and_accents_are_kept_on_request(cli, corpus, tmp_path):
 
 def test_where_room_is_short_the_most_frequent_characters_come_first(tmp_path):
     texts = ["今今今今天天天气气散", "ab ab ab ab ab"]
-    made = vocab.train_wordpiece(lambda: texts, 10)["vocab.txt"].split()
+    made = vocabulary.train_wordpiece(lambda: texts, 10)["vocab.txt"].split()
     # b takes two places, the second for its form inside words; 气 and 散 find none
-    assert made == [*vocab.SPECIAL, "a", "b", "今", "天", "##b"]
-    rare = vocab.train_wordpiece(lambda: texts, 100, min_frequency=2)["vocab.txt"].split()
+    assert made == [*vocabulary.SPECIAL, "a", "b", "今", "天", "##b"]
+    rare = vocabulary.train_wordpiece(lambda: texts, 100, min_frequency=2)["vocab.txt"].split()
     assert "气" in rare and "散" not in rare and "ab" in rare
-    all_of_them = vocab.train_wordpiece(lambda: texts, 100, min_frequency=1)["vocab.txt"].split()
+    all_of_them = vocabulary.train_wordpiece(lambda: texts, 100, min_frequency=1)[
+        "vocab.txt"
+    ].split()
     assert "散" in all_of_them
 
 
@@ -116,11 +118,11 @@ def test_tokenizers_reads_the_files_to_the_same_ids(made, text):
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.sampled_from("the'sll 12今é。\n \t\r\u2028\x85\u3000🙂_-")))
 def test_training_splits_words_as_encoding_does(text):
-    """GPT-2's regex in tokenizers (whose words are trained on) and encoder.SPLIT."""
+    """GPT-2's regex in tokenizers (whose words are trained on) and bpe.SPLIT."""
     import regex
 
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    ours = regex.findall(encoder.SPLIT, text)
+    ours = regex.findall(SPLIT, text)
     assert [text[i:j] for _, (i, j) in splitter.pre_tokenize_str(text)] == ours
 
 
@@ -160,7 +162,7 @@ def test_a_corpus_may_be_records_lines_or_another_encoding(cli, tmp_path, kind):
 
 
 def test_the_literal_end_token_and_half_characters_make_no_token(cli, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps(f"kettle{encoder.END}off \ud83d\n") * 1)
+    (tmp_path / "a.jsonl").write_text(json.dumps(f"kettle{END}off \ud83d\n") * 1)
     for kind in ("bpe", "wordpiece"):
         out = tmp_path / kind
         flags = ("--kind", kind, "--size", 300, "--min_frequency", 1)

@@ -20,6 +20,7 @@ from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.tensorflow import tf
 from gpt2cli.text import encoder
+from gpt2cli.text.bpe import CHAR_OF
 
 SIZES = ModelConfig(n_vocab=40, n_ctx=12, n_embd=16, n_head=4, n_layer=2)
 HF_CONFIG = {
@@ -621,7 +622,7 @@ WORDPIECE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "天", "气", "##s", 
 
 
 def byte_vocabulary(*more):
-    tokens = [*encoder.CHAR_OF.values(), "Ġt", "Ġth", *more]
+    tokens = [*CHAR_OF.values(), "Ġt", "Ġth", *more]
     return {token: index for index, token in enumerate(tokens)}, ["Ġ t", "Ġt h"]
 
 

@@ -63,7 +63,9 @@ def test_beams_are_those_of_transformers(golden, name):
 @pytest.fixture(scope="module")
 def small():
     """Seven tokens, a window of eight; random, lively weights."""
-    return inference.Model(compiled("lite", lively(ModelConfig(7, 8, 16, 2, 2), seed=5)), None)
+    return inference.LanguageModel(
+        compiled("lite", lively(ModelConfig(7, 8, 16, 2, 2), seed=5)), None
+    )
 
 
 def after(model, window="half"):

@@ -60,7 +60,7 @@ def test_rows_of_any_length_are_read_together_and_go_on_alone(network, ours):
 
 
 def test_two_texts_may_be_continued_in_turn(ours):
-    alone = inference.Model(ours, None)
+    alone = inference.LanguageModel(ours, None)
     expected = [list(alone.generate([t], length=150, temperature=0)[0].tokens) for t in (3, 4)]
     settings = inference.GenerateOptions(length=150, temperature=0)
     streams = [alone.samples([[t]], settings) for t in (3, 4)]
@@ -226,7 +226,7 @@ def test_ctrl_c_between_two_shapes_leaves_a_model_that_works(network, monkeypatc
 
 
 def test_threads_take_turns(network):
-    plain = inference.Model(compiled("lite", network), None)
+    plain = inference.LanguageModel(compiled("lite", network), None)
     jobs = [dict(prompts=[[n]], length=20 + n, seed=n, nsamples=1 + n % 3) for n in range(12)]
     alone = [[s.tokens for s in plain.generate(**job)] for job in jobs]
     with ThreadPoolExecutor(4) as pool:

@@ -226,7 +226,7 @@ def test_with_window_last_every_token_follows_the_last_of_them_read_anew(
 
 def test_a_window_of_one_token_is_no_special_case():
     sizes = ModelConfig(n_vocab=11, n_ctx=1, n_embd=8, n_head=2, n_layer=1)
-    model = inference.Model(compiled("lite", lively(sizes)), None)
+    model = inference.LanguageModel(compiled("lite", lively(sizes)), None)
     for window in ("half", "last"):
         (sample,) = model.generate([3, 4], length=5, temperature=0, window=window)
         row = [4]
@@ -383,7 +383,7 @@ def test_of_a_prompt_longer_than_the_window_the_end_is_read(either_model):
 @pytest.mark.slow  # a quarter of a minute of compiling
 def test_nothing_is_traced_again_however_many_prompts_follow(network):
     ready = compiled("graph", network)
-    model = inference.Model(ready, None)
+    model = inference.LanguageModel(ready, None)
     random = np.random.default_rng(0)
     for n in range(6):
         prompt = random.integers(97, size=random.integers(1, 40)).tolist()

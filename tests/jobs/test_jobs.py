@@ -54,7 +54,7 @@ def test_a_stopped_job_goes_on_and_ends_as_one_that_was_not(cli, prompts, monkey
     words = ("sample", *flags, "--seed", 5, "--prompts", "prompts.txt", *more, "--out")
     assert cli(*words, "whole.jsonl").returncode == 0
 
-    real, done = inference.Model.answers, []
+    real, done = inference.LanguageModel.answers, []
 
     def dying(self, *arguments, **options):
         if len(done) == 2:
@@ -62,7 +62,7 @@ def test_a_stopped_job_goes_on_and_ends_as_one_that_was_not(cli, prompts, monkey
         done.append(1)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(inference.Model, "answers", dying)
+    monkeypatch.setattr(inference.LanguageModel, "answers", dying)
     with pytest.raises(Stopped):
         cli(*words, "out.jsonl")
     monkeypatch.undo()
@@ -80,7 +80,7 @@ def test_a_stopped_job_goes_on_and_ends_as_one_that_was_not(cli, prompts, monkey
 
 
 def test_a_drawn_seed_is_kept_for_the_rest(cli, prompts, monkeypatch):
-    real, done = inference.Model.answers, []
+    real, done = inference.LanguageModel.answers, []
 
     def dying(self, *arguments, **options):
         if done:
@@ -88,7 +88,7 @@ def test_a_drawn_seed_is_kept_for_the_rest(cli, prompts, monkeypatch):
         done.append(1)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(inference.Model, "answers", dying)
+    monkeypatch.setattr(inference.LanguageModel, "answers", dying)
     with pytest.raises(Stopped):
         job(cli, "out.jsonl", seed=())
     monkeypatch.undo()

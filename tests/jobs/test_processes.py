@@ -236,7 +236,7 @@ def test_a_job_of_which_no_process_made_anything_may_have_another_number(cli, ch
 
 
 def test_what_one_process_began_one_goes_on_with(cli, children, monkeypatch):
-    real, done = inference.Model.answers, []
+    real, done = inference.LanguageModel.answers, []
 
     def dying(self, *arguments, **options):
         if done:
@@ -245,7 +245,7 @@ def test_what_one_process_began_one_goes_on_with(cli, children, monkeypatch):
         return real(self, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(inference.Model, "answers", dying)
+        patch.setattr(inference.LanguageModel, "answers", dying)
         job(cli, "out.jsonl")
     result = job(cli, "out.jsonl", "--processes", 2)
     assert result.returncode == 0 and children.started == []
@@ -518,7 +518,8 @@ def test_all_are_ended_together_when_this_process_is(program, monkeypatch):
 def test_processes_end_when_the_one_that_started_them_is_ended(tmp_path, program, number):
     program("touch ready$$; exec sleep 100")
     code = (
-        "import sys; from gpt2cli.commands.sample import SampleOptions; from gpt2cli.jobs import workers as processes;"
+        "import sys; from gpt2cli.commands.sample import SampleOptions;"
+        "from gpt2cli.jobs import workers as processes;"
         "sys.executable = sys.argv[1]\n"
         "processes.run('sample', [SampleOptions()] * 2, None)"
     )

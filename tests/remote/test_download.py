@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, small_disk
 from gpt2cli.commands import download
 from gpt2cli.commands.download import DownloadOptions
 from gpt2cli.errors import UserError
-from gpt2cli.remote import transfer
+from gpt2cli.remote import released, transfer
 
 GOLDEN = Path(__file__).parents[3] / "shared/golden/gpt2-openai/a-l12-h3-e24-c96-v601"
 VOCABULARY = Path(__file__).parents[3] / "shared/data/gpt2"
@@ -175,7 +175,7 @@ def folder_of(tmp_path, name="own"):
 def test_all_files_arrive_and_the_checkpoint_is_opened(fetch, mirror, opened, capsys):
     folder = fetch()
     assert_whole(folder)
-    assert [name for name, _, _ in mirror.asked] == list(download.FILES)
+    assert [name for name, _, _ in mirror.asked] == list(released.FILES)
     assert opened == [folder]
     out, err = capsys.readouterr()
     assert out == ""
@@ -568,7 +568,7 @@ def test_a_checkpoint_that_does_not_open_is_not_called_complete(fetch, opened, m
 def test_the_older_names_fetch_into_the_newer_folders(
     fetch, mirror, tmp_path, monkeypatch, older, newer
 ):
-    sums = {name: hashlib.sha256(MODEL[name]).hexdigest() for name in download.SHA256}
+    sums = {name: hashlib.sha256(MODEL[name]).hexdigest() for name in released.SHA256}
     monkeypatch.setattr(download, "SHA256", sums)
     mirror.contents = {f"/models/{newer}/{name}": content for name, content in MODEL.items()}
     fetch(older)
@@ -585,7 +585,7 @@ def test_the_encoder_of_a_released_model_must_be_that_of_openai(fetch, mirror, t
 
 @pytest.mark.skipif(not VOCABULARY.is_dir(), reason="needs ../shared")
 def test_the_checksums_are_those_of_the_real_files():
-    for name, sha256 in download.SHA256.items():
+    for name, sha256 in released.SHA256.items():
         assert hashlib.sha256((VOCABULARY / name).read_bytes()).hexdigest() == sha256
 
 

@@ -611,7 +611,7 @@ def test_until_the_model_is_there_it_says_so(tiny):
 
 
 def test_the_newest_model_is_taken_while_others_are_served(tiny, network):
-    other = inference.Model(compiled("lite", network), tiny.encoder)
+    other = inference.LanguageModel(compiled("lite", network), tiny.encoder)
     models = iter([(tiny, "model-1"), (other, "model-2")])
 
     def load():
@@ -659,7 +659,7 @@ CHECKS = (
 
 @pytest.mark.slow  # XLA compiles a quarter of a minute
 def test_a_graph_serves_too(tiny, network):
-    model = inference.Model(compiled("graph", network), tiny.encoder)
+    model = inference.LanguageModel(compiled("graph", network), tiny.encoder)
     model.warm(4)
     with serving(model, max_batch=4, max_tokens=99) as (address, made):
         asked = [
@@ -677,7 +677,7 @@ def test_a_model_that_is_no_longer_served_leaves_the_memory(tiny, network):
     seen = []
 
     def load():
-        model = inference.Model(compiled("lite", network), tiny.encoder)
+        model = inference.LanguageModel(compiled("lite", network), tiny.encoder)
         seen.append(weakref.ref(model))
         return model, f"model-{len(seen)}"
 
@@ -697,7 +697,7 @@ def test_a_model_that_is_no_longer_served_leaves_the_memory(tiny, network):
 
 def test_places_that_are_freed_at_any_moment_change_no_other_text(network):
     """Cancelled from another thread, as by a client that goes away."""
-    model = inference.Model(compiled("lite", network), None)
+    model = inference.LanguageModel(compiled("lite", network), None)
     settings = GenerateOptions(length=40)
     (alone,) = model.generate([5, 6], length=40, seed=1)
     made, found = scheduler.Scheduler(4, 10_000), queue.SimpleQueue()

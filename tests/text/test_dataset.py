@@ -22,8 +22,8 @@ from tokenizers import ByteLevelBPETokenizer
 from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
 from gpt2cli.text import batches as windows
-from gpt2cli.text import corpus as dataset
-from gpt2cli.text import encoder
+from gpt2cli.text import corpus, encoded, encoder
+from gpt2cli.text.bpe import END
 
 SHARED = Path(__file__).parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")
@@ -36,7 +36,7 @@ def bpe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bpe")
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator(
-        ["the kettle clicked off"], vocab_size=300, min_frequency=1, special_tokens=[encoder.END]
+        ["the kettle clicked off"], vocab_size=300, min_frequency=1, special_tokens=[END]
     )
     theirs.save_model(str(folder))
     return encoder.load(folder)
@@ -51,8 +51,8 @@ def wordpiece(tmp_path_factory):
 
 def chunks_of(paths, vocabulary, settings=DEFAULTS):
     """The chunks that the files become, as lists."""
-    parts = dataset.encode([Path(path) for path in paths], vocabulary, settings)
-    return [np.concatenate(chunk).tolist() for chunk in dataset._chunks(parts)]
+    parts = encoded.encode([Path(path) for path in paths], vocabulary, settings)
+    return [np.concatenate(chunk).tolist() for chunk in encoded._chunks(parts)]
 
 
 def write(path, content):
@@ -65,7 +65,7 @@ def write(path, content):
 def test_npz_files_of_nshepperd_load_as_the_ids_that_he_wrote():
     folder = SHARED / "golden/nshepperd_npz"
     for name, expected in json.loads((folder / "expected.json").read_text()).items():
-        tokens = dataset.load(folder / name, None, DEFAULTS, 50257)
+        tokens = encoded.load(folder / name, None, DEFAULTS, 50257)
         assert [c.tolist() for c in tokens.chunks] == [a["ids"] for a in expected["arrays"]]
         assert all(chunk.dtype == np.uint16 for chunk in tokens.chunks)
 
@@ -74,7 +74,7 @@ def test_npz_files_of_nshepperd_load_as_the_ids_that_he_wrote():
 def test_texts_encode_as_nshepperd_does_apart_from_his_spelled_separator():
     folder = SHARED / "golden/nshepperd_npz"
     gpt2 = encoder.load(SHARED / "data/gpt2")
-    spelled = gpt2.encode(encoder.END)
+    spelled = gpt2.encode(END)
     for expected in json.loads((folder / "expected.json").read_text()).values():
         sources = [folder / name for name in expected["source"]]
         ours = chunks_of(sources, gpt2, TextOptions(combine=expected["combine"]))
@@ -99,7 +99,7 @@ def test_spelled_texts_encode_to_the_very_ids_of_nshepperd():
                 chunks.append(text)
                 text = ""
             else:
-                text += encoder.END
+                text += END
         chunks += [text] if text else []
         his = [array["ids"] for array in expected["arrays"]]
         assert [gpt2.encode(chunk) for chunk in chunks] == his
@@ -124,10 +124,10 @@ def test_a_text_is_followed_by_the_end_token_and_short_files_share_a_chunk(tmp_p
 
 
 def test_the_literal_end_token_means_the_token_unless_it_is_to_be_text(tmp_path, bpe):
-    path = write(tmp_path / "a.txt", f"x{encoder.END}y")
+    path = write(tmp_path / "a.txt", f"x{END}y")
     assert chunks_of([path], bpe) == [[*bpe.encode("x"), 0, *bpe.encode("y"), 0]]
     as_text = chunks_of([path], bpe, TextOptions(special="text"))
-    assert as_text == [[*bpe.encode(f"x{encoder.END}y"), 0]]
+    assert as_text == [[*bpe.encode(f"x{END}y"), 0]]
 
 
 def test_wordpiece_documents_stand_between_cls_and_sep(tmp_path, wordpiece):
@@ -137,8 +137,8 @@ def test_wordpiece_documents_stand_between_cls_and_sep(tmp_path, wordpiece):
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 18])
 def test_a_streamed_file_gives_the_ids_of_the_whole_text(tmp_path, bpe, monkeypatch, block):
-    monkeypatch.setattr(dataset, "BLOCK", block)
-    text = "the kettle  \n\n clicked\r\noff, 东京\u2028的夜\ufeff。\r" * 30 + f"{encoder.END} x" * 9
+    monkeypatch.setattr(corpus, "BLOCK", block)
+    text = "the kettle  \n\n clicked\r\noff, 东京\u2028的夜\ufeff。\r" * 30 + f"{END} x" * 9
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbf" + text.encode())
     newlines = text.replace("\r\n", "\n").replace("\r", "\n")
     assert chunks_of([path], bpe) == [[*bpe.encode(newlines, special=True), 0]]
@@ -159,7 +159,7 @@ DOCUMENTS = ["the kettle", " clicked off", "今天", "'s é。1", "\u2028 the \x
 @pytest.mark.parametrize("block", [1, 5, 1 << 18])
 @pytest.mark.parametrize("last", ["", "\n", "\r\n\n"])
 def test_lines_are_documents_as_records_of_jsonl_are(tmp_path, bpe, monkeypatch, block, last):
-    monkeypatch.setattr(dataset, "BLOCK", block)
+    monkeypatch.setattr(corpus, "BLOCK", block)
     lines = write(tmp_path / "a.txt", "\n" + "\n \t \n\r\n".join(DOCUMENTS) + last)
     records = write(tmp_path / "a.jsonl", "\n".join(json.dumps(text) for text in DOCUMENTS))
     expected = sum(([*bpe.encode(text), 0] for text in DOCUMENTS), [])
@@ -194,7 +194,7 @@ def test_lines_share_chunks_by_their_length_as_files_do(tmp_path, bpe):
 def test_uer_reads_blank_lines_and_loses_an_unterminated_last_one(
     tmp_path, wordpiece, monkeypatch, block, text, documents
 ):
-    monkeypatch.setattr(dataset, "BLOCK", block)
+    monkeypatch.setattr(corpus, "BLOCK", block)
     path = write(tmp_path / "a.txt", text)
     expected = sum(([1, *wordpiece.encode(text), 2] for text in documents), [])
     ids = chunks_of([path], wordpiece, TextOptions(uer_compat=True))
@@ -214,7 +214,7 @@ def test_documents_without_an_end_token_follow_each_other(tmp_path, wordpiece):
 
 
 def test_the_number_of_workers_changes_no_id(tmp_path, wordpiece, monkeypatch):
-    monkeypatch.setattr(dataset, "BLOCK", 64)
+    monkeypatch.setattr(corpus, "BLOCK", 64)
     path = write(tmp_path / "a.txt", "今天 天气\n" * 200)
     one, two, many = (
         chunks_of([path], wordpiece, TextOptions(workers=workers)) for workers in (1, 2, 7)
@@ -223,7 +223,7 @@ def test_the_number_of_workers_changes_no_id(tmp_path, wordpiece, monkeypatch):
 
 
 def test_workers_are_so_many_threads_and_tokenizers_adds_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "BLOCK", 64)
+    monkeypatch.setattr(corpus, "BLOCK", 64)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     path = write(tmp_path / "a.txt", "the kettle clicked off\n" * 200)
     seen = set()
@@ -246,13 +246,13 @@ def test_workers_are_so_many_threads_and_tokenizers_adds_none(tmp_path, monkeypa
 def test_texts_gives_what_is_in_the_files_and_refuses_ids(tmp_path):
     write(tmp_path / "a.txt", "the kettle\n\nclicked\n")
     write(tmp_path / "b.jsonl", '"off"')
-    paths, cut = dataset.find(tmp_path), encoder.BPE.CUT
-    assert "".join(dataset.texts(paths, cut, DEFAULTS)) == "the kettle\n\nclicked\noff"
-    lines = list(dataset.texts(paths, cut, TextOptions(lines=True)))
+    paths, cut = corpus.find(tmp_path), encoder.BPE.CUT
+    assert "".join(corpus.texts(paths, cut, DEFAULTS)) == "the kettle\n\nclicked\noff"
+    lines = list(corpus.texts(paths, cut, TextOptions(lines=True)))
     assert lines == ["the kettle", "clicked", "off"]
     np.save(tmp_path / "c.npy", [1])
     with pytest.raises(UserError, match="c.npy holds token ids, not text"):
-        list(dataset.texts(dataset.find(tmp_path), cut, DEFAULTS))
+        list(corpus.texts(corpus.find(tmp_path), cut, DEFAULTS))
 
 
 def test_csv_records_are_documents_and_the_heading_is_left_out(tmp_path, bpe):
@@ -306,17 +306,17 @@ def test_other_encodings_and_replacement_are_read(tmp_path, bpe):
 def test_a_path_is_a_file_a_folder_or_a_glob(tmp_path, monkeypatch):
     for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden", ".git/config", "odd[1].txt"):
         write(tmp_path / name, "x")
-    names = [str(p.relative_to(tmp_path)) for p in dataset.find(tmp_path)]
+    names = [str(p.relative_to(tmp_path)) for p in corpus.find(tmp_path)]
     assert names == ["a.txt", "b.txt", "odd[1].txt", "sub/c.txt"]
-    assert dataset.find(f"{tmp_path}/?.txt") == [tmp_path / "a.txt", tmp_path / "b.txt"]
-    assert tmp_path / "sub/c.txt" in dataset.find(f"{tmp_path}/**/*.txt")
-    assert dataset.find(tmp_path / "odd[1].txt") == [tmp_path / "odd[1].txt"]
+    assert corpus.find(f"{tmp_path}/?.txt") == [tmp_path / "a.txt", tmp_path / "b.txt"]
+    assert tmp_path / "sub/c.txt" in corpus.find(f"{tmp_path}/**/*.txt")
+    assert corpus.find(tmp_path / "odd[1].txt") == [tmp_path / "odd[1].txt"]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"no file matches: {tmp_path}/nothing"):
-        dataset.find("nothing")
+        corpus.find("nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder holds no file"):
-        dataset.find("empty")
+        corpus.find("empty")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
@@ -324,28 +324,28 @@ def test_what_is_saved_loads_as_it_was(tmp_path, bpe, suffix):
     paths = [write(tmp_path / "in" / name, f"the kettle {name}") for name in "abc"]
     settings = TextOptions(combine=1)
     out = tmp_path / f"out{suffix}"
-    parts = dataset.encode(paths, bpe, settings)
+    parts = encoded.encode(paths, bpe, settings)
     if suffix == ".npz":
-        dataset.save_npz(out, parts)
+        encoded.save_npz(out, parts)
         with np.load(out) as archive:  # nshepperd/gpt-2 load_dataset.py
             assert archive.files == ["arr_0", "arr_1", "arr_2"]
             assert [archive[n].tolist() for n in archive.files] == chunks_of(paths, bpe, settings)
     else:
-        dataset.save_npy(out, parts, np.uint16)
+        encoded.save_npy(out, parts, np.uint16)
         assert np.load(out, mmap_mode="r").dtype == np.uint16
-    loaded = dataset.load(out, None, DEFAULTS, bpe.n_vocab)
-    direct = dataset.load(tmp_path / "in", bpe, settings, bpe.n_vocab)
+    loaded = encoded.load(out, None, DEFAULTS, bpe.n_vocab)
+    direct = encoded.load(tmp_path / "in", bpe, settings, bpe.n_vocab)
     assert loaded.whole().tolist() == direct.whole().tolist()
     assert loaded.total == direct.total == len(direct.whole())
     assert isinstance(loaded.chunks[0], np.memmap) == (suffix == ".npy")
 
 
 def test_a_chunk_larger_than_memory_is_saved_and_the_next_after_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SPOOL", 2**20)
+    monkeypatch.setattr(encoded, "SPOOL", 2**20)
     blocks = [np.full(2**19, number, np.uint16) for number in range(32)]  # 32 MB
     parts = [*((block, False) for block in blocks), (blocks[1][:3], True), (blocks[2][:5], True)]
     tracemalloc.start()
-    dataset.save_npz(tmp_path / "out.npz", iter(parts))
+    encoded.save_npz(tmp_path / "out.npz", iter(parts))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * 2**20
@@ -359,9 +359,9 @@ def test_a_chunk_larger_than_memory_is_saved_and_the_next_after_it(tmp_path, mon
 def test_a_vocabulary_above_16_bits_is_kept_in_32(tmp_path):
     ids = np.array([70000, 65535, 3], np.int32)
     np.savez(tmp_path / "a.npz", ids)
-    loaded = dataset.load(tmp_path / "a.npz", None, DEFAULTS, 70001)
+    loaded = encoded.load(tmp_path / "a.npz", None, DEFAULTS, 70001)
     assert loaded.whole().tolist() == ids.tolist()
-    assert dataset.dtype_of(65536) == np.uint16 and dataset.dtype_of(65537) == np.int32
+    assert encoded.dtype_of(65536) == np.uint16 and encoded.dtype_of(65537) == np.int32
 
 
 @pytest.mark.parametrize("combine", [1, 50000])
@@ -370,7 +370,7 @@ def test_encoded_files_and_texts_mix_in_order(tmp_path, bpe, combine):
     np.save(tmp_path / "b.npy", np.array([5, 6], np.uint16))
     np.savez(tmp_path / "c.npz", np.array([7, 8], np.int64), np.array([9]))
     write(tmp_path / "d.txt", "y")
-    loaded = dataset.load(tmp_path, bpe, TextOptions(combine=combine), bpe.n_vocab)
+    loaded = encoded.load(tmp_path, bpe, TextOptions(combine=combine), bpe.n_vocab)
     x, y = bpe.encode("x"), bpe.encode("y")
     assert [c.tolist() for c in loaded.chunks] == [[*x, 0], [5, 6], [7, 8], [9], [*y, 0]]
 
@@ -402,7 +402,7 @@ def save_pickle(path):
 def test_data_that_cannot_be_used_is_refused(tmp_path, bpe, name, make, message):
     make(tmp_path / name)
     with pytest.raises(UserError, match=message):
-        dataset.load(tmp_path / name, bpe, DEFAULTS, 300)
+        encoded.load(tmp_path / name, bpe, DEFAULTS, 300)
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.npy"])
@@ -412,7 +412,7 @@ def test_a_file_that_ends_early_is_refused(tmp_path, name):
     np.savez_compressed(path, ids) if name == "a.npz" else np.save(path, ids)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged or not"):
-        dataset.load(path, None, DEFAULTS, 300)
+        encoded.load(path, None, DEFAULTS, 300)
 
 
 def test_a_flipped_bit_in_an_npz_is_found(tmp_path):
@@ -422,16 +422,16 @@ def test_a_flipped_bit_in_an_npz_is_found(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged or not"):
-        dataset.load(path, None, DEFAULTS, 300)
+        encoded.load(path, None, DEFAULTS, 300)
 
 
 def test_an_npz_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, np.zeros(5_000_000, np.int64))
-    assert dataset.load(path, None, DEFAULTS, 300).total == 5_000_000
-    monkeypatch.setattr(dataset, "BOMB", 2**20)
+    assert encoded.load(path, None, DEFAULTS, 300).total == 5_000_000
+    monkeypatch.setattr(encoded, "BOMB", 2**20)
     with pytest.raises(UserError, match="arr_0.npy would unpack from .* to 40,000,128 bytes"):
-        dataset.load(path, None, DEFAULTS, 300)
+        encoded.load(path, None, DEFAULTS, 300)
 
 
 @pytest.mark.parametrize("ending", [".npz", ".npy"])
@@ -449,7 +449,7 @@ def test_a_header_that_lies_is_refused(tmp_path, shape, ending):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("arr_0.npy", content)
     with pytest.raises(UserError, match="damaged or not|not one row|holds 0 tokens"):
-        dataset.load(path, None, DEFAULTS, 300)
+        encoded.load(path, None, DEFAULTS, 300)
 
 
 def test_links_that_lead_in_a_circle_are_not_followed(tmp_path):
@@ -459,21 +459,21 @@ def test_links_that_lead_in_a_circle_are_not_followed(tmp_path):
     os.mkfifo(tmp_path / "a" / "pipe.txt")
     expected = [tmp_path / "a" / "one.txt"]
     for path in (tmp_path, f"{tmp_path}/**/*.txt", f"{tmp_path}/a/**"):
-        assert dataset.find(path) == expected
+        assert corpus.find(path) == expected
     with pytest.raises(UserError, match="no file matches"):
-        dataset.find(tmp_path / "a" / "pipe.txt")
+        corpus.find(tmp_path / "a" / "pipe.txt")
 
 
 def test_text_without_a_vocabulary_is_refused_in_words(tmp_path):
     path = write(tmp_path / "a.txt", "text")
     with pytest.raises(UserError, match="a.txt is text, and this model folder has no vocabulary"):
-        dataset.load(path, None, DEFAULTS, 300)
+        encoded.load(path, None, DEFAULTS, 300)
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, bpe):
     path = write(tmp_path / "a.txt", "the kettle")
     with pytest.raises(UserError, match="this model knows 0 to 9"):
-        dataset.load(path, bpe, DEFAULTS, 10)
+        encoded.load(path, bpe, DEFAULTS, 10)
 
 
 def test_every_place_of_every_chunk_is_drawn_equally_often():
@@ -664,10 +664,10 @@ def piece(sampler, number):
 def test_pieces_are_found_across_the_parts_in_which_a_corpus_is_read(monkeypatch):
     ids = np.random.default_rng(1).integers(1, 50, 2**22 + 1000).astype(np.uint16)
     ids[2**22 - 3 : 2**22 + 200] = 7  # no end here, so that a document lies across
-    for corpus in (ids, ids[: 2**22], np.append(ids[: 2**22 - 1], np.uint16(1))):
-        sampler = windows.Tokens([ids[:9], corpus]).sampler("documents", 16, 1, end=1)
+    for chunk in (ids, ids[: 2**22], np.append(ids[: 2**22 - 1], np.uint16(1))):
+        sampler = windows.Tokens([ids[:9], chunk]).sampler("documents", 16, 1, end=1)
         assert sampler.starts.nbytes + sampler.sizes.nbytes == 10 * sampler.count
-        expected = pieces_by_hand([ids[:9], corpus], 16, 1, False)
+        expected = pieces_by_hand([ids[:9], chunk], 16, 1, False)
         assert sampler.sizes.tolist() == [len(piece) for piece in expected]
         for number in (0, sampler.count // 2, sampler.count - 10, sampler.count - 1):
             assert piece(sampler, number) == expected[number]
@@ -729,7 +729,7 @@ def test_documents_are_the_instances_of_uers_lm_processor(tmp_path, golden, vari
     corpus = (folder / "corpus.txt").read_bytes() + b"\n" * (variant != "as_written")
     path = write(tmp_path / "corpus.txt", corpus)
 
-    tokens = dataset.load(path, bert, TextOptions(uer_compat=True), bert.n_vocab)
+    tokens = encoded.load(path, bert, TextOptions(uer_compat=True), bert.n_vocab)
     sampler = tokens.sampler("documents", seq_length, 1, bert.end, uer_compat=True)
     batch = sampler.batch(0, sampler.count)
     in_order = np.argsort(sampler.order(0))
@@ -740,7 +740,7 @@ def test_documents_are_the_instances_of_uers_lm_processor(tmp_path, golden, vari
 
     # Without his defects: the last line counts either way, and no padding is predicted.
     expected = everything["with_final_newline"][str(seq_length)]
-    tokens = dataset.load(path, bert, TextOptions(lines=True), bert.n_vocab)
+    tokens = encoded.load(path, bert, TextOptions(lines=True), bert.n_vocab)
     sampler = tokens.sampler("documents", seq_length, 1, bert.end)
     batch = sampler.batch(0, sampler.count)
     assert sampler.count == sum(i["length"] > 1 for i in expected["instances"])
@@ -755,7 +755,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
     line = b"the kettle clicked off at half past six" + (b" " if flags else b"\n")
     path = write(tmp_path / "a.txt", line * 1_000_000)
     code = (
-        "import resource, sys, pathlib; from gpt2cli.text import corpus as dataset, encoder;"
+        "import resource, sys, pathlib; from gpt2cli.text import corpus, encoded, encoder;"
         "from gpt2cli.options "
         "import TextOptions; import numpy as np\n"
         "path, out = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
@@ -764,7 +764,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
         "    def arrays(self, texts, special):\n"
         "        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "dataset.save_npy(out, dataset.encode([path], Fast(), TextOptions(FLAGS)), np.uint16)\n"
+        "encoded.save_npy(out, encoded.encode([path], Fast(), TextOptions(FLAGS)), np.uint16)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     result = subprocess.run(

@@ -16,6 +16,8 @@ from tokenizers import ByteLevelBPETokenizer
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.text import encoder
+from gpt2cli.text.bpe import END, _between_spaces
+from gpt2cli.text.wordpiece import WordPieceStream
 
 SHARED = Path(__file__).parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared here")
@@ -50,13 +52,13 @@ awkward = st.lists(
 def trained(request, tmp_path_factory):
     """(our encoder, the tokenizers library's own) for a vocabulary of 600 tokens."""
     folder = tmp_path_factory.mktemp("bpe")
-    special = [encoder.END, "<|pad|>", "<|中 文|>"] if "0" in request.param else []
+    special = [END, "<|pad|>", "<|中 文|>"] if "0" in request.param else []
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator(TRAINING, vocab_size=600, min_frequency=1, special_tokens=special)
     theirs.save_model(str(folder))
     if "last" in request.param:
         vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        vocab[encoder.END] = len(vocab)
+        vocab[END] = len(vocab)
         (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     theirs = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     return encoder.load(folder), theirs
@@ -73,9 +75,7 @@ def bpe(tmp_path_factory):
 def save_bpe(folder):
     """vocab.json and merges.txt of a small vocabulary."""
     theirs = ByteLevelBPETokenizer()
-    theirs.train_from_iterator(
-        TRAINING, vocab_size=500, min_frequency=1, special_tokens=[encoder.END]
-    )
+    theirs.train_from_iterator(TRAINING, vocab_size=500, min_frequency=1, special_tokens=[END])
     theirs.save_model(str(folder))
 
 
@@ -154,7 +154,7 @@ def test_wordpiece_reads_divergent_texts_as_hugging_face_or_the_originals_do(goo
 
 def reference_decode(tokens):
     """bert4keras tokenizers.py:206-235, its two differences from ours applied to the result."""
-    han = f"[{encoder.WordPieceStream.HAN}]"
+    han = f"[{WordPieceStream.HAN}]"
     text = ""
     for index, token in enumerate(t for t in tokens if not (t[0] == "[" and t[-1] == "]")):
         if token.startswith("##"):
@@ -197,7 +197,7 @@ def streamed(vocabulary, ids):
 @given(text=awkward)
 def test_bpe_ids_are_those_of_the_tokenizers_library_and_decode_to_the_text(trained, text):
     ours, theirs = trained
-    if encoder.END not in text:
+    if END not in text:
         assert ours.encode(text) == theirs.encode(text).ids
     assert ours.decode(ours.encode(text)) == text
     assert ours.decode(ours.encode(text, special=True)) == text
@@ -257,7 +257,7 @@ def test_texts_are_really_cut(bpe, wordpiece):
 
 
 def test_arrays_are_the_ids_of_each_text(bpe, wordpiece):
-    texts = ["it's", "", "今天", f"a{encoder.END}b[SEP]c"]
+    texts = ["it's", "", "今天", f"a{END}b[SEP]c"]
     for vocabulary in (bpe, wordpiece):
         for special in (False, True):
             arrays = vocabulary.arrays(texts, special)
@@ -266,9 +266,9 @@ def test_arrays_are_the_ids_of_each_text(bpe, wordpiece):
 
 
 def test_an_end_token_anywhere_in_the_vocabulary_is_found(bpe):
-    assert bpe.end == bpe.start == bpe.id_of(encoder.END) == 0
-    assert bpe.encode(f"a{encoder.END}", special=True) == [bpe.id_of("a"), 0]
-    assert 0 not in bpe.encode(f"a{encoder.END}")
+    assert bpe.end == bpe.start == bpe.id_of(END) == 0
+    assert bpe.encode(f"a{END}", special=True) == [bpe.id_of("a"), 0]
+    assert 0 not in bpe.encode(f"a{END}")
 
 
 def test_added_tokens_that_merges_cannot_make_decode_to_their_text(trained):
@@ -281,12 +281,12 @@ def test_added_tokens_that_merges_cannot_make_decode_to_their_text(trained):
 def test_a_vocabulary_without_an_end_token_has_none(tmp_path):
     save_bpe(tmp_path)
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
-    del vocab[encoder.END]
+    del vocab[END]
     (tmp_path / "encoder.json").write_text(json.dumps(vocab), encoding="utf-8")
     shutil.copy(tmp_path / "merges.txt", tmp_path / "vocab.bpe")
     ours = encoder.load(tmp_path)
     assert (ours.end, ours.start) == (None, None)
-    assert ours.decode(ours.encode(encoder.END, special=True)) == encoder.END
+    assert ours.decode(ours.encode(END, special=True)) == END
 
 
 def test_surrogates_become_the_replacement_character_or_the_pair_they_are(bpe, wordpiece):
@@ -308,7 +308,7 @@ def test_a_million_of_anything_is_encoded(kind, bpe, wordpiece):
 def test_long_runs_of_spaces_are_cut_without_changing_ids(bpe):
     """tiktoken alone gives up at a million; 20,000 it can do, which is what to compare with."""
     for text in (" " * 20_000, "a" + "\n" * 20_000 + "b", " " * 20_000 + "a\t" + " " * 20_000):
-        parts = encoder._between_spaces(text)
+        parts = _between_spaces(text)
         assert "".join(parts) == text and (len(parts) > 1 or text.isspace())
         assert sum(map(bpe.encode, parts), []) == bpe.encode(text)
 
