@@ -1,4 +1,4 @@
-"""The files of docs/CONTAINERS.md: their commands, and how hosts get to know each other."""
+"""The files in docs/deploy.md: their commands, and how hosts find each other."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from gpt2cli import cli, cluster
 
-TEXT = (ROOT / "docs" / "CONTAINERS.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
 OBJECTS = [o for kind, text in BLOCKS if kind == "yaml" for o in yaml.safe_load_all(text)]
 JOBS = [o for o in OBJECTS if o.get("kind") == "Job"]
