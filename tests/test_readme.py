@@ -1,4 +1,4 @@
-"""README and docs: their commands are accepted or run, their code runs, their links lead somewhere."""
+"""README and docs: commands are accepted or run, Python runs, and links lead to files."""
 
 import dataclasses
 import itertools
