@@ -89,7 +89,7 @@ def run_lines(cli, system):
     """Run every command line of a system's example; gives their results by line."""
     results = {}
     for block in re.findall(r"^```sh\n(.*?)^```", SYSTEMS[system], re.M | re.S):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(in_small(line))
             assert words[0] == "gpt2cli"
             if words[1] in ("download", "serve"):  # from elsewhere; for ever
