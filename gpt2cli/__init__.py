@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-FUNCTIONS = "convert download encode evaluate export init sample train vocab".split()
+FUNCTIONS = [
+    "convert",
+    "download",
+    "encode",
+    "evaluate",
+    "export",
+    "init",
+    "sample",
+    "train",
+    "vocab",
+]
 
 __all__ = [*FUNCTIONS, "BusyError", "UsageError", "UserError", "load_encoder", "load_model"]
 __all__ += ["__version__"]
