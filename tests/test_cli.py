@@ -45,7 +45,9 @@ def test_help_works_anywhere_and_names_every_flag(cli, command, flag):
     result = cli(command, "--verbose", flag)
     assert result.returncode == 0 and result.stderr == ""
     config_class, _ = command_line.COMMANDS[command]
-    for field in dataclasses.fields(config_class):
+    fields = dataclasses.fields(config_class)
+    assert fields
+    for field in fields:
         assert f"--{flags.spelled(field.name)} " in result.stdout
     assert all(text for _, _, text in flags.fields_of(config_class).values())
 
