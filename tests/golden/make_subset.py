@@ -27,6 +27,10 @@ UER = "a-l2-h3-e24-c128"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # openai/gpt-2 src/encoder.py
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# bytes_to_unicode of the same file: a byte as a vocabulary file spells it
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = sorted(set(range(256)) - set(PRINTABLE))
+CHAR_OF = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
 NOT_OURS = ("床前明月光", "The quick brown fox", "SolidGoldMagikarp", " SolidGoldMagikarp")
 
 
@@ -260,8 +264,6 @@ def chosen(cases, count, length):
 
 def cut_bpe(full, data):
     """Every token whose bytes stand somewhere in a piece of the texts, with the merges of it."""
-    from gpt2cli.encoder import CHAR_OF
-
     cases = chosen(read_lines(full / "bpe" / "cases.jsonl"), count=5, length=30)
     special = read_lines(full / "bpe" / "special_cases.jsonl")
     decoded = [c for c in read_lines(full / "bpe" / "decode_cases.jsonl") if len(c["ids"]) <= 5]
