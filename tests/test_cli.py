@@ -47,7 +47,9 @@ def test_help_works_anywhere_and_names_every_flag(cli, command, flag):
     result = cli(command, "--verbose", flag)
     assert result.returncode == 0 and result.stderr == ""
     options_class = command_line.options_class(command)
-    for field in dataclasses.fields(options_class):
+    fields = dataclasses.fields(options_class)
+    assert fields
+    for field in fields:
         assert f"--{flags.spelled(field.name)} " in result.stdout
     assert all(text for _, _, text in flags.fields_of(options_class).values())
     assert "Examples:" in result.stdout and f"  gpt2cli {command}" in result.stdout

@@ -70,6 +70,7 @@ def test_the_pods_of_a_job_know_each_other(monkeypatch):
     environment = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
     assert list(environment) == ["INDEX", "TF_CONFIG"]  # a value may name those before it
     count = job["spec"]["completions"]
+    assert count > 1
     names = [f"{name}-{number}.{pod['subdomain']}:2222" for number in range(count)]
     for index, own in enumerate(names):
         monkeypatch.setenv("TF_CONFIG", environment["TF_CONFIG"].replace("$(INDEX)", str(index)))

@@ -101,6 +101,7 @@ def run_lines(cli, system):
                 continue
             results[line] = cli(*words[1:])
             assert results[line].returncode == 0, (line, results[line].stderr)
+    assert results, f"no command of {system} was run"
     return results
 
 
@@ -121,6 +122,7 @@ def test_the_english_examples_run(cli, workplace, system):
     assert len(results) >= (1 if system == "less memory" else 2)
     if system == "converter":
         back, run = (checkpoint.load(f) for f in ("models/books-again", "checkpoint/books"))
+        assert run.weights
         for name, value in run.weights.items():
             assert np.array_equal(value, back.weights[name])
 
@@ -138,7 +140,7 @@ def test_the_notebook_of_gpt_2_simple_runs(workplace, capsys):
 
 
 def test_the_server_s_file_is_read(cli, workplace):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
     state = {}
     for name, variable in checkpoint.load(TINY).weights.items():
         value = variable.numpy()
