@@ -116,6 +116,8 @@ def check_golden(network, expected):
     The subset has no losses of GPT2_ML, which depend on every id of the vocabulary, but the logits
     of the next tokens that they are made of.
     """
+    from gpt2cli.tensorflow import tf
+
     count = int(expected["n_seq"])
     assert count >= 2
     for i in range(count):
