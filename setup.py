@@ -6,8 +6,9 @@ from setuptools import find_packages, setup
 
 SERVE = [
     "starlette>=0.49.1,<2",  # requests, answers, streams; before it Range could cost much
-    "uvicorn>=0.30,<1",  # the server
+    "uvicorn>=0.30,<0.55",  # the server; pinned, connections.py overrides private methods of it
     "h11>=0.16",  # HTTP/1.1; before it a request could be smuggled in another
+    "pydantic>=2.8,<3",  # requests checked, and described in the OpenAPI document
     "jinja2>=3.1",  # the page, with everything escaped
     "prometheus-client>=0.20",  # /metrics
 ]

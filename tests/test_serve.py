@@ -26,7 +26,7 @@ import oracle
 import pytest
 from conftest import ROOT, compiled
 
-from gpt2cli import completions, inference, scheduler, server, service
+from gpt2cli import inference, scheduler, server, service
 from gpt2cli.config import GenerateSettings, ServeConfig
 from gpt2cli.errors import UserError
 
@@ -82,13 +82,13 @@ def client(address):
 
 def slow_down(made, monkeypatch):
     """Let a step take as long as one of a large model."""
-    tell = made.scheduler._tell
+    report = made.scheduler._report
 
     def slowly(grown):
         time.sleep(0.05)
-        tell(grown)
+        report(grown)
 
-    monkeypatch.setattr(made.scheduler, "_tell", slowly)
+    monkeypatch.setattr(made.scheduler, "_report", slowly)
 
 
 def complete(address, **fields):
@@ -222,7 +222,7 @@ def test_logprobs_are_the_models_own(tiny, client):
 def test_a_token_that_is_no_text_is_told_by_its_bytes(tiny):
     half = next(i for i in range(tiny.encoder.n_vocab) if tiny.encoder.decode([i]) == "\ufffd")
     raw = tiny.encoder.bytes_of([half])
-    assert completions.token_text(tiny.encoder, half) == "bytes:" + "".join(
+    assert service.token_text(tiny.encoder, half) == "bytes:" + "".join(
         f"\\x{byte:02x}" for byte in raw
     )
 
@@ -388,7 +388,8 @@ def test_health_models_metrics_and_documents(address):
         assert f"gpt2cli_{name}" in told
     document = httpx.get(f"{address}/openapi.json").json()
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
-    fields = body["application/json"]["schema"]["properties"]
+    assert body["application/json"]["schema"]["$ref"] == "#/components/schemas/CompletionRequest"
+    fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
     assert fields["max_tokens"]["default"] == 16 and fields["top_p"]["maximum"] == 1
     docs = httpx.get(f"{address}/docs").text
     assert all(f"<code>{name}</code>" in docs for name in fields)
@@ -420,7 +421,7 @@ def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
     assert len(re.findall(r'<span class="new">', found.text)) == 1
     for data, status, said in (
         ({"submit": "Enter"}, 400, "seed"),
-        ({"seed": "x", "n": "many"}, 400, "n takes integer"),
+        ({"seed": "x", "n": "many"}, 400, "n must be a valid integer"),
         ({"seed": "x" * 5, "max_tokens": "500"}, 400, "max_tokens 500"),
     ):
         found = httpx.post(address, data=data)
@@ -763,7 +764,7 @@ def test_the_command_serves_takes_a_new_checkpoint_and_finishes_what_it_began(pr
         assert "".join(pieces).endswith("data: [DONE]\n\n")
     assert one.wait(60) == 0 and one.stdout.read() == b""
     log = Path("log").read_text()
-    assert "model.ckpt is served" in log and "terminated" in log and "Traceback" not in log
+    assert "serving model.ckpt" in log and "SIGTERM" in log and "Traceback" not in log
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="the examples need curl")
@@ -802,4 +803,4 @@ def test_what_cannot_be_served_is_said_at_once(cli, workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "gpt2cli.server", None)
     monkeypatch.delattr("gpt2cli.server")
     found = cli("serve", "--model_name", "tiny")
-    assert found.returncode == 1 and "pip install 'gpt2cli[serve]'" in found.stderr
+    assert found.returncode == 1 and 'pip install ".[serve]"' in found.stderr

@@ -1,51 +1,61 @@
 """gpt2cli serve: a web page and OpenAI's completions API."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from gpt2cli import encoder, folders
+from gpt2cli.config import ServeConfig
 from gpt2cli.errors import UserError
 
+if TYPE_CHECKING:
+    from gpt2cli.inference import Model
 
-def run(config):
-    """Serve until SIGTERM or Ctrl-C; what was begun is finished first.
+
+def run(config: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish in-flight requests.
 
     Raises:
-        UserError: the extra is not installed, the port is taken, or there is no such model.
+        UserError: the extra `serve` is not installed, the port is in use, or the model is missing.
     """
     try:
         from gpt2cli import server
     except ImportError as error:
         raise UserError(
-            f"serve needs more packages ({error.name} is missing): pip install 'gpt2cli[serve]', "
-            "or in a clone bin/install serve"
+            f"serve needs the package {error.name}, which is not installed. Install all it needs "
+            'with: pip install ".[serve]" (or bin/install serve in a clone)'
         ) from None
     if config.api_key is None and os.environ.get("GPT2CLI_API_KEY"):
         config = dataclasses.replace(config, api_key=os.environ["GPT2CLI_API_KEY"])
     prefix = folders.source_checkpoint(config)
     folders.read_config(prefix.parent)
     if not encoder.exists(prefix.parent):
-        raise UserError(f"{prefix.parent} has no vocabulary, so there is no text to serve")
-    listener = listen(config)
-    if hasattr(signal, "SIGHUP"):  # until it means something it must not end us
+        raise UserError(
+            f"{prefix.parent} has no vocabulary; serve needs one to read and write text"
+        )
+    listener = listen(config.host, config.port)
+    if hasattr(signal, "SIGHUP"):  # until the server handles it, it must not end the process
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from gpt2cli import engine, inference, service  # what can be refused was refused before this
+    from gpt2cli import engine, inference, service  # slow to import: after all cheap checks
 
     engine.keep_no_memory()
 
-    def load():
+    def load() -> tuple[Model, str]:
         newest = folders.source_checkpoint(config)
         model = inference.load_model(newest, config.precision)
         model.network.read_apart()
         model.warm(config.max_batch)
         return model, newest.name
 
-    def leave():
+    def leave() -> None:
         served.should_exit = True
 
     shared = service.Service(config, load, leave)
@@ -53,34 +63,33 @@ def run(config):
     served = server.make_server(shared)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    _say(f"{prefix}: {engine.describe_devices(config.precision)}")
-    _say(f"http://{host}:{port}/ as soon as the model is loaded; Ctrl-C ends it")
+    _say(f"loading {prefix} with {engine.describe_devices(config.precision)}")
+    _say(f"listening on http://{host}:{port}/ (Ctrl-C stops the server)")
     with _terminated():
         served.run(sockets=[listener])
     if shared.failure:
         raise shared.failure
 
 
-def listen(config):
-    """The socket of --host and --port; UserError if it cannot be had."""
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket bound to an address; raises UserError if that is impossible."""
     try:
         family, kind, *_, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, UnicodeError) as error:  # the second of a name that no host can have
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host can have such a name
         reason = getattr(error, "strerror", None) or "no such host"
         raise UserError(
-            f"cannot listen on {config.host} port {config.port}: {reason}. Name another with "
-            "--port or --host"
+            f"cannot listen on {host} port {port}: {reason}. Choose another with --port or --host"
         ) from None
     return listener
 
 
-def allow_connections(count):
-    """Let this process have so many connections open, if it may."""
+def allow_connections(count: int) -> None:
+    """Raise this process' limit of open files to hold this many connections, if permitted."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -92,14 +101,15 @@ def allow_connections(count):
 
 
 @contextlib.contextmanager
-def _terminated():
-    """A SIGTERM that was obeyed is no failure: uvicorn raises it anew once all is finished."""
-    before = signal.signal(signal.SIGTERM, lambda *_: _say("terminated; all requests are done"))
+def _terminated() -> Iterator[None]:
+    """Exit with status 0 after SIGTERM: uvicorn raises the signal again once it is finished."""
+    message = "received SIGTERM; all requests are finished"
+    before = signal.signal(signal.SIGTERM, lambda *_: _say(message))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say(text):
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
