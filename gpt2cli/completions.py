@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -64,7 +64,7 @@ class RequestError(Exception):
     message: str
     param: str | None = None
     code: str | None = None
-    headers: dict[str, str] | None = None
+    headers: Mapping[str, str] | None = None
 
     def __str__(self) -> str:
         return self.message
@@ -79,11 +79,24 @@ class RequestError(Exception):
         }
 
 
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Let a JSON schema accept null for every field, as CompletionRequest.parse does."""
+    for field in schema["properties"].values():
+        if "type" in field:
+            field["type"] = [field["type"], "null"]
+        elif {"type": "null"} not in field["anyOf"]:
+            field["anyOf"].append({"type": "null"})
+
+
 class CompletionRequest(BaseModel):
     """The body of POST /v1/completions. Null in place of a value means the default."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_allow_null,
     )
 
     model: str | None = None
@@ -144,13 +157,14 @@ class CompletionRequest(BaseModel):
             raise RequestError(400, f"the body is not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise RequestError(400, "the body must be a JSON object")
-        return cls.checked({name: value for name, value in values.items() if value is not None})
+        return cls.checked(values)
 
     @classmethod
     def checked(cls, values: dict[str, Any], strict: bool = True) -> CompletionRequest:
         """Build a request from its fields.
 
         Args:
+            values: None stands for the default.
             strict: reject text in place of a number; a form has nothing but text.
 
         Raises:
@@ -161,8 +175,9 @@ class CompletionRequest(BaseModel):
             known = ", ".join(cls.model_fields)
             message = f"unknown field {unknown:.50}; the fields are {known}"
             raise RequestError(400, message, unknown[:50])
+        given = {name: value for name, value in values.items() if value is not None}
         try:
-            request = cls.model_validate(values, strict=strict)
+            request = cls.model_validate(given, strict=strict)
             request.settings()  # checks the rules that all commands share
         except ValidationError as error:
             raise _from_validation(error) from None
@@ -354,15 +369,15 @@ def openapi_document(has_key: bool = False) -> dict[str, Any]:
     complete = _operation(
         "createCompletion", "Continue a text", "Completion", every, requestBody=body
     )
-    complete["responses"]["200"]["content"]["text/event-stream"] = {
-        "schema": {"type": "string", "description": "with stream: data: lines, the last is [DONE]"}
-    }
+    success = complete["responses"]["200"]
+    success["description"] = "success; with stream, server-sent events that end with [DONE]"
+    success["content"]["text/event-stream"] = {}
     models = _operation("listModels", "List the model being served", "ModelList", keys)
     model = _operation(
         "retrieveModel", "Describe a model", "Model", [404, *keys], parameters=[name]
     )
     health = _operation("getHealth", "Report whether the server is ready", "Health", [503])
-    document = {
+    document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "gpt2cli serve", "version": __version__},
         "paths": {

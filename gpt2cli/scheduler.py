@@ -198,7 +198,8 @@ class Scheduler:
         begun: dict[Model, list[Continuation]] = {}
         while self._cancelled:
             self._cancelled.pop().stop()
-        for job in {job for job, *_ in (*self._waiting, *self._running.values())}:
+        jobs = {job for job, _ in self._waiting} | {job for job, _, _ in self._running.values()}
+        for job in jobs:
             if now > job.deadline:
                 job.stop("timeout")
         self._waiting = collections.deque(pair for pair in self._waiting if not pair[0].is_over())

@@ -54,7 +54,7 @@ def make_app(service: Service) -> ASGIApp:
         lifespan=_lifespan,
         exception_handlers={
             RequestError: lambda _, error: _error(error),
-            HTTPException: _not_found,
+            HTTPException: _not_found,  # type: ignore[dict-item]
             Exception: lambda *_: _error(RequestError(500, "the server failed; see its log")),
         },
     )

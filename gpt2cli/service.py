@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import prometheus_client
@@ -48,11 +48,12 @@ class Metrics:
             buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
             registry=registry,
         )
-        for place, name in enumerate(("running", "waiting")):
+        gauges = {"running": lambda: service.counts()[0], "waiting": lambda: service.counts()[1]}
+        for name, count in gauges.items():
             gauge = prometheus_client.Gauge(
                 f"gpt2cli_samples_{name}", f"samples {name}", registry=registry
             )
-            gauge.set_function(lambda place=place: service.counts()[place])
+            gauge.set_function(count)
 
 
 class Service:
@@ -72,7 +73,7 @@ class Service:
     ) -> None:
         self.config, self._load, self._leave = config, load, leave
         self.name = config.run_name or config.model_name or folders.DEFAULT_MODEL
-        self.loop: asyncio.AbstractEventLoop | None = None  # set once it runs
+        self.loop: asyncio.AbstractEventLoop  # set when the server starts
         self.model: Model | None = None
         self.checkpoint = ""
         self.failure: Exception | None = None
@@ -148,10 +149,10 @@ class Service:
         model, config = self.ready(), self.config
         if request.model is not None:
             self.check_model(request.model)
-        prompts = request.prompts()
-        count, most = len(prompts) * request.n, min(config.max_n, self._places())
+        prompts, most = len(request.prompts()), min(config.max_n, self._places())
+        count = prompts * request.n
         if count > most:
-            message = f"{len(prompts)} prompts x n={request.n} exceed this server's limit of {most}"
+            message = f"{prompts} prompts x n={request.n} exceed this server's limit of {most}"
             raise RequestError(400, f"{message} samples per request", "n")
         longest = config.max_tokens or model.config.n_ctx
         if request.max_tokens > longest:
@@ -161,7 +162,7 @@ class Service:
             raise self._full(1)
         self._prepared += count
         try:
-            work = self._prepare(model, request, prompts, streams)
+            work = self._prepare(model, request, streams)
             answer = await asyncio.wait_for(work, config.max_time)
         except asyncio.TimeoutError:  # noqa: UP041, in Python 3.10 it is not the builtin one
             raise self.late() from None
@@ -175,15 +176,9 @@ class Service:
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         return answer
 
-    async def _prepare(
-        self,
-        model: Model,
-        request: CompletionRequest,
-        prompts: Sequence[str | list[int] | None],
-        streams: bool,
-    ) -> Answer:
+    async def _prepare(self, model: Model, request: CompletionRequest, streams: bool) -> Answer:
         """Encode a request's prompts and, for echo with logprobs, score them."""
-        answer = await asyncio.to_thread(Answer, self, model, request, prompts, streams)
+        answer = await asyncio.to_thread(Answer, self, model, request, streams)
         if request.echo and request.logprobs is not None:
             for text in answer.texts[:: request.n]:
                 prompt = text.row.tokens[: text.row.prompt_length]
@@ -217,7 +212,6 @@ class Answer:
         service: the Service.
         model: answers the request, even if another model is loaded meanwhile.
         request: the request.
-        prompts: its prompts.
         streams: report text while it grows.
 
     Raises:
@@ -225,12 +219,7 @@ class Answer:
     """
 
     def __init__(
-        self,
-        service: Service,
-        model: Model,
-        request: CompletionRequest,
-        prompts: Sequence[str | list[int] | None],
-        streams: bool,
+        self, service: Service, model: Model, request: CompletionRequest, streams: bool
     ) -> None:
         self.service, self.model, self.request = service, model, request
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
@@ -239,7 +228,7 @@ class Answer:
         seed = new_seed() if request.seed is None else request.seed % 2**63
         most = service.config.max_prompt or model.config.n_ctx
         self.texts: list[Continuation] = []
-        for prompt in prompts:
+        for prompt in request.prompts():
             try:
                 ids = model.check_prompt(prompt)
                 if len(ids) > most:
@@ -253,7 +242,7 @@ class Answer:
         self.prompt_tokens = sum(text.row.prompt_length for text in self.texts[:: request.n])
         self._closed = False
         self.scores: list[list] = []  # for echo with logprobs: Model.logprobs of each prompt
-        self._loop, self._news = service.loop, asyncio.Queue()
+        self._news: asyncio.Queue[list[scheduler.Piece]] = asyncio.Queue()
         self.job = scheduler.Job(model, self.texts, self._receive, service.config.max_time, streams)
         shown = [self._prompt_text(text) for text in self.texts]
         # for the logprobs of each text: its decoder, and the offset of its next token
@@ -269,7 +258,7 @@ class Answer:
     def _receive(self, pieces: list[scheduler.Piece]) -> None:
         """Hand pieces to the event loop; called on the scheduler's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._news.put_nowait, pieces)
+            self.service.loop.call_soon_threadsafe(self._news.put_nowait, pieces)
 
     async def pieces(self) -> AsyncIterator[scheduler.Piece]:
         """Yield the pieces of all texts as they come.

@@ -1,4 +1,4 @@
-"""`serve`: OpenAI's client against it, the page as a form, limits, faults and signals."""
+"""`serve`: OpenAI's client, the page as a form, limits, failures and signals."""
 
 import concurrent.futures
 import contextlib
@@ -31,34 +31,46 @@ from gpt2cli.config import GenerateSettings, ServeConfig
 from gpt2cli.errors import UserError
 
 SECRET = "Nobody may read this in the log"
+RUNNING = []  # uvicorn's servers in this process
 
 
 @contextlib.contextmanager
 def serving(model, load=None, **settings):
-    """A server of a Model in this process: its address and its Service."""
+    """Serve a Model in this process; yields the address and the Service."""
     config = ServeConfig(model_name="tiny", port=0, **settings)
     made = service.Service(config, load or (lambda: (model, "model.ckpt")), lambda: None)
     served = server.make_server(made)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2000)
     thread = threading.Thread(target=served.run, kwargs={"sockets": [listener]})
     thread.start()
+    RUNNING.append(served)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        wait_until(lambda: served.started and (load or made.model))
+        # the line "serving ..." is printed while the lock is held
+        wait_until(lambda: served.started and (load or made.model and not made._loading.locked()))
         yield address, made
     finally:
         served.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+        RUNNING.remove(served)
 
 
 def wait_until(is_so, seconds=60):
-    """Until a function says so; what it says."""
+    """Wait until a function returns something true; return that."""
     until = time.monotonic() + seconds
     while not (found := is_so()):
-        assert time.monotonic() < until, "it never came"
+        assert time.monotonic() < until, f"still false after {seconds} seconds"
         time.sleep(0.02)
     return found
+
+
+@pytest.fixture(autouse=True)
+def no_late_log_lines():
+    """Let servers finish each test's requests: a line logged between tests reaches the terminal."""
+    yield
+    states = [served.server_state for served in RUNNING]
+    wait_until(lambda: not any(state.tasks or state.connections for state in states))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +83,7 @@ def served(tiny):
 @pytest.fixture
 def address(served):
     yield served[0]
-    wait_until(lambda: served[1].counts() == (0, 0))  # nothing of a test is left behind
+    wait_until(lambda: served[1].counts() == (0, 0))  # a test leaves nothing behind
 
 
 @pytest.fixture
@@ -81,7 +93,7 @@ def client(address):
 
 
 def slow_down(made, monkeypatch):
-    """Let a step take as long as one of a large model."""
+    """Make a step take as long as a large model's."""
     report = made.scheduler._report
 
     def slowly(grown):
@@ -95,7 +107,7 @@ def complete(address, **fields):
     return httpx.post(f"{address}/v1/completions", json=fields, timeout=60)
 
 
-def test_a_completion_is_what_the_library_generates(tiny, client):
+def test_a_completion_equals_the_librarys_own_text(tiny, client):
     prompts, settings = ["The import", "x = ", ""], dict(temperature=0.9, top_p=0.9)
     found = client.completions.create(
         model="tiny",
@@ -107,7 +119,7 @@ def test_a_completion_is_what_the_library_generates(tiny, client):
         **settings,
     )
     choices, generated = iter(found.choices), 0
-    # in generate() a sample is numbered among all, here among those of its prompt
+    # generate() numbers samples over all prompts, the API over those of one prompt
     for prompt in prompts:
         for sample in tiny.generate(prompt, length=30, nsamples=2, seed=5, top_k=30, **settings):
             choice = next(choices)
@@ -135,7 +147,7 @@ def test_token_ids_defaults_and_stops(tiny, client):
 
 
 @pytest.mark.parametrize("stop", [None, ["the", "\n\n"]])
-def test_a_streams_pieces_are_the_whole(client, stop):
+def test_the_pieces_of_a_stream_add_up_to_the_whole_response(client, stop):
     words = dict(model="tiny", prompt=["The import", "def"], max_tokens=40, n=2, seed=3, stop=stop)
     whole = client.completions.create(**words, logprobs=1, echo=True)
     options = {"include_usage": True}
@@ -166,7 +178,7 @@ def test_a_streams_pieces_are_the_whole(client, stop):
 
 
 @pytest.mark.parametrize("fields", [{"seed": 20}, {"seed": 6, "stop": ["the ", " a", "\n"]}])
-def test_logprobs_come_where_a_character_is_cut_or_a_text_held_back(address, fields):
+def test_a_stream_has_all_logprobs_when_a_character_is_split_or_text_is_held_back(address, fields):
     fields = {"prompt": "xé", "max_tokens": 60, "logprobs": 1, "temperature": 1.8, **fields}
     (whole,) = complete(address, **fields).json()["choices"]
     found = {"tokens": [], "text_offset": [], "token_logprobs": []}
@@ -179,7 +191,7 @@ def test_logprobs_come_where_a_character_is_cut_or_a_text_held_back(address, fie
     assert any(token.startswith("bytes:") for token in found["tokens"]) or "stop" in fields
 
 
-def test_half_a_character_is_no_text_and_no_500(address):
+def test_half_a_surrogate_pair_becomes_a_replacement_character(address):
     for fields in ({"model": "\ud800"}, {"\ud800": 1}, {"prompt": "a\ud800", "echo": True}):
         body = json.dumps({"max_tokens": 3, **fields})
         headers = {"content-type": "application/json"}
@@ -188,7 +200,7 @@ def test_half_a_character_is_no_text_and_no_500(address):
     assert found.json()["choices"][0]["text"].startswith("a\ufffd")
 
 
-def test_an_empty_prompt_is_no_token_of_the_echo(client):
+def test_the_echo_of_an_empty_prompt_has_no_token(client):
     words = dict(model="tiny", prompt="", max_tokens=2, logprobs=1, echo=True, seed=1)
     (choice,) = client.completions.create(**words).choices
     assert "".join(choice.logprobs.tokens) == choice.text
@@ -210,7 +222,7 @@ def test_logprobs_are_the_models_own(tiny, client):
         assert found.token_logprobs[place] == pytest.approx(own[ids[place]], abs=1e-3)
         best = {tiny.encoder.decode([t]) for t in np.argsort(-own)[:3]}
         assert set(found.top_logprobs[place]) == best | {found.tokens[place]}
-    # what evaluation harnesses ask: the prompt alone
+    # evaluation harnesses score the prompt alone
     (scored,) = client.completions.create(**words | {"max_tokens": 0}).choices
     assert scored.text == "The import" and scored.logprobs.tokens == ["The", " import"]
     (plain,) = client.completions.create(**words | {"echo": False, "logprobs": 0}).choices
@@ -219,7 +231,7 @@ def test_logprobs_are_the_models_own(tiny, client):
     assert plain.logprobs.text_offset[0] == len("The import")
 
 
-def test_a_token_that_is_no_text_is_told_by_its_bytes(tiny):
+def test_a_token_that_is_not_utf_8_is_shown_as_bytes(tiny):
     half = next(i for i in range(tiny.encoder.n_vocab) if tiny.encoder.decode([i]) == "\ufffd")
     raw = tiny.encoder.bytes_of([half])
     assert service.token_text(tiny.encoder, half) == "bytes:" + "".join(
@@ -267,11 +279,12 @@ WRONG = [
     (b'{"suffix": "x"}', "suffix"),
     (b'{"best_of": 2}', "best_of"),
     (b'{"messages": []}', "messages"),
+    (b'{"messages": null}', "messages"),
 ]
 
 
 @pytest.mark.parametrize("body, param", WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_named(address, body, param):
+def test_an_error_names_the_wrong_field(address, body, param):
     headers = {"content-type": "application/json"}
     found = httpx.post(f"{address}/v1/completions", content=body, headers=headers)
     error = found.json()["error"]
@@ -296,20 +309,20 @@ def test_errors_have_openais_form(address, client):
     assert client.models.retrieve("tiny").id == "tiny"
 
 
-def test_a_prompt_that_is_too_long_is_refused_and_any_other_is_taken(tiny, address):
+def test_only_a_prompt_longer_than_n_ctx_is_rejected(tiny, address):
     n_ctx = tiny.config.n_ctx
     found = complete(address, prompt=[1] * (n_ctx + 1))
     assert found.status_code == 400
     error = found.json()["error"]
     assert error["code"] == "context_length_exceeded" and str(n_ctx) in error["message"]
-    # gpt-2-flask-api crashed from 514 tokens on: prompt and text were to fit the window
+    # gpt-2-flask-api crashed from 514 tokens on: prompt and text had to fit the window
     found = complete(address, prompt=[1] * n_ctx, max_tokens=100, seed=1).json()
     expected = tiny.generate([[1] * n_ctx], length=100, seed=1)
     assert found["choices"][0]["text"] == expected[0].text
 
 
-def test_the_same_seed_gives_the_same_text_however_busy_it_is(tiny, address):
-    """More than there are places for, of every length; each is what it is alone."""
+def test_the_same_seed_gives_the_same_text_on_a_busy_server(tiny, address):
+    """More requests than places, of many lengths; each text equals the one generated alone."""
     random = np.random.default_rng(1)
     asked = [
         {
@@ -333,7 +346,7 @@ def test_the_same_seed_gives_the_same_text_however_busy_it_is(tiny, address):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(served, stream, monkeypatch):
+def test_a_client_that_disconnects_frees_its_place(served, stream, monkeypatch):
     address, made = served
     slow_down(made, monkeypatch)
     port = int(address.rpartition(":")[2])
@@ -351,8 +364,8 @@ def test_a_client_that_goes_away_frees_its_place(served, stream, monkeypatch):
 GENERATED = "gpt2cli_generated_tokens_total"
 
 
-def test_who_goes_away_before_the_answer_begins_costs_nothing(tiny, served, monkeypatch):
-    """A prompt's own logprobs are computed before it waits in the queue."""
+def test_a_client_that_disconnects_before_the_response_costs_nothing(tiny, served, monkeypatch):
+    """A prompt is scored before it enters the queue."""
     address, made = served
     port, calls, real = int(address.rpartition(":")[2]), [], tiny.logprobs
 
@@ -395,11 +408,11 @@ def test_health_models_metrics_and_documents(address):
     assert all(f"<code>{name}</code>" in docs for name in fields)
 
 
-def test_the_page_works_as_a_form_and_escapes(tiny, address):
+def test_the_page_works_as_a_form_and_escapes_html(tiny, address):
     page = httpx.get(address)
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
-    assert "http" not in re.sub(r"<!doctype.*?>", "", page.text)  # nothing from elsewhere
+    assert "http" not in re.sub(r"<!doctype.*?>", "", page.text)  # nothing from other sites
     for name in re.findall(r'(?:src|href)="(static/[^"]+)"', page.text):
         assert httpx.get(f"{address}/{name}").status_code == 200
     text = '\n<script>alert(1)</script> "&\r\nx'
@@ -415,7 +428,7 @@ def test_the_page_works_as_a_form_and_escapes(tiny, address):
 
 
 def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
-    """Its one field, and its result in red; where it failed, a sentence and what was typed."""
+    """It has one field. An error shows a sentence and keeps the typed text."""
     found = httpx.post(address, data={"seed": "The", "submit": "Enter"}, timeout=60)
     assert found.status_code == 200 and '<span class="prompt">The</span>' in found.text
     assert len(re.findall(r'<span class="new">', found.text)) == 1
@@ -435,7 +448,7 @@ def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
     assert httpx.post(address, data={str(n): "" for n in range(60)}).status_code == 400
 
 
-def test_limits_answer_clearly(tiny, capfd, monkeypatch):
+def test_each_limit_has_its_own_status(tiny, capfd, monkeypatch):
     limits = dict(max_batch=2, max_queue=1, max_n=3, max_body=1000, max_time=0.6, max_idle=0.4)
     limits |= dict(api_key="sesame", max_prompt=5, log_prompts=True)
     with serving(tiny, **limits) as (address, made):
@@ -487,7 +500,7 @@ def test_limits_answer_clearly(tiny, capfd, monkeypatch):
 
 
 def raw(address, method, path, headers, body):
-    """An answer to a request that no client would make."""
+    """Send a request that no client library would send; return the response."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
     connection.putrequest(method, path)
     for name, value in headers.items():
@@ -497,7 +510,7 @@ def raw(address, method, path, headers, body):
     return connection.getresponse()
 
 
-def test_nothing_of_a_prompt_is_in_the_log(served, address, capfd):
+def test_the_log_contains_no_prompt(served, address, capfd):
     complete(address, prompt=SECRET, max_tokens=3)
     complete(address, prompt=SECRET, temperature=-1)
     httpx.post(address, data={"seed": SECRET})
@@ -508,19 +521,19 @@ def test_nothing_of_a_prompt_is_in_the_log(served, address, capfd):
     assert SECRET not in log and "POST '/v1/completions' 200" in log and "+3 tokens" in log
 
 
-def test_a_client_that_does_not_read_is_let_go(served):
+def test_a_client_that_does_not_read_is_disconnected(served):
     address, made = served
     before = len(os.listdir("/proc/self/fd"))
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
         connection.settimeout(0.5)
         with contextlib.suppress(OSError):
-            for _ in range(20_000):  # answers of a hundred megabytes, more than buffers hold
+            for _ in range(20_000):  # a hundred megabytes of responses, more than buffers hold
                 connection.sendall(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n")
         wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
     assert get_status(f"{address}/health") == 200
 
 
-def test_silent_clients_are_let_go(served):
+def test_silent_clients_are_disconnected(served):
     address, made = served
     port = int(address.rpartition(":")[2])
     connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
@@ -529,7 +542,7 @@ def test_silent_clients_are_let_go(served):
     ):
         connection.sendall(said)
     began = time.monotonic()
-    while time.monotonic() - began < 1.5:  # a byte now and then is no request either
+    while time.monotonic() - began < 1.5:  # a byte now and then does not count as a request
         connections[0].sendall(b"G")
         time.sleep(0.3)
     for connection in connections:
@@ -541,13 +554,13 @@ def test_silent_clients_are_let_go(served):
     wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
 
 
-def test_the_page_asks_for_no_more_than_the_server_gives(tiny):
+def test_the_page_requests_no_more_tokens_than_the_server_allows(tiny):
     with serving(tiny, max_tokens=20) as (address, _):
         assert 'min="1" required value="20"' in httpx.get(address).text
         assert httpx.post(address, data={"seed": "x"}, timeout=60).status_code == 200
 
 
-def test_more_connections_than_allowed_are_told(tiny):
+def test_connections_over_the_limit_get_a_503(tiny):
     with serving(tiny, max_connections=3) as (address, _):
         port = int(address.rpartition(":")[2])
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
@@ -560,8 +573,8 @@ def test_more_connections_than_allowed_are_told(tiny):
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_connections_that_are_opened_and_dropped_and_noise(served, count):
-    """Nothing is left open, nothing is a 500, and it serves on."""
+def test_dropped_connections_and_noise_do_no_harm(served, count):
+    """No connection stays open, no response is a 500, and the server keeps serving."""
     address, made = served
     port = int(address.rpartition(":")[2])
     random = np.random.default_rng(2)
@@ -581,7 +594,7 @@ def test_connections_that_are_opened_and_dropped_and_noise(served, count):
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 5)
 
 
-def test_a_failing_step_answers_and_the_next_request_is_served(tiny, capfd, monkeypatch):
+def test_after_a_failed_step_the_next_request_succeeds(tiny, capfd, monkeypatch):
     with serving(tiny) as (address, made):
         real = scheduler.Batch.step
         monkeypatch.setattr(scheduler.Batch, "step", lambda *_: 1 / 0)
@@ -592,7 +605,7 @@ def test_a_failing_step_answers_and_the_next_request_is_served(tiny, capfd, monk
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
-def test_until_the_model_is_there_it_says_so(tiny):
+def test_requests_get_a_503_while_the_model_loads(tiny):
     loaded = threading.Event()
 
     def load():
@@ -607,7 +620,7 @@ def test_until_the_model_is_there_it_says_so(tiny):
         wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
 
 
-def test_the_newest_model_is_taken_while_others_are_served(tiny, network):
+def test_a_newer_model_is_loaded_while_requests_are_running(tiny, network):
     other = inference.Model(compiled("lite", network), tiny.encoder)
     models = iter([(tiny, "model-1"), (other, "model-2")])
 
@@ -624,7 +637,7 @@ def test_the_newest_model_is_taken_while_others_are_served(tiny, network):
             wait_until(lambda: made.counts()[0] == 1)
             made.load(again=True)
             fresh = complete(address, prompt=[5, 6], max_tokens=9, seed=1).json()
-            assert not running.done(), "the first was done too early for this test"
+            assert not running.done(), "the first request finished too early for this test"
             text = running.result().json()["choices"][0]["text"]
         assert text == tiny.generate("The", length=1500, seed=1)[0].text
         expected = other.generate([5, 6], length=9, seed=1)[0]
@@ -638,7 +651,7 @@ def test_the_newest_model_is_taken_while_others_are_served(tiny, network):
 
 
 @pytest.mark.slow
-def test_requests_made_from_the_openapi_document(address):
+def test_requests_generated_from_the_openapi_document(address):
     pytest.importorskip("schemathesis", reason="pip install -e .[browser]")
     program = Path(sys.executable).with_name("schemathesis")
     words = ["run", f"{address}/openapi.json", "--checks", CHECKS, "--seed", 1]
@@ -654,8 +667,8 @@ CHECKS = (
 )
 
 
-@pytest.mark.slow  # XLA compiles a quarter of a minute
-def test_a_graph_serves_too(tiny, network):
+@pytest.mark.slow  # XLA compiles for 15 seconds
+def test_the_xla_engine_serves_too(tiny, network):
     model = inference.Model(compiled("graph", network), tiny.encoder)
     model.warm(4)
     with serving(model, max_batch=4, max_tokens=99) as (address, made):
@@ -670,7 +683,7 @@ def test_a_graph_serves_too(tiny, network):
         assert answer["choices"][0]["text"] == alone.text
 
 
-def test_a_model_that_is_no_longer_served_leaves_the_memory(tiny, network):
+def test_a_replaced_model_is_freed(tiny, network):
     seen = []
 
     def load():
@@ -679,7 +692,7 @@ def test_a_model_that_is_no_longer_served_leaves_the_memory(tiny, network):
         return model, f"model-{len(seen)}"
 
     gc.collect()
-    gc.disable()  # nothing may need it
+    gc.disable()  # freeing must not depend on it
     try:
         with serving(tiny, load) as (address, made):
             wait_until(lambda: made.model)
@@ -692,8 +705,8 @@ def test_a_model_that_is_no_longer_served_leaves_the_memory(tiny, network):
         gc.enable()
 
 
-def test_places_that_are_freed_at_any_moment_change_no_other_text(network):
-    """Cancelled from another thread, as by a client that goes away."""
+def test_cancelling_a_request_changes_no_other_text(network):
+    """Cancelled from another thread, as when a client disconnects."""
     model = inference.Model(compiled("lite", network), None)
     settings = GenerateSettings(length=40)
     (alone,) = model.generate([5, 6], length=40, seed=1)
@@ -718,7 +731,7 @@ def test_places_that_are_freed_at_any_moment_change_no_other_text(network):
 
 @pytest.fixture
 def process(workdir):
-    """Start `gpt2cli serve` as a user would; gives the process and its address."""
+    """Start `gpt2cli serve` as a user would; return the process and its address."""
     started = []
 
     def start(*words):
@@ -738,7 +751,7 @@ def process(workdir):
         one.wait()
 
 
-def test_the_command_serves_takes_a_new_checkpoint_and_finishes_what_it_began(process, workdir):
+def test_sighup_loads_a_new_checkpoint_and_sigterm_finishes_requests(process, workdir):
     run = workdir / "checkpoint" / "run1"
     shutil.copytree(workdir / "models" / "tiny", run)
     one, address = process("--run_name", "run1")
@@ -789,7 +802,7 @@ def get_status(url):
         return httpx.get(url).status_code
 
 
-def test_what_cannot_be_served_is_said_at_once(cli, workdir, monkeypatch):
+def test_serve_reports_an_impossible_start_at_once(cli, workdir, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         found = cli("serve", "--model_name", "tiny", "--port", port)
