@@ -7,15 +7,16 @@ alone, not on the texts beside it.
 from __future__ import annotations
 
 import collections
-import sys
+import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from gpt2cli.continuation import Continuation
 from gpt2cli.inference import STREAMED, Batch, Model
+
+LOG = logging.getLogger(__name__)
 
 
 class Full(Exception):
@@ -183,7 +184,7 @@ class Scheduler:
             except (
                 Exception
             ):  # a bug, or out of memory; other models' texts and later ones continue
-                traceback.print_exc(file=sys.stderr)
+                LOG.exception("a step of the model failed")
                 for job in {job for job, *_ in self._running.values() if job.model is model}:
                     job.stop("failure")
                 finished = True

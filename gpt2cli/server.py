@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -28,6 +28,7 @@ from gpt2cli.completions import CompletionRequest, RequestError
 if TYPE_CHECKING:
     from gpt2cli.service import Answer, Service
 
+LOG = logging.getLogger(__name__)
 CLOSE = {"connection": "close"}
 GONE = RequestError(499, "the client disconnected")  # never sent; nginx logs the same number
 
@@ -118,7 +119,7 @@ class Logged:
         line += f" {seconds:.2f} s"
         if answer and self.service.config.log_prompts:
             line += f" {[text.prompt for text in answer.texts[:: answer.request.n]]!a}"
-        print(line, file=sys.stderr, flush=True)
+        LOG.info(line)
 
 
 def _error(error: RequestError) -> JSONResponse:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-import sys
+import logging
 import threading
 import time
 import uuid
@@ -25,6 +25,8 @@ from gpt2cli.continuation import Continuation
 from gpt2cli.encoder import BPE, WordPiece
 from gpt2cli.errors import UserError
 from gpt2cli.inference import Model
+
+LOG = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -100,13 +102,13 @@ class Service:
             try:
                 self._again = False
                 self.model, self.checkpoint = self._load()
-                _say(f"serving {self.checkpoint}")
+                LOG.info("serving %s", self.checkpoint)
             except Exception as error:
                 if self.model is None:
                     self.failure = error
                     self._leave()
                     return
-                _say(f"gpt2cli: {error}. Still serving {self.checkpoint}")
+                LOG.warning("%s. Still serving %s", error, self.checkpoint)
             finally:
                 self._loading.release()
             if not self._again:  # a call that found the lock held wants a checkpoint newer still
@@ -401,7 +403,3 @@ def token_text(vocabulary: BPE | WordPiece, token: int) -> str:
 
 def _event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

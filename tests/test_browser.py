@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_serve import no_late_log_lines, serving, wait_until  # noqa: F401, an autouse fixture
+from test_serve import serving, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e .[browser]")
 expect = playwright.expect

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
     from gpt2cli.inference import Model
+
+LOG = logging.getLogger(__name__)
 
 
 def run(config: ServeConfig) -> None:
@@ -61,14 +63,23 @@ def run(config: ServeConfig) -> None:
     shared = service.Service(config, load, leave)
     allow_connections(config.max_connections)
     served = server.make_server(shared)
+    start_log()
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    _say(f"loading {prefix} with {engine.describe_devices(config.precision)}")
-    _say(f"listening on http://{host}:{port}/ (Ctrl-C stops the server)")
+    LOG.info("loading %s with %s", prefix, engine.describe_devices(config.precision))
+    LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
     with _terminated():
         served.run(sockets=[listener])
     if shared.failure:
         raise shared.failure
+
+
+def start_log() -> None:
+    """Print the server's log on stderr."""
+    log = logging.getLogger("gpt2cli")  # the parent of every module's
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -104,12 +115,8 @@ def allow_connections(count: int) -> None:
 def _terminated() -> Iterator[None]:
     """Exit with status 0 after SIGTERM: uvicorn raises the signal again once it is finished."""
     message = "received SIGTERM; all requests are finished"
-    before = signal.signal(signal.SIGTERM, lambda *_: _say(message))
+    before = signal.signal(signal.SIGTERM, lambda *_: LOG.info(message))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
