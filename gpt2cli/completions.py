@@ -4,8 +4,6 @@ Field names and defaults come from OpenAI's API reference. The fields top_k, rep
 no_repeat_ngram and min_length are additions of gpt2cli.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re
@@ -48,6 +46,21 @@ MESSAGES |= {
 }
 
 
+class ErrorDetail(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(TypedDict):
+    """The response to a request that failed."""
+
+    error: ErrorDetail
+
+
 @dataclass(eq=False)
 class RequestError(Exception):
     """A request that is answered with an error.
@@ -71,9 +84,8 @@ class RequestError(Exception):
 
     def as_json(self) -> Error:
         """Return OpenAI's error object."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        default = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = kinds.get(self.status, default)
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "authentication_error" if self.status == 401 else kind
         return {
             "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         }
@@ -145,7 +157,7 @@ class CompletionRequest(BaseModel):
     """Not supported: empty."""
 
     @classmethod
-    def parse(cls, body: bytes) -> CompletionRequest:
+    def parse(cls, body: bytes) -> "CompletionRequest":
         """Read a request from JSON.
 
         Raises:
@@ -160,7 +172,7 @@ class CompletionRequest(BaseModel):
         return cls.checked(values)
 
     @classmethod
-    def checked(cls, values: dict[str, Any], strict: bool = True) -> CompletionRequest:
+    def checked(cls, values: dict[str, Any], strict: bool = True) -> "CompletionRequest":
         """Build a request from its fields.
 
         Args:
@@ -284,21 +296,6 @@ class Completion(TypedDict):
     model: str
     choices: list[Choice]
     usage: Usage
-
-
-class ErrorDetail(TypedDict):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(TypedDict):
-    """The response to a request that failed."""
-
-    error: ErrorDetail
 
 
 class Model(TypedDict):

@@ -4,8 +4,6 @@ uvicorn has no setting for these limits, so this module overrides private method
 its H11Protocol. setup.py pins uvicorn to the versions this was tested with.
 """
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 WEB = Path(__file__).parent / "web"
 PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(WEB), autoescape=True)
 
-# The page needs nothing from other sites and may send nothing to them.
-SAFETY = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
+# Headers of every response: the page needs nothing from other sites and may send nothing to them.
+POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    b"connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+SECURITY = [
+    (b"content-security-policy", POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
 # Fields of the form: the name in the API, and the default. As in gpt-2-flask-api, `seed` is the
 # prompt; the defaults are its lengths and temperatures (deployment/run_server.py).
 FIELDS = {

@@ -4,8 +4,6 @@ One thread owns the model and reports each Job's progress. A text depends on its
 alone, not on the texts beside it.
 """
 
-from __future__ import annotations
-
 import collections
 import logging
 import threading

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 CLOSE = {"connection": "close"}
-GONE = RequestError(499, "the client disconnected")  # never sent; nginx logs the same number
+GONE = 499  # the client disconnected; never sent, nginx logs the same number
 
 
 def make_server(service: Service) -> uvicorn.Server:
@@ -88,17 +88,14 @@ class Logged:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), GONE.status
+        began, status = time.monotonic(), GONE
         scope.setdefault("state", {})
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                known = {name.lower() for name, _ in message["headers"]}
-                more = [(name.encode(), value.encode()) for name, value in page.SAFETY.items()]
-                headers = [*message["headers"], *(pair for pair in more if pair[0] not in known)]
-                message = {**message, "headers": headers}
+                message = {**message, "headers": [*message["headers"], *page.SECURITY]}
             await send(message)
 
         try:
@@ -163,7 +160,7 @@ async def _body(request: Request) -> bytes:
     try:
         return await asyncio.wait_for(read(), config.max_idle)
     except ClientDisconnect:
-        raise GONE from None
+        raise RequestError(GONE, "the client disconnected") from None
     except asyncio.TimeoutError:  # noqa: UP041, in Python 3.10 it is not the builtin one
         late = f"the request body did not arrive within {config.max_idle:g} seconds"
         raise RequestError(408, late, headers=CLOSE) from None
@@ -180,7 +177,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise GONE
+            raise RequestError(GONE, "the client disconnected")
         return await tasks[0]
     finally:
         for task in tasks:
@@ -236,14 +233,8 @@ async def health(request: Request) -> Response:
     service = _service(request)
     service.ready()
     running, waiting = service.counts()
-    state: completions.Health = {
-        "status": "ok",
-        "model": service.name,
-        "checkpoint": service.checkpoint,
-        "running": running,
-        "waiting": waiting,
-    }
-    return JSONResponse(state)
+    state = {"status": "ok", "model": service.name, "checkpoint": service.checkpoint}
+    return JSONResponse(state | {"running": running, "waiting": waiting})
 
 
 async def metrics(request: Request) -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -35,27 +36,21 @@ class Metrics:
     def __init__(self, service: Service) -> None:
         self.registry = registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=registry)
-        self.requests = prometheus_client.Counter(
-            "gpt2cli_requests", "requests answered", ["route", "status"], registry=registry
-        )
-        self.prompt_tokens = prometheus_client.Counter(
-            "gpt2cli_prompt_tokens", "tokens of prompts", registry=registry
-        )
-        self.generated = prometheus_client.Counter(
-            "gpt2cli_generated_tokens", "tokens of samples", registry=registry
-        )
+        counter = functools.partial(prometheus_client.Counter, registry=registry)
+        self.requests = counter("gpt2cli_requests", "requests answered", ["route", "status"])
+        self.prompt_tokens = counter("gpt2cli_prompt_tokens", "tokens of prompts")
+        self.generated = counter("gpt2cli_generated_tokens", "tokens of samples")
         self.first = prometheus_client.Histogram(
             "gpt2cli_first_token_seconds",
             "time from a request to its first token",
             buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
             registry=registry,
         )
-        gauges = {"running": lambda: service.counts()[0], "waiting": lambda: service.counts()[1]}
-        for name, count in gauges.items():
-            gauge = prometheus_client.Gauge(
-                f"gpt2cli_samples_{name}", f"samples {name}", registry=registry
-            )
-            gauge.set_function(count)
+        gauge = functools.partial(prometheus_client.Gauge, registry=registry)
+        running = gauge("gpt2cli_samples_running", "samples in the batch")
+        running.set_function(lambda: service.counts()[0])
+        waiting = gauge("gpt2cli_samples_waiting", "samples in the queue")
+        waiting.set_function(lambda: service.counts()[1])
 
 
 class Service:

@@ -28,6 +28,7 @@ import pytest
 from conftest import ROOT, compiled
 
 from gpt2cli import inference, scheduler, server, service
+from gpt2cli.completions import CompletionRequest, RequestError
 from gpt2cli.config import GenerateSettings, ServeConfig
 from gpt2cli.errors import UserError
 
@@ -258,6 +259,13 @@ WRONG = [
     (b'{"top_p": 1.1}', "top_p"),
     (b'{"top_p": "x"}', "top_p"),
     (b'{"seed": 1.5}', "seed"),
+    (b'{"seed": "5"}', "seed"),
+    (b'{"top_k": 5.0}', "top_k"),
+    (b'{"n": true}', "n"),
+    (b'{"temperature": "1"}', "temperature"),
+    (b'{"temperature": true}', "temperature"),
+    (b'{"prompt": [true]}', "prompt"),
+    (b'{"user": 5}', "user"),
     (b'{"stop": [""]}', "stop"),
     (b'{"stop": {"a": 1}}', "stop"),
     (b'{"stop": {}}', "stop"),
@@ -287,6 +295,21 @@ def test_an_error_names_the_wrong_field(address, body, param):
     assert found.status_code == 400 and error["param"] == param, error
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 600
     assert param is None or re.search(rf"\b{param}\b", error["message"]) or param == "prompt"
+
+
+def test_null_means_the_default_and_an_integer_is_a_number(address):
+    wanted = CompletionRequest.parse(b'{"max_tokens": null, "stop": null, "temperature": 0}')
+    assert wanted == CompletionRequest(temperature=0.0)
+    nothing = dict.fromkeys(CompletionRequest.model_fields)
+    assert complete(address, **nothing).json()["usage"]["completion_tokens"] <= 16
+
+
+def test_a_long_list_with_one_wrong_item_makes_one_error():
+    body = json.dumps({"prompt": ["a"] * 200_000 + [1]}).encode()
+    began = time.monotonic()
+    with pytest.raises(RequestError, match="prompt must be"):
+        CompletionRequest.parse(body)
+    assert time.monotonic() - began < 1.5  # 0.2 seconds; an error for each item takes 3
 
 
 def test_errors_have_openais_form(address, client):
@@ -399,6 +422,10 @@ def test_health_models_metrics_and_documents(address):
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
     assert body["application/json"]["schema"]["$ref"] == "#/components/schemas/CompletionRequest"
     fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
+    operations = [way for route in document["paths"].values() for way in route.values()]
+    names = ["createCompletion", "listModels", "retrieveModel", "getHealth"]
+    assert [operation["operationId"] for operation in operations] == names
+    assert {"Completion", "Choice", "Usage", "Error"} <= set(document["components"]["schemas"])
     assert fields["max_tokens"]["default"] == 16 and fields["top_p"]["maximum"] == 1
     docs = httpx.get(f"{address}/docs").text
     assert all(f"<code>{name}</code>" in docs for name in fields)
@@ -679,7 +706,7 @@ def test_the_xla_engine_serves_too(tiny, network):
         assert answer["choices"][0]["text"] == alone.text
 
 
-def test_a_replaced_model_is_freed(tiny, network):
+def test_a_replaced_model_is_freed(tiny, network, monkeypatch):
     seen = []
 
     def load():
@@ -692,9 +719,14 @@ def test_a_replaced_model_is_freed(tiny, network):
     try:
         with serving(tiny, load) as (address, made):
             wait_until(lambda: made.model)
+            slow_down(made, monkeypatch)
             for _ in range(3):
                 for stream in (False, True):
                     assert complete(address, prompt=[5], max_tokens=5, stream=stream).is_success
+                with pytest.raises(httpx.ReadTimeout):  # a client that disconnects
+                    wanted = {"prompt": [5], "max_tokens": 20}
+                    httpx.post(f"{address}/v1/completions", json=wanted, timeout=0.1)
+                wait_until(lambda: made.counts() == (0, 0))
                 made.load(again=True)
             wait_until(lambda: [one() is None for one in seen] == [True, True, True, False])
     finally:

@@ -63,7 +63,9 @@ def run(config: ServeConfig) -> None:
     shared = service.Service(config, load, leave)
     allow_connections(config.max_connections)
     served = server.make_server(shared)
-    start_log()
+    log = logging.getLogger("gpt2cli")  # the parent of every module's
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     LOG.info("loading %s with %s", prefix, engine.describe_devices(config.precision))
@@ -72,14 +74,6 @@ def run(config: ServeConfig) -> None:
         served.run(sockets=[listener])
     if shared.failure:
         raise shared.failure
-
-
-def start_log() -> None:
-    """Print the server's log on stderr."""
-    log = logging.getLogger("gpt2cli")  # the parent of every module's
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
 
 
 def listen(host: str, port: int) -> socket.socket:
