@@ -63,21 +63,13 @@ class Error(TypedDict):
 
 @dataclass(eq=False)
 class RequestError(Exception):
-    """A request that is answered with an error.
+    """A request that is answered with an error."""
 
-    Args:
-        status: HTTP status code.
-        message: what is wrong and how to fix it.
-        param: the field at fault, or None.
-        code: a word for programs to test, or None.
-        headers: HTTP headers of the response.
-    """
-
-    status: int
-    message: str
-    param: str | None = None
-    code: str | None = None
-    headers: Mapping[str, str] | None = None
+    status: int  # of HTTP
+    message: str  # what is wrong and how to fix it
+    param: str | None = None  # the field at fault
+    code: str | None = None  # a word for programs to test
+    headers: Mapping[str, str] | None = None  # of the response
 
     def __str__(self) -> str:
         return self.message

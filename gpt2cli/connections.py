@@ -19,7 +19,7 @@ OVERFULL = (
 
 
 def make_server(app: Any, config: ServeConfig) -> uvicorn.Server:
-    """Return the server of an ASGI application; set its `should_exit` to stop it gracefully."""
+    """Return the server of an ASGI app; set its `should_exit` to finish all requests and stop."""
     return uvicorn.Server(
         uvicorn.Config(
             app,

@@ -26,23 +26,14 @@ class Full(Exception):
 
 
 class Piece(NamedTuple):
-    """New text of one of a Job's texts.
+    """The part of a Job's text that is new."""
 
-    Args:
-        number: which of the texts.
-        text: the new text; no stop text can take it back.
-        begin: index of the first new token among the text's tokens.
-        end: index after the last new token.
-        done: this is the last piece.
-        error: why it broke off: "timeout" or "failure".
-    """
-
-    number: int
-    text: str = ""
-    begin: int = 0
-    end: int = 0
-    done: bool = False
-    error: str | None = None
+    number: int  # which of the Job's texts
+    text: str = ""  # new characters; no stop text can take them back
+    begin: int = 0  # index of the first new token among the text's tokens
+    end: int = 0  # index after the last new token
+    done: bool = False  # this is the last piece
+    error: str | None = None  # why it broke off: "timeout" or "failure"
 
 
 Report = Callable[[list[Piece]], None]

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import prometheus_client
-import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -22,7 +21,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpt2cli import completions, connections, page
+from gpt2cli import completions, page
 from gpt2cli.completions import CompletionRequest, RequestError
 
 if TYPE_CHECKING:
@@ -31,11 +30,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 CLOSE = {"connection": "close"}
 GONE = 499  # the client disconnected; never sent, nginx logs the same number
-
-
-def make_server(service: Service) -> uvicorn.Server:
-    """Return the server of a Service; set its `should_exit` to finish all requests and stop."""
-    return connections.make_server(make_app(service), service.config)
 
 
 def make_app(service: Service) -> ASGIApp:

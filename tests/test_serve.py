@@ -27,7 +27,7 @@ import oracle
 import pytest
 from conftest import ROOT, compiled
 
-from gpt2cli import inference, scheduler, server, service
+from gpt2cli import connections, inference, scheduler, server, service
 from gpt2cli.completions import CompletionRequest, RequestError
 from gpt2cli.config import GenerateSettings, ServeConfig
 from gpt2cli.errors import UserError
@@ -40,7 +40,7 @@ def serving(model, load=None, **settings):
     """Serve a Model in this process; yields the address and the Service."""
     config = ServeConfig(model_name="tiny", port=0, **settings)
     made = service.Service(config, load or (lambda: (model, "model.ckpt")), lambda: None)
-    served = server.make_server(made)
+    served = connections.make_server(server.make_app(made), config)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2000)
     thread = threading.Thread(target=served.run, kwargs={"sockets": [listener]})
     thread.start()

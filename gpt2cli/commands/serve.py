@@ -28,7 +28,7 @@ def run(config: ServeConfig) -> None:
         UserError: the extra `serve` is not installed, the port is in use, or the model is missing.
     """
     try:
-        from gpt2cli import server
+        from gpt2cli import connections, server
     except ImportError as error:
         raise UserError(
             f"serve needs the package {error.name}, which is not installed. Install all it needs "
@@ -62,7 +62,7 @@ def run(config: ServeConfig) -> None:
 
     shared = service.Service(config, load, leave)
     allow_connections(config.max_connections)
-    served = server.make_server(shared)
+    served = connections.make_server(server.make_app(shared), config)
     log = logging.getLogger("gpt2cli")  # the parent of every module's
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
