@@ -66,7 +66,7 @@ class RequestError(Exception):
     """A request that is answered with an error."""
 
     status: int  # of HTTP
-    message: str  # what is wrong and how to fix it
+    message: str  # names the mistake and its remedy
     param: str | None = None  # the field at fault
     code: str | None = None  # a word for programs to test
     headers: Mapping[str, str] | None = None  # of the response
@@ -84,7 +84,7 @@ class RequestError(Exception):
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
-    """Let a JSON schema accept null for every field, as CompletionRequest.parse does."""
+    """Let a JSON schema accept null for every field, as CompletionRequest.checked does."""
     for field in schema["properties"].values():
         if "type" in field:
             field["type"] = [field["type"], "null"]

@@ -73,7 +73,7 @@ class Job:
         return all(self._over)
 
     def grown(self, numbers: Iterable[int]) -> None:
-        """Report what is new of these texts."""
+        """Report the new part of each of these texts."""
         self.first = self.first or time.monotonic()
         pieces = []
         for number in numbers:

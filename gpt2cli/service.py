@@ -54,7 +54,7 @@ class Metrics:
 
 
 class Service:
-    """The model being served, and what all requests share.
+    """The model being served, and the state that all requests share.
 
     Args:
         config: the server's options.

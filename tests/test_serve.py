@@ -170,8 +170,8 @@ def test_the_pieces_of_a_stream_add_up_to_the_whole_response(client, stop):
     assert usage == whole.usage and pieces > 8
     for found, choice in zip(tokens, whole.choices, strict=True):
         logprobs = choice.logprobs
-        told = zip(logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset, strict=True)
-        assert found == list(told)
+        expected = zip(logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset, strict=True)
+        assert found == list(expected)
 
 
 @pytest.mark.parametrize("fields", [{"seed": 20}, {"seed": 6, "stop": ["the ", " a", "\n"]}])
@@ -414,10 +414,10 @@ def test_a_client_that_disconnects_before_the_response_costs_nothing(tiny, serve
 def test_health_models_metrics_and_documents(address):
     assert httpx.get(f"{address}/health").json()["status"] == "ok"
     complete(address, prompt="x", max_tokens=5)
-    told = httpx.get(f"{address}/metrics").text
-    assert 'gpt2cli_requests_total{route="/v1/completions",status="200"}' in told
+    text = httpx.get(f"{address}/metrics").text
+    assert 'gpt2cli_requests_total{route="/v1/completions",status="200"}' in text
     for name in ("first_token_seconds_bucket", "generated_tokens", "samples_running"):
-        assert f"gpt2cli_{name}" in told
+        assert f"gpt2cli_{name}" in text
     document = httpx.get(f"{address}/openapi.json").json()
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
     assert body["application/json"]["schema"]["$ref"] == "#/components/schemas/CompletionRequest"
@@ -784,8 +784,8 @@ def test_sighup_loads_a_new_checkpoint_and_sigterm_finishes_requests(process, wo
     shutil.copytree(workdir / "models" / "tiny", run)
     one, address = process("--run_name", "run1")
     wait_until(lambda: get_status(f"{address}/health") == 200)
-    told = httpx.get(f"{address}/health").json()
-    assert told["model"] == "run1" and told["checkpoint"] == "model.ckpt"
+    state = httpx.get(f"{address}/health").json()
+    assert state["model"] == "run1" and state["checkpoint"] == "model.ckpt"
     for path in list(run.glob("model.ckpt*")):
         path.rename(run / path.name.replace("model.ckpt", "model-7"))
     one.send_signal(signal.SIGHUP)
