@@ -72,6 +72,7 @@ def sections_of(cls: type) -> dict[str, list[str]]:
             for name in texts:
                 if title not in NOT_FIELDS:
                     placed.setdefault(name, title)
+    titles.sort(key=LAST.__contains__)
     members = {
         title: [n for n, t in placed.items() if t == title and n in order] for title in titles
     }
