@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -137,109 +138,143 @@ def test_the_hosts_are_those_of_tf_config(monkeypatch, strategy, text, expected)
         assert cluster.of_strategy(strategy)[:2] == expected
 
 
-def meet(number, addresses, card, said):
-    """What a host's meeting with the others ends in: None or the error's text."""
-    others = tuple(a for a in addresses if a != addresses[number])
-    hosts = cluster.Cluster(len(addresses), number == 0, addresses[number], others)
-    try:
-        cluster.meet(hosts, card, said.append)
-    except UserError as error:
-        return str(error)
+def in_thread(function, *arguments):
+    """Call a function in a thread that does not outlive the tests; return its Future."""
+    future = concurrent.futures.Future()
+
+    def work():
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
-def test_hosts_wait_for_each_other_and_name_those_that_are_missing():
-    addresses, said = [f"localhost:{port}" for port in free_ports(3)], []
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        there = [pool.submit(meet, 0, addresses, {"--steps": 5, "--stop": ("a",)}, said)]
-        wait_for(lambda: said == [f"waiting for {addresses[1]}, {addresses[2]}"])
-        there.append(pool.submit(meet, 1, addresses, {"--steps": 5, "--stop": ["a"]}, []))
-        wait_for(lambda: said[1:] == [f"waiting for {addresses[2]}"])
-        assert not any(one.done() for one in there)
-        there.append(pool.submit(meet, 2, addresses, {"--steps": 5, "--stop": ["a"]}, []))
-        assert [one.result(20) for one in there] == [None] * 3
-
-
-def test_hosts_that_differ_say_in_what():
-    addresses = [f"localhost:{port}" for port in free_ports(2)]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        cards = [{"--optimizer": "adam", "GPUs": 1}, {"--optimizer": "sgd", "GPUs": 1}]
-        there = [pool.submit(meet, n, addresses, card, []) for n, card in enumerate(cards)]
-        first, second = (one.result(20) for one in there)
-    assert first == second
-    assert f"on {addresses[1]} --optimizer is sgd, on {addresses[0]} adam. Give" in first
-
-
-def speak(address, *lines):
-    """A connection to a host's port, on which lines were sent."""
+@contextlib.contextmanager
+def answering(address, answer):
+    """A program that listens on HOST:PORT and answers each call with these bytes."""
+    is_over = threading.Event()
     host, _, port = address.partition(":")
-    there = socket.create_connection((host, int(port)), timeout=20)
-    there.sendall(b"".join(lines))
-    return there
+
+    def serve():
+        while not is_over.is_set():
+            with contextlib.suppress(OSError):
+                caller, _ = server.accept()
+                with caller:
+                    caller.sendall(answer)
+
+    with socket.create_server((host, int(port))) as server:
+        server.settimeout(0.1)
+        done = in_thread(serve)
+        try:
+            yield
+        finally:
+            is_over.set()
+            done.result(20)
 
 
-def test_a_host_that_has_gone_is_missing_again_and_its_last_card_counts():
-    addresses, said = [f"localhost:{port}" for port in free_ports(3)], []
-    rest = f"{addresses[1]}, {addresses[2]}"
+HTTP2 = b"\x00\x00\x18\x04\x00\x00\x00\x00"  # the first bytes of TensorFlow's server
 
-    def card(own, value):
-        return json.dumps({"own": own, "card": {"--steps": value}}).encode() + b"\n"
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(meet, 0, addresses, {"--steps": 5}, said)
-        wait_for(lambda: said == [f"waiting for {rest}"])
-        with speak(addresses[0], card(addresses[1], 7)) as there:
-            assert json.loads(there.makefile().readline()) == {"missing": [addresses[2]]}
-            wait_for(lambda: said[1:] == [f"waiting for {addresses[2]}"])
-        wait_for(lambda: said[2:] == [f"waiting for {rest}"])
-        with speak(addresses[0], card(addresses[1], 8)):  # and is not known to have gone
-            wait_for(lambda: said[3:] == [f"waiting for {addresses[2]}"])
-            with speak(addresses[0], card(addresses[1], 5)) as there:
-                there.makefile().readline()
-                third = pool.submit(meet, 2, addresses, {"--steps": 5}, [])
-                assert first.result(20) is None and third.result(20) is None
+class Meeting:
+    """Hosts on free ports of this machine, each a thread, that meet and then run a server."""
+
+    def __init__(self, count):
+        self.addresses = [f"localhost:{port}" for port in free_ports(count)]
+        self.printed = [[] for _ in range(count)]
+        self.all_met = threading.Barrier(count)
+
+    def start(self, number):
+        """Start a host; its lines go to `printed`."""
+
+        def work():
+            own, others = self.addresses[number], list(self.addresses)
+            others.remove(own)
+            hosts = cluster.Cluster(len(others) + 1, number == 0, own, tuple(others))
+            cluster.meet(hosts, self.printed[number].append)
+            with answering(own, HTTP2):
+                self.all_met.wait(20)
+
+        return in_thread(work)
+
+    def says(self, number, *missing):
+        """Wait until a host's last line names these hosts."""
+        line = f"waiting for {', '.join(self.addresses[host] for host in missing)}"
+        wait_for(lambda: self.printed[number][-1:] == [line])
+
+
+def test_hosts_wait_for_each_other_and_name_the_missing_ones():
+    meeting = Meeting(3)
+    hosts = [meeting.start(0)]
+    meeting.says(0, 1, 2)
+    hosts.append(meeting.start(1))
+    meeting.says(0, 2)
+    meeting.says(1, 2)
+    assert not any(host.done() for host in hosts)
+    hosts.append(meeting.start(2))
+    assert [host.result(20) for host in hosts] == [None] * 3
+
+
+def test_a_host_that_ended_is_missing_again_and_may_restart():
+    meeting = Meeting(3)
+    first = meeting.start(0)
+    with answering(meeting.addresses[1], cluster.GREETING):
+        meeting.says(0, 2)
+    meeting.says(0, 1, 2)
+    assert [host.result(20) for host in (meeting.start(1), meeting.start(2), first)] == [None] * 3
 
 
 @pytest.mark.parametrize(
-    "noise",
-    [
-        *(b"", b"GET / HTTP/1.1\r\n\r\n", b"[" * 90_000 + b"\n", b"x" * 200_000, b"[1]\n", b"{}\n"),
-        b'{"own": "stranger:1", "card": {}}\n',
-    ],
+    "answer", [b"", b"\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b"gpt"]
 )
-def test_strangers_on_the_port_are_no_hosts(noise):
-    addresses, said = [f"localhost:{port}" for port in free_ports(2)], []
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(meet, 0, addresses, {}, said)
-        wait_for(lambda: said)
-        with contextlib.ExitStack() as stack:
-            for _ in range(5):
-                with contextlib.suppress(ConnectionError):  # what is too long is cut off
-                    stack.enter_context(speak(addresses[0], noise))
-            assert pool.submit(meet, 1, addresses, {}, []).result(20) is None
-        assert first.result(20) is None
+def test_another_program_on_a_port_is_not_a_host(answer):
+    meeting = Meeting(2)
+    with answering(meeting.addresses[1], answer):
+        first = meeting.start(0)
+        meeting.says(0, 1)
+        time.sleep(2 * cluster.PAUSE)
+        assert not first.done()
+    assert meeting.start(1).result(20) is first.result(20) is None
 
 
-@pytest.mark.parametrize("noise", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"[1]\n", b"{}\n", b""])
-def test_a_first_host_that_is_something_else_is_waited_for(noise):
-    own, said = f"localhost:{free_ports(1)[0]}", []
-    with socket.create_server(("localhost", 0)) as server:
-        server.settimeout(20)
-        address = f"localhost:{server.getsockname()[1]}"
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            second = pool.submit(meet, 1, [address, own], {}, said)
-            for answer in (noise, noise, b'{"difference": null}\n'):
-                visitor, _ = server.accept()
-                with visitor:
-                    assert json.loads(visitor.makefile().readline())["own"] == own
-                    visitor.sendall(answer)
-            assert second.result(20) is None and said == [f"waiting for {address}"]
+@pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.1\r\n\r\n", b"x" * 200_000])
+def test_other_callers_do_not_disturb_the_hosts(noise):
+    meeting = Meeting(2)
+    first = meeting.start(0)
+    meeting.says(0, 1)
+    host, _, port = meeting.addresses[0].partition(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            caller = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            with contextlib.suppress(ConnectionError):
+                caller.sendall(noise)
+        assert meeting.start(1).result(20) is first.result(20) is None
 
 
-def test_a_port_of_tf_config_that_is_in_use_is_told():
+def test_a_host_in_tensorflow_has_met_the_others():
+    """A host that comes late finds TensorFlow's server, which does not send our greeting."""
+    first, second = (f"localhost:{port}" for port in free_ports(2))
+    code = (
+        "import tensorflow as tf, time; "
+        f"server = tf.distribute.Server({{'worker': [{first!r}]}}); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as server:
+        try:
+            late = cluster.Cluster(2, False, second, (first,))
+            assert in_thread(cluster.meet, late, print).result(60) is None
+            assert server.poll() is None
+        finally:
+            server.kill()
+
+
+def test_a_port_of_this_host_that_is_in_use_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        own = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(UserError, match=f"{own} of TF_CONFIG .* in use"):
-            cluster.meet(cluster.Cluster(2, True, own, ("127.0.0.1:1",)), {}, pytest.fail)
+        port = server.getsockname()[1]
+        own = f"127.0.0.1:{port}"
+        with pytest.raises(UserError, match=f"port {port} for {own}, .* in TF_CONFIG: .* in use"):
+            cluster.meet(cluster.Cluster(2, True, own, ("127.0.0.1:1",)), pytest.fail)
 
 
 @pytest.mark.slow
@@ -387,7 +422,7 @@ def test_a_host_that_is_killed_stops_the_others_and_all_go_on_later(cli, place, 
         began = time.monotonic()
         assert hosts.processes[1 - number].wait(60) == 1
         assert time.monotonic() - began < 40  # README says so
-        assert re.search(r"^gpt2cli: .* has ended, or", hosts.said(1 - number), re.M)
+        assert re.search(r"^gpt2cli: .* has ended or", hosts.said(1 - number), re.M)
         assert "Traceback" not in hosts.said(1 - number)
     before = losses_of("run")
     saved = int(folders.find_checkpoint("checkpoint/run").name.removeprefix("model-"))
@@ -432,7 +467,7 @@ def test_hosts_end_in_the_middle_of_a_validation(cli, place, number):
             if which == signal.SIGTERM:
                 assert f"saved checkpoint/run{which} at step 5" in hosts.said(0)
             else:
-                assert "has ended, or cannot be reached" in hosts.said(1 - number)
+                assert "has ended or cannot be reached" in hosts.said(1 - number)
 
 
 @pytest.mark.slow
@@ -443,20 +478,20 @@ def test_hosts_that_are_not_at_the_same_work_are_refused(cli, place):
         file.write("more")
     assert cli("train", *FLAGS, "--run_name", "run", "--steps", 1).returncode == 0
     for own, said in (
-        ({0: ["--dataset", "text.txt"], 1: ["--dataset", "other.txt"]}, "checksum of the text"),
+        ({0: ["--dataset", "text.txt"], 1: ["--dataset", "other.txt"]}, "checksum of the text ("),
         ({n: ["text.txt", "--run_name", "run", "--checkpoint_dir", n] for n in (0, 1)}, None),
         (
             {n: ["text.txt", "--run_name", "run", *(n * ["--batch_size", 2])] for n in (0, 1)},
-            "size",
+            "--batch_size (",
         ),
     ):
         if said is None:  # a folder that is not shared
             shutil.copytree("checkpoint", "0")
-            said = "goes on from"
+            said = "the checkpoint to resume"
         with Hosts(2, *FLAGS[1:], "--steps", 3, own=own) as hosts:
             assert hosts.wait() == [1, 1]
             for number in (0, 1):
-                assert "the hosts are not at the same work" in hosts.said(number)
+                assert "the hosts differ in" in hosts.said(number)
                 assert said in hosts.said(number) and "Traceback" not in hosts.said(number)
 
 

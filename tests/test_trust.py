@@ -114,7 +114,7 @@ def test_weights_alone_are_gone_on_with_when_asked(cli, mini):
     assert result.returncode == 0 and "as --restore_from weights asks" in result.stderr
     assert runs.steps("checkpoint/run1") == [2, 3] and "[3 |" in result.stderr
     fresh = cli("train", "text.txt", *FLAGS, "--run_name", "new", "--restore_from", "weights")
-    assert fresh.returncode == 1 and "no checkpoint to go on from" in fresh.stderr
+    assert fresh.returncode == 1 and "no checkpoint to resume" in fresh.stderr
 
 
 def test_weights_that_are_whole_are_of_use_without_the_optimizer(cli, mini):

@@ -7,16 +7,27 @@ import json
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from gpt2cli import __version__, cluster, dataset, encoder, files, folders, runs
+from gpt2cli.config import TrainConfig
 from gpt2cli.errors import BusyError, UserError
+from gpt2cli.windows import Tokens
+
+if TYPE_CHECKING:
+    from gpt2cli.loop import Run
+    from gpt2cli.replicas import Replicas
 
 
-def run(config):
-    """Train until --steps, Ctrl-C or SIGTERM; whichever ends it, the run is saved first.
+def run(config: TrainConfig) -> Path:
+    """Train until --steps, Ctrl-C or SIGTERM, save the run in each case, and return its folder.
 
-    Returns:
-        The run folder, a Path.
+    Raises:
+        UserError: the run cannot start or continue.
+        BusyError: another process trains this run, or another host was asked to stop.
     """
     run_folder = folders.run_dir(config.checkpoint_dir, config.run_name, must_exist=False)
     hosts = cluster.of_strategy(config.strategy)
@@ -27,103 +38,132 @@ def run(config):
         vocabulary = encoder.of_model(prefix.parent)
         tokens, held_out = texts(config, prefix.parent, vocabulary)
 
-        from gpt2cli import loop, replicas  # what can be refused was refused before this import
+        # all checks that need no TensorFlow came first
+        from gpt2cli import checkpoint, loop, replicas
 
-        run = None
-        if hosts.hosts > 1 and not meet(hosts, config, prefix, resumed, tokens, held_out):
-            return run_folder
-        with replicas.lost_hosts(hosts.hosts, lambda: goes_on(config, run)):
+        run, state = None, {}
+        if hosts.hosts > 1:
+            state = (checkpoint.load_state(prefix) if resumed else None) or {}
+            if is_finished(config, state):  # the other hosts may have ended: do not wait for them
+                return run_folder
+            cluster.meet(hosts, _say)
+        with replicas.lost_hosts(hosts.hosts, lambda: how_to_resume(config, run)):
             together = replicas.Replicas(config.strategy)
-            with stop_signals() as stop:  # after TensorFlow, which takes SIGTERM of several hosts
+            with stop_signals() as stop:  # after TensorFlow, which takes SIGTERM on several hosts
+                if hosts.hosts > 1:
+                    compare(together, config, prefix, state, tokens, held_out)
                 run = loop.Run(config, run_folder, prefix, resumed, vocabulary, together)
                 run.train(tokens, held_out, stop)
     if stop.received == signal.SIGINT:
         raise KeyboardInterrupt
     if stop.received:
         sys.exit(128 + stop.received)
-    if run.stops:  # not done, so not 0: what watches this process is to start it again
-        raise BusyError(f"another host was asked to stop. {goes_on(config, run)}")
+    if run.stops:  # not finished, so not 0: a supervisor of this process should start it again
+        raise BusyError(f"another host was asked to stop. {how_to_resume(config, run)}")
     return run_folder
 
 
-def texts(config, folder, vocabulary):
-    """The windows.Tokens to train on, and those to validate with or None."""
+def texts(config: TrainConfig, folder: Path, vocabulary: Any) -> tuple[Tokens, Tokens | None]:
+    """Read the text to train on, and the text to validate with if there is one.
+
+    Raises:
+        UserError: a text is missing or damaged, or does not fit the model.
+    """
     sizes = folders.read_config(folder)
     dataset.find(config.dataset)
     if config.val_dataset is not None:
         dataset.find(config.val_dataset)
     if config.seq_length > sizes.n_ctx:
         raise UserError(
-            f"--seq_length {config.seq_length} is more than the model's n_ctx, {sizes.n_ctx}"
+            f"--seq_length {config.seq_length} exceeds the model's n_ctx, {sizes.n_ctx}"
         )
     if config.sampling == "documents" and vocabulary and vocabulary.end is None:
         raise UserError(
-            "--sampling documents finds them by the end token, and this model has none. Leave "
-            "it out, or name one that the text has in hparams.json: end_token"
+            "--sampling documents needs an end token, and this model has none. Use another "
+            "--sampling, or set end_token in hparams.json to a token that ends each document"
         )
     n_vocab = encoder.ids_of(folder, vocabulary)
     tokens = dataset.load(config.dataset, vocabulary, config, n_vocab)
     if config.val_every:
         return tokens, dataset.load(config.val_dataset, vocabulary, config, n_vocab)
     if config.val_dataset is not None:
-        _say("--val_dataset is not used: --val_every is 0")
+        _say("--val_dataset is ignored: --val_every is 0")
     return tokens, None
 
 
-def meet(hosts, config, prefix, resumed, tokens, held_out):
-    """Meet the other hosts; False if there is nothing to do, which they may have found out before.
-
-    Then they have ended, and would be waited for in vain.
-    """
-    from gpt2cli import checkpoint
-
-    state = (checkpoint.load_state(prefix) if resumed else None) or {}
-    if config.steps and state.get("step", 0) >= config.steps and not state.get("due"):
-        _say(f"the run is at step {state['step']} and --steps is {config.steps}: nothing to do")
+def is_finished(config: TrainConfig, state: dict[str, Any]) -> bool:
+    """Report whether a run's state leaves nothing to do."""
+    if not config.steps or state.get("step", 0) < config.steps or state.get("due"):
         return False
-    cluster.meet(hosts, card(config, prefix, state, tokens, held_out), _say)
+    _say(f"the run is at step {state['step']} and --steps is {config.steps}: nothing to do")
     return True
 
 
 # A folder may be mounted elsewhere on each host. The name of --val_dataset is in the run's state.
-FREE = ("dataset", "models_dir", "checkpoint_dir", "sample_dir", "restore_from", "workers")
+LOCAL = (
+    "dataset",
+    "models_dir",
+    "checkpoint_dir",
+    "sample_dir",
+    "restore_from",
+    "workers",
+    "verbose",
+)
 
 
-def card(config, prefix, state, tokens, held_out):
-    """What must be alike on all hosts, see cluster.meet."""
+def compare(
+    together: "Replicas",
+    config: TrainConfig,
+    prefix: Path,
+    state: dict[str, Any],
+    tokens: Tokens,
+    held_out: Tokens | None,
+) -> None:
+    """Check that all hosts have the same versions, then the same flags, texts and checkpoint.
+
+    Raises:
+        UserError: they differ.
+    """
     from gpt2cli import engine
 
-    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*FREE, "verbose")}
-    kept = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    return {f"--{name}": value for name, value in given.items()} | {
-        "gpt2cli": __version__,
-        "TensorFlow": engine.tf.__version__,
-        "GPUs": len(engine.GPUS),
-        "goes on from": prefix.name if state else None,
-        "checksum of its state": kept,
-        "checksum of the checkpoint": files.digest(f"{prefix}.index"),
-        "checksum of the text": tokens.fingerprint(),
-        "checksum of the validation text": held_out and held_out.fingerprint(),
-    }
+    together.compare(
+        {
+            "the version of gpt2cli": __version__,
+            "the version of TensorFlow": engine.tf.__version__,
+            "the number of GPUs": len(engine.GPUS),
+        }
+    )
+    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCAL}
+    sealed = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    together.compare(
+        {f"--{name}": value for name, value in given.items()}
+        | {
+            "the checkpoint to resume": prefix.name if state else None,
+            "the checksum of its state": sealed,
+            "the checksum of the checkpoint": files.digest(f"{prefix}.index"),
+            "the checksum of the text": tokens.fingerprint(),
+            "the checksum of the validation text": held_out and held_out.fingerprint(),
+        }
+    )
 
 
-def goes_on(config, run):
-    """What to do when a host was lost."""
+def how_to_resume(config: TrainConfig, run: "Run | None") -> str:
+    """Return a sentence about the next start, for a training that a host ended."""
     if not (run and run.has_saved()):
         return "Start all hosts again: this command saved nothing"
     how = "" if config.restore_from == "latest" else " with --restore_from latest"
-    return f"Start all hosts again{how}: they go on from step {runs.steps(run.folder)[-1]}"
+    return f"Start all hosts again{how} to resume at step {runs.steps(run.folder)[-1]}"
 
 
-def starting_point(config, run_folder):
-    """Where the weights come from: (checkpoint prefix, whether the run goes on from it).
+def starting_point(config: TrainConfig, run_folder: Path) -> tuple[Path, bool]:
+    """Find the checkpoint to start from; return its prefix and whether the run resumes there.
 
     Raises:
-        UserError: there is no such checkpoint, or the run's own would be overwritten.
+        UserError: the checkpoint is missing, or the run has checkpoints and --overwrite is not set.
     """
     saved = runs.steps(run_folder)
     if config.restore_from == "weights" and not saved:
-        raise UserError(f"--restore_from weights: {run_folder} has no checkpoint to go on from")
+        raise UserError(f"--restore_from weights: {run_folder} has no checkpoint to resume")
     if config.restore_from in ("latest", "weights") and saved:
         if not (run_folder / "hparams.json").exists():  # nshepperd's runs have neither file
             folders.copy_description(
@@ -139,28 +179,28 @@ def starting_point(config, run_folder):
             return prefix, True
     if saved and not config.overwrite:
         raise UserError(
-            f"{run_folder} has checkpoints, up to step {saved[-1]}. Go on from them with "
-            "--restore_from latest, name another --run_name, or replace them with --overwrite"
+            f"{run_folder} has checkpoints, up to step {saved[-1]}. Resume with --restore_from "
+            "latest, choose another --run_name, or replace them with --overwrite"
         )
     return prefix, False
 
 
 class Stop:
-    """A request to stop; `received` is the signal's number, or 0."""
+    """A request to stop; `received` is the number of the signal, or 0."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = 0
 
-    def handle(self, number, frame):
-        """The signal handler: a step is finished, samples and validation are broken off."""
-        if self.received:  # asked twice: do not wait
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Finish the step, break off samples and validation; a second signal ends at once."""
+        if self.received:
             raise KeyboardInterrupt
         self.received = number
-        _say("stopping after this step; the run is saved first")
+        _say("stopping after this step; saving the run first")
 
 
 @contextlib.contextmanager
-def stop_signals():
+def stop_signals() -> Iterator[Stop]:
     """Turn Ctrl-C and SIGTERM into a Stop while the block runs (in the main thread)."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -175,5 +215,5 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def _say(text):
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
