@@ -17,6 +17,7 @@ GROUPS = (
     {"runs", "jobs", "journal", "kernels", "completions", "replicas", "processes"},
     {"folders"},
     {"encoder", "graph_rules", "model", "transfer", "windows"},
+    {"optimizers", "score", "training_memory"},
     {"dataset", "vocabularies", "checkpoint", "program", "sampling", "training", "hub"},
     {"beams", "continuation", "generation", "graph", "lite", "statedict"},
     {"inference", "formats"},

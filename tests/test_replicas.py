@@ -503,7 +503,7 @@ def test_what_a_host_cannot_save_is_no_success_of_another(place):
         resource.prlimit(hosts.processes[0].pid, resource.RLIMIT_FSIZE, (10**5, 10**5))
         assert hosts.wait() == [1, 1]
         assert "Step 100 is not saved" in hosts.said(0)
-        assert "step 100 is not saved; see what the first host said" in hosts.said(1)
+        assert "step 100 is not saved; check the log of the first host" in hosts.said(1)
         assert "crashed" not in hosts.said(0) + hosts.said(1)
 
 

@@ -142,7 +142,7 @@ def test_a_run_of_nshepperds_program_goes_on(cli, text, network):
     (run / "counter").write_text("7\n")
     result = cli("train", "text.txt", *FAST, "--steps", 8, "--run_name", "old")
     assert result.returncode == 0 and sorted(losses(result)) == [8], result.stderr
-    assert "the optimizer starts anew" in result.stderr
+    assert "the optimizer starts from scratch" in result.stderr
 
 
 def test_a_replaced_run_takes_the_sizes_and_vocabulary_of_its_new_model(cli, text):

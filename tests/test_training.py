@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import lively
 
-from gpt2cli import checkpoint, folders, model, training, windows
+from gpt2cli import checkpoint, folders, model, optimizers, training, training_memory, windows
 from gpt2cli.config import TrainConfig
 from gpt2cli.engine import tf
 from gpt2cli.hparams import ModelConfig
@@ -111,7 +111,7 @@ def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, tolerance, reco
         name, expected = key.removeprefix("after/"), trace[key]
         if name == "global_step" or name.endswith("key_layer/bias"):
             continue  # a softmax does not see a bias of the keys: its gradient is rounding alone
-        value = found[name] if name in found else slots[training.slot_name(name)]
+        value = found[name] if name in found else slots[optimizers.slot_name(name)]
         if len(value) != len(expected):
             value = value[trace["rows"]]
         np.testing.assert_allclose(value, expected, atol=1e-4, rtol=1e-3, err_msg=name)
@@ -278,7 +278,7 @@ def test_masked_targets_do_not_count():
 def test_schedules_warm_up_and_come_down():
     def rates(**changes):
         config = dataclasses.replace(BASE, learning_rate=1.0, steps=10, **changes)
-        return [training.learning_rate(config, step) for step in range(11)]
+        return [optimizers.learning_rate(config, step) for step in range(11)]
 
     assert rates() == [1.0] * 11
     assert rates(warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -318,7 +318,7 @@ def test_the_estimate_of_memory_is_near_what_was_measured():
         (9.8, large, {**SAVING, "precision": "bfloat16"}),
     ):
         config = dataclasses.replace(BASE, **changes)
-        parts = training.memory_needed(sizes, config)
+        parts = training_memory.memory_needed(sizes, config)
         assert sum(parts.values()) / 1e9 == pytest.approx(measured, rel=0.2), changes
 
 

@@ -462,7 +462,7 @@ def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(cli
         words[words.index(100_000)] = step + 2
         result = cli(*words)
         assert result.returncode == 1, result.stderr
-        assert f"Step {step + 2} is not saved, the last checkpoint is that of step {step}" in (
+        assert f"Step {step + 2} is not saved; the last checkpoint is of step {step}" in (
             result.stderr
         )
         assert runs.newest(disk / "run1") == step

@@ -52,8 +52,18 @@ def run(config: TrainConfig) -> Path:
             with stop_signals() as stop:  # after TensorFlow, which takes SIGTERM on several hosts
                 if hosts.hosts > 1:
                     compare(together, config, prefix, state, tokens, held_out)
-                run = loop.Run(config, run_folder, prefix, resumed, vocabulary, together)
-                run.train(tokens, held_out, stop)
+                run = loop.Run(
+                    config=config,
+                    folder=run_folder,
+                    prefix=prefix,
+                    resumed=resumed,
+                    vocabulary=vocabulary,
+                    replicas=together,
+                    tokens=tokens,
+                    held_out=held_out,
+                    stop=stop,
+                )
+                run.train()
     if stop.received == signal.SIGINT:
         raise KeyboardInterrupt
     if stop.received:
@@ -152,7 +162,7 @@ def how_to_resume(config: TrainConfig, run: "Run | None") -> str:
     if not (run and run.has_saved()):
         return "Start all hosts again: this command saved nothing"
     how = "" if config.restore_from == "latest" else " with --restore_from latest"
-    return f"Start all hosts again{how} to resume at step {runs.steps(run.folder)[-1]}"
+    return f"Start all hosts again{how} to resume at step {runs.steps(run.checkpoints.folder)[-1]}"
 
 
 def starting_point(config: TrainConfig, run_folder: Path) -> tuple[Path, bool]:
