@@ -130,14 +130,13 @@ def _answers(address: str) -> bool:
 
 def _open_port(own: str) -> socket.socket:
     """Listen on this host's port, on all interfaces as TensorFlow's server does."""
-    both = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    port, both = _parts(own)[1], socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        return socket.create_server(
-            ("", _parts(own)[1]), **(both if socket.has_dualstack_ipv6() else {})
-        )
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise UserError(
-            f"cannot open port {_parts(own)[1]} for {own}, this host's address in TF_CONFIG: "
+            f"cannot open port {port} for {own}, this host's address in TF_CONFIG: "
             f"{error.strerror or error}. Stop the program that uses the port, or choose another "
             "port on all hosts"
         ) from None

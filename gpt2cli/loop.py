@@ -221,7 +221,7 @@ class Run:
         vocabulary = self.model.encoder
         end = vocabulary.end if vocabulary else None
 
-        def sampler(text: windows.Tokens, seed: int) -> Any:
+        def sampler(text: windows.Tokens, seed: int | None) -> Any:
             return text.sampler(config.sampling, length, seed, end, config.uer_compat)
 
         given, batches = config, sampler(tokens, config.seed)
@@ -295,7 +295,8 @@ class Run:
         if "validation" in state.due:
             self.validate()
         is_best = config.keep_best and state.best and state.best["step"] == state.step
-        if is_best or state.step % config.save_every == 0 or self.checkpoints.is_retry_due():
+        is_time = state.step % config.save_every == 0
+        if is_best or is_time or time.monotonic() >= self.checkpoints.retry_at:
             self.save()
         if "samples" in state.due:
             self.write_samples()
@@ -311,7 +312,7 @@ class Run:
             raise UserError(f"step {step} is not saved; check the log of the first host")
         if self.journal:
             self.journal.close()
-        if not self.has_saved():
+        if not self.checkpoints.exist():
             self.say("stopped before the first step; nothing is saved")
             return
         name = shlex.quote(f"--run_name={self.plan.config.run_name}")
@@ -328,9 +329,10 @@ class Run:
         """Whether the run has taken all its steps, or no longer improves."""
         config, state = self.plan.config, self.state
         if config.patience and state.worse >= config.patience:
+            best = state.best or {"step": 0, "loss": math.nan}
             self.say(
                 f"the validation loss has not fallen {state.worse} times in a row; it was lowest "
-                f"at step {state.best['step']}, {state.best['loss']:.4f}"
+                f"at step {best['step']}, {best['loss']:.4f}"
             )
             return True
         return bool(config.steps) and state.step >= config.steps
@@ -397,17 +399,13 @@ class Run:
     def fail(self, problem: str) -> NoReturn:
         """End a run that has diverged (UserError); its checkpoints stay."""
         advice = "No step of this run is saved; start again"
-        if self.has_saved():
+        if self.checkpoints.exist():
             saved = self.checkpoints
             advice = f"{saved.folder} keeps its checkpoint of step {saved.step}; resume"
         raise UserError(
             f"{problem}. Training has diverged, or the batch is bad. {advice} with a lower "
             "--learning_rate, with --warmup_steps, --clip_norm 1 or --on_nonfinite skip"
         )
-
-    def has_saved(self) -> bool:
-        """Whether this run has a checkpoint; one of a run that it replaces does not count."""
-        return self.checkpoints.exist()
 
     def save(self, is_last: bool = False) -> None:
         """Write a checkpoint of this step, unless there is one or its weights have diverged.
@@ -421,7 +419,7 @@ class Run:
         step = self.state.step
         if self.checkpoints.step == step:
             return
-        if not self.replicas.is_chief:
+        if self.journal is None:  # the chief writes
             self.checkpoints.step, self.checkpoints.replaced = step, []
             return
         if self.batch is not None:
@@ -434,7 +432,7 @@ class Run:
             self.checkpoints.write(self.plan, self.state, self.trainer, self.journal)
         except UserError as error:
             kept = f"the last checkpoint is of step {self.checkpoints.step}"
-            kept = kept if self.has_saved() else "no step of this run is saved"
+            kept = kept if self.checkpoints.exist() else "no step of this run is saved"
             if is_last:
                 raise UserError(f"{error}. Step {step} is not saved; {kept}") from error
             self.checkpoints.retry_at = time.monotonic() + RETRY
@@ -528,12 +526,8 @@ class Checkpoints:
         self.retry_at = math.inf
 
     def exist(self) -> bool:
-        """Whether the folder holds a checkpoint of this run."""
+        """Whether the folder holds a checkpoint of this run, and not of one that it replaces."""
         return bool(runs.steps(self.folder)) and not self.replaced
-
-    def is_retry_due(self) -> bool:
-        """Whether to try again to write a checkpoint that failed."""
-        return time.monotonic() >= self.retry_at
 
     def write(
         self,

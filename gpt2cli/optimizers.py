@@ -139,7 +139,7 @@ def make_optimizer(config: TrainConfig, variables: Sequence[Any]) -> Any:
     gradients given to `apply` must be sums over all replicas already.
     """
     # The name is part of the variables' names; Keras would name a second optimizer adam_1.
-    common = {"learning_rate": config.learning_rate, "name": config.optimizer}
+    common: dict[str, Any] = {"learning_rate": config.learning_rate, "name": config.optimizer}
     moments = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8}
     names = {v.name.split(":")[0]: v for v in variables}
     if config.optimizer == "sgd":

@@ -154,16 +154,11 @@ def lost_hosts(hosts: int, advice: Callable[[], str]) -> Iterator[None]:
     except tf.errors.OpError as error:
         text = str(error)
         aborted = re.search(r"Collective ops is aborted.*", text)
-        is_gone = isinstance(error, GONE)
-        if hosts == 1 or not (is_gone or aborted):
+        if hosts == 1 or not (isinstance(error, GONE) or aborted):
             raise
-        if aborted and not is_gone:
-            raise UserError(
-                "lost contact with the other hosts; check their logs. TensorFlow reports here: "
-                f"{aborted[0]:.300}. {advice()}"
-            ) from error
         found = re.search(r"(?:unhealthy|remote target).*?job:(\w+)/.*?task:(\d+)", text, re.S)
-        who = f"{found[1]} {found[2]} of TF_CONFIG" if found else "another host"
+        who = f"{found[1]} {found[2]} of TF_CONFIG" if found else "the other hosts"
+        reason = f" TensorFlow reports: {aborted[0]:.300}." if aborted and not found else ""
         raise UserError(
-            f"{who} has ended or cannot be reached; check its log. {advice()}"
+            f"lost contact with {who}; check the logs there.{reason} {advice()}"
         ) from error

@@ -78,7 +78,7 @@ def layer_by_layer(
 
     def parts() -> Iterator[tuple[list[Any], list[Any]]]:
         nonlocal dx
-        before = []
+        before: list[Any] = []
         for layer, block in reversed(list(enumerate(model.h))):
             variables = layers[layer]
             # Reading the variables above makes this layer wait for their updates. Otherwise the
@@ -329,6 +329,6 @@ def _norm(squares: Sequence[Any]) -> Any:
 def _only(parts: Parts, trained: set[int]) -> Parts:
     """Keep the (variables, gradients) whose variables' ids are in `trained`."""
     for variables, gradients in parts:
-        both = [(v, g) for v, g in zip(variables, gradients, strict=True) if id(v) in trained]
-        if both:
-            yield tuple(zip(*both, strict=True))
+        kept = [number for number, v in enumerate(variables) if id(v) in trained]
+        if kept:
+            yield [variables[n] for n in kept], [gradients[n] for n in kept]

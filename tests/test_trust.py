@@ -444,8 +444,8 @@ def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(cli
         for line in process.stderr:
             if ballast is None and line.startswith("[6 |"):
                 ballast = fill(disk, 16384)
-            if "Training goes on" in line:
-                assert "cannot write" in line and "the last checkpoint is that of step" in line
+            if "Training continues" in line:
+                assert "cannot write" in line and "the last checkpoint is of step" in line
                 saved = max(runs.steps(disk / "run1"))
                 assert saved >= 5
                 ballast.unlink()

@@ -41,7 +41,8 @@ def run(config: TrainConfig) -> Path:
         # all checks that need no TensorFlow came first
         from gpt2cli import checkpoint, loop, replicas
 
-        run, state = None, {}
+        run: loop.Run | None = None
+        state: dict[str, Any] = {}
         if hosts.hosts > 1:
             state = (checkpoint.load_state(prefix) if resumed else None) or {}
             if is_finished(config, state):  # the other hosts may have ended: do not wait for them
@@ -159,7 +160,7 @@ def compare(
 
 def how_to_resume(config: TrainConfig, run: "Run | None") -> str:
     """Return a sentence about the next start, for a training that a host ended."""
-    if not (run and run.has_saved()):
+    if not (run and run.checkpoints.exist()):
         return "Start all hosts again: this command saved nothing"
     how = "" if config.restore_from == "latest" else " with --restore_from latest"
     return f"Start all hosts again{how} to resume at step {runs.steps(run.checkpoints.folder)[-1]}"
