@@ -99,14 +99,21 @@ class Replicas:
         One hash a field is compared with the chief's.
 
         Raises:
-            UserError: a field differs on any host.
+            UserError: a field, or the number of GPUs, differs on any host.
         """
         if self.hosts == 1:
             return
         own = np.array([_hash(value) for value in fields.values()], np.int64)
-        differs = self._total(
-            (own != self.of_chief(own)).astype(np.int64), lambda replica: replica >= 0
-        )
+        try:
+            chief = self.of_chief(own)
+        except tf.errors.InternalError as error:
+            if "joining a group with size" not in str(error):
+                raise
+            raise UserError(
+                f"the hosts differ in their number of GPUs ({len(GPUS)} on this host). Let all "
+                "hosts use the same number; CUDA_VISIBLE_DEVICES hides GPUs"
+            ) from error
+        differs = self._total((own != chief).astype(np.int64), lambda replica: replica >= 0)
         named = [
             f"{name} ({value!s:.80} on this host)"
             for (name, value), count in zip(fields.items(), differs, strict=True)

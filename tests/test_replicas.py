@@ -287,6 +287,55 @@ def test_a_host_that_waits_for_others_can_be_ended(place, which):
         assert hosts.wait(10)[0] == 128 + which
 
 
+COMPARING = """
+import json, os, sys
+number, port, devices, fields = json.loads(sys.argv[1])
+workers = [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]
+task = {"type": "worker", "index": number}
+os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
+from gpt2cli.replicas import Replicas, tf
+from gpt2cli.errors import UserError
+from tensorflow.python.distribute import collective_all_reduce_strategy as strategy
+# as many CPUs as a host might have GPUs
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+strategy.CollectiveAllReduceExtended._initialize_local_devices = lambda self, resolver, worker: (
+    tuple(f"{worker}/device:CPU:{number}" for number in range(devices)), "CPU")
+try:
+    print(Replicas("multiworker").compare(fields))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "devices, other, expected",
+    [
+        ((1, 1), {"--a": 1, "--b": [2, "x"]}, ("None", "None")),
+        (
+            (2, 2),
+            {"--a": 1, "--b": [3, "x"]},
+            (r"in --b \(\[2, 'x'\] on", r"in --b \(\[3, 'x'\] on"),
+        ),
+        ((1, 2), {"--a": 1, "--b": [2, "x"]}, ("number of GPUs", "number of GPUs")),
+    ],
+)
+def test_hosts_that_differ_report_the_field(devices, other, expected):
+    port = free_ports(1)[0]
+    asked = [(0, port, devices[0], {"--a": 1, "--b": (2, "x")}), (1, port, devices[1], other)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with contextlib.ExitStack() as stack:
+        hosts = []
+        for one in asked:
+            words = [sys.executable, "-c", COMPARING, json.dumps(one)]
+            hosts.append(subprocess.Popen(words, env=environment, stdout=-1, stderr=-3, text=True))
+            stack.callback(hosts[-1].kill)
+        for host, words in zip(hosts, expected, strict=True):
+            printed = host.communicate(timeout=120)[0]
+            assert re.search(words, printed) and "--a" not in printed, printed
+
+
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 80
 FLAGS = ("text.txt", "--model_name", "tiny", "--seq_length", 32, "--learning_rate", 0.001)
 FLAGS += ("--sample_every", 0, "--print_every", 1)

@@ -137,13 +137,8 @@ def compare(
     """
     from gpt2cli import engine
 
-    together.compare(
-        {
-            "the version of gpt2cli": __version__,
-            "the version of TensorFlow": engine.tf.__version__,
-            "the number of GPUs": len(engine.GPUS),
-        }
-    )
+    versions = {"gpt2cli's version": __version__, "TensorFlow's version": engine.tf.__version__}
+    together.compare(versions)  # first, because another version may have other flags
     given = {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCAL}
     sealed = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     together.compare(
