@@ -1,4 +1,4 @@
-"""Several devices and several hosts: the same results as on one, and how they end together."""
+"""Several devices and hosts give the results of one, and end together."""
 
 import concurrent.futures
 import contextlib
@@ -26,7 +26,7 @@ from gpt2cli.errors import UserError
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor")
 SHORT = [
     {"dropout": 0.1, "memory_saving_gradients": True},
-    # one device has a batch in two parts, of which each is rounded as the two devices' are
+    # one device splits a batch in two parts, and rounds each as the two devices do
     {"precision": "bfloat16", "parts": 2, "clip_norm": 0.5, "on_nonfinite": "skip"},
 ]
 LONG = [
@@ -44,7 +44,7 @@ LONG = [
 
 
 def in_parts(count):
-    """Cases in which one device computes a batch in as many parts as there are devices."""
+    """Cases in which one device splits a batch into as many parts as there are devices."""
     return [{"precision": kind, "parts": count} for kind in ("float32", "bfloat16")]
 
 
@@ -65,8 +65,8 @@ def followed(count, cases, steps):
 )
 def test_losses_follow_those_of_one_device(count, cases, steps):
     for case, (one, many) in zip(cases, followed(count, cases, steps), strict=True):
-        # bfloat16 rounds each device's part of a gradient before they are added: one device does
-        # the same where it has a batch in parts, and with one product for all of it does not
+        # bfloat16 rounds each device's part of a gradient before the sum. One device does the same
+        # if it splits the batch, and does not if it computes the batch at once.
         whole = "parts" not in case
         most = 1e-3 if case.get("precision") == "bfloat16" and whole else 1e-5
         for name, alone, together in zip(("loss", "norm", "validation"), one, many, strict=True):
@@ -77,7 +77,7 @@ def test_losses_follow_those_of_one_device(count, cases, steps):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(4, 7, 5), (6, 3, 3), (8, 32, 48)])
-def test_a_part_of_the_rows_drops_what_the_whole_drops(kind, shape):
+def test_a_replica_drops_the_same_values_as_one_device(kind, shape):
     x = tf.cast(tf.random.stateless_normal(shape, [1, 2]), kind)
     whole, half = model.Dropout(0.3, [3, 4]).at(5)(x), shape[0] // 2
     parts = [
@@ -360,8 +360,9 @@ class Hosts:
     """Processes of one training, each with its TF_CONFIG.
 
     Args:
-        count: how many.
-        words: of `train`; those of one host in `own`, by its number.
+        count: number of hosts.
+        words: arguments of `train` for all hosts.
+        own: further arguments of one host, by its number.
         spaces: the network namespace and the address of each host.
     """
 
@@ -389,16 +390,16 @@ class Hosts:
             one.wait()
 
     def said(self, index):
-        """What a host wrote, without what TensorFlow's own libraries wrote."""
+        """Return the log of a host."""
         return self.logs[index].read_text()
 
     def wait(self, seconds=120):
-        """The exit statuses of all."""
+        """Return the exit statuses of all hosts."""
         until = time.monotonic() + seconds
         return [one.wait(max(0.1, until - time.monotonic())) for one in self.processes]
 
     def until_step(self, step):
-        """Wait until the chief has told of a step."""
+        """Wait until the chief has printed a step."""
         while not re.search(rf"^\[{step} \|", self.said(0), re.M):
             assert all(one.poll() is None for one in self.processes), self.said(0)
             time.sleep(0.1)
@@ -417,7 +418,7 @@ def place(workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_hosts_train_as_one_does_and_go_on_on_another_number(cli, place, count):
+def test_hosts_train_as_one_does_and_resume_with_another_number(cli, place, count):
     more = ("--val_dataset", "text.txt", "--val_every", 4, "--val_batch_count", 3)
     more += ("--dropout", 0.1, "--seed", 5)
 
@@ -463,14 +464,14 @@ def test_asking_any_host_to_stop_stops_all_with_a_checkpoint(place, number, whic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_host_that_is_killed_stops_the_others_and_all_go_on_later(cli, place, number):
+def test_a_host_that_is_killed_stops_the_others_and_all_resume_later(cli, place, number):
     flags = (*FLAGS, "--seed", 1, "--save_every", 5)
     with Hosts(2, *flags, "--run_name", "run") as hosts:
         hosts.until_step(12)
         hosts.processes[number].kill()
         began = time.monotonic()
         assert hosts.processes[1 - number].wait(60) == 1
-        assert time.monotonic() - began < 40  # README says so
+        assert time.monotonic() - began < 40  # the documented limit
         assert re.search(r"^gpt2cli: lost contact with ", hosts.said(1 - number), re.M)
         assert "Traceback" not in hosts.said(1 - number)
     before = losses_of("run")
@@ -502,7 +503,7 @@ LONG_VALIDATION = ("--val_dataset", "text.txt", "--val_every", 5, "--val_batch_c
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_hosts_end_in_the_middle_of_a_validation(cli, place, number):
-    """One that is asked to stop saves the run and ends all; one that is killed ends the other."""
+    """A host that is asked to stop saves the run and ends all; a killed one ends the other."""
     for which, own, other in ((signal.SIGTERM, 143, 75), (signal.SIGKILL, -9, 1)):
         flags = (*FLAGS, "--run_name", f"run{which}", "--seed", 1)
         assert cli("train", *flags, "--steps", 1).returncode == 0  # at step 0 there is one, too
@@ -520,8 +521,8 @@ def test_hosts_end_in_the_middle_of_a_validation(cli, place, number):
 
 
 @pytest.mark.slow
-def test_hosts_that_are_not_at_the_same_work_are_refused(cli, place):
-    """Also where no seed is given, which the chief would draw."""
+def test_hosts_with_different_work_are_rejected(cli, place):
+    """Without --seed, which the chief would draw."""
     shutil.copy("text.txt", "other.txt")
     with open("other.txt", "a") as file:
         file.write("more")
@@ -545,8 +546,8 @@ def test_hosts_that_are_not_at_the_same_work_are_refused(cli, place):
 
 
 @pytest.mark.slow
-def test_what_a_host_cannot_save_is_no_success_of_another(place):
-    """Here because files may not become as large as a checkpoint."""
+def test_no_host_succeeds_if_the_first_cannot_save(place):
+    """The limit on file sizes is below a checkpoint's."""
     with Hosts(2, *FLAGS, "--run_name", "run", "--seed", 1, "--steps", 100) as hosts:
         hosts.until_step(2)
         resource.prlimit(hosts.processes[0].pid, resource.RLIMIT_FSIZE, (10**5, 10**5))
@@ -558,7 +559,7 @@ def test_what_a_host_cannot_save_is_no_success_of_another(place):
 
 @pytest.fixture
 def spaces():
-    """Two network namespaces with a cable between them, where this machine lets us make some."""
+    """Two network namespaces with a cable between them, if this machine allows it."""
     names = [f"gpt2cli-{os.getpid()}-{end}" for end in "ab"]
     ends = [f"g{os.getpid() % 10**6}{end}" for end in "ab"]
 
@@ -585,7 +586,7 @@ def spaces():
 
 
 @pytest.mark.slow
-def test_hosts_that_are_cut_off_stop_and_go_on_when_they_are_joined_again(place, spaces):
+def test_hosts_that_lose_the_network_stop_and_resume_when_it_is_back(place, spaces):
     places, cable = spaces
     flags = (*FLAGS, "--seed", 1, "--save_every", 5, "--run_name", "run")
     with Hosts(2, *flags, spaces=places) as hosts:
@@ -593,7 +594,7 @@ def test_hosts_that_are_cut_off_stop_and_go_on_when_they_are_joined_again(place,
         cable("down")
         began = time.monotonic()
         assert hosts.wait(90) == [1, 1]
-        assert time.monotonic() - began < 60  # README says so
+        assert time.monotonic() - began < 60  # the documented limit
         for index in (0, 1):
             assert re.search(r"^gpt2cli: lost contact with ", hosts.said(index), re.M)
     before = losses_of("run")
