@@ -28,9 +28,9 @@ def memory_needed(sizes: ModelConfig, config: TrainConfig) -> dict[str, int]:
     if config.memory_saving_gradients:
         kept = layer + tokens * sizes.n_layer * width * number
     else:
-        kept = layer * sizes.n_layer + (
-            weights // 2 if number == 2 else 0
-        )  # and the weights in bfloat16
+        kept = layer * sizes.n_layer
+        if number == 2:
+            kept += weights // 2  # the weights in bfloat16
     one_by_one = config.memory_saving_gradients and not config.clip_norm
     one_by_one = one_by_one and config.on_nonfinite == "stop"
     if config.accumulate_gradients > 1:
