@@ -176,13 +176,13 @@ class Run:
         self.checkpoints = Checkpoints(folder, prefix, self.state.step, resumed)
         self.batch: windows.Batch | None = None  # the last that was learned from
         self.skipped = 0  # steps in a row
-        # log.jsonl of a run that is replaced stays as long as its checkpoints do; of a resumed run
-        # lines after its step go, because these steps are taken again
         self.journal = None
         if replicas.is_chief:
-            start, always = self.state.step if resumed else -1, {"seq_length": self.plan.length}
-            is_new = not self.checkpoints.replaced
-            self.journal = journal.Journal(folder, start, always, holds=not is_new)
+            start = self.state.step if resumed else -1
+            always = {"seq_length": self.plan.length}
+            # a replaced run keeps its log as long as its checkpoints
+            is_replacing = bool(self.checkpoints.replaced)
+            self.journal = journal.Journal(folder, start, always, holds=is_replacing)
 
     def read(
         self, config: TrainConfig, prefix: Path, resumed: bool

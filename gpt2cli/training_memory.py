@@ -49,7 +49,7 @@ def memory_needed(sizes: ModelConfig, config: TrainConfig) -> dict[str, int]:
 def memory_line(parts: dict[str, int]) -> str:
     """Report the bytes of `memory_needed`, and a warning if the machine has less."""
     needed = sum(parts.values())
-    free = None if engine.GPUS else machine.free_memory()  # of a GPU's memory we know nothing
+    free = None if engine.GPUS else machine.free_memory()  # GPU memory is not measured
     named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size > 5e7)
     line = f"training takes about {needed / 1e9:.1f} GB of memory ({named})"
     if free is None or needed < free:

@@ -111,15 +111,7 @@ def is_finished(config: TrainConfig, state: dict[str, Any]) -> bool:
 
 
 # A folder may be mounted elsewhere on each host. The name of --val_dataset is in the run's state.
-LOCAL = (
-    "dataset",
-    "models_dir",
-    "checkpoint_dir",
-    "sample_dir",
-    "restore_from",
-    "workers",
-    "verbose",
-)
+LOCAL = ("dataset", "models_dir", "checkpoint_dir", "sample_dir", "restore_from", "workers")
 
 
 def compare(
@@ -139,7 +131,7 @@ def compare(
 
     versions = {"gpt2cli's version": __version__, "TensorFlow's version": engine.tf.__version__}
     together.compare(versions)  # first, because another version may have other flags
-    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCAL}
+    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*LOCAL, "verbose")}
     sealed = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     together.compare(
         {f"--{name}": value for name, value in given.items()}
