@@ -17,15 +17,14 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, small_disk
+from conftest import GOLDEN, ROOT, TINY, small_disk
 
 from gpt2cli.commands import download
 from gpt2cli.commands.download import DownloadOptions
 from gpt2cli.errors import UserError
 from gpt2cli.remote import released, transfer
 
-GOLDEN = Path(__file__).parents[3] / "shared/golden/gpt2-openai/a-l12-h3-e24-c96-v601"
-VOCABULARY = Path(__file__).parents[3] / "shared/data/gpt2"
+CHECKPOINT = GOLDEN / "gpt2-openai" / "a-l2-h4-e16-c96"
 DATA = "model.ckpt.data-00000-of-00001"
 
 MODEL = {
@@ -295,7 +294,7 @@ def test_a_part_from_another_mirror_is_not_resumed(fetch, mirror, tmp_path, monk
 
 def test_a_body_that_always_ends_early_is_given_up_and_not_kept(fetch, mirror, waits, tmp_path):
     mirror.faults[DATA] = [{"cut": 5000}] * 3 + [{"cut": 0}] * 9
-    with pytest.raises(UserError, match="connection was interrupted.*later to resume"):
+    with pytest.raises(UserError, match=r"connection was interrupted.*later to resume"):
         fetch()
     assert not (folder_of(tmp_path) / DATA).exists()
     assert waits == [0.5, 0.5, 0.5, 1, 2, 4, 8]
@@ -303,7 +302,7 @@ def test_a_body_that_always_ends_early_is_given_up_and_not_kept(fetch, mirror, w
 
 def test_a_length_that_is_too_large_is_detected(fetch, mirror, tmp_path):
     mirror.headers["vocab.bpe"] = {"Content-Length": "5000"}
-    with pytest.raises(UserError, match="vocab.bpe: "):
+    with pytest.raises(UserError, match=r"vocab.bpe: "):
         fetch()
     assert not (folder_of(tmp_path) / "vocab.bpe").exists()
 
@@ -399,7 +398,7 @@ def test_a_server_that_fails_twice_and_then_works_is_used(fetch, mirror, waits):
 
 def test_a_server_that_keeps_failing_is_given_up_after_five_tries(fetch, mirror, waits):
     mirror.faults["encoder.json"] = [{"status": 503}] * 9
-    with pytest.raises(UserError, match="503 Service Unavailable.*another server with --url"):
+    with pytest.raises(UserError, match=r"503 Service Unavailable.*another server with --url"):
         fetch()
     assert len(mirror.asked) == 5 and waits == [1, 2, 4, 8]
 
@@ -417,7 +416,7 @@ def test_a_server_that_is_not_there_is_named(waits, opened, tmp_path):
     options = DownloadOptions(
         model="own", url="http://127.0.0.1:1/m", models_dir=str(tmp_path / "m")
     )
-    with pytest.raises(UserError, match="http://127.0.0.1:1/m/own/encoder.json: .*refused"):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:1/m/own/encoder.json: .*refused"):
         download.run(options)
     assert not (tmp_path / "m" / "own").exists()
 
@@ -558,7 +557,7 @@ def test_a_checkpoint_that_does_not_open_is_not_called_complete(fetch, opened, m
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["gpt2cli.storage.checkpoint"], "verify", refuse)
         for _ in range(2):
-            with pytest.raises(UserError, match="index is damaged.*delete.*--url"):
+            with pytest.raises(UserError, match=r"index is damaged.*delete.*--url"):
                 fetch()
     fetch()
     assert len(opened) == 1
@@ -578,15 +577,15 @@ def test_the_older_names_fetch_into_the_newer_folders(
 
 def test_a_released_model_must_have_openais_encoder(fetch, mirror, tmp_path):
     mirror.contents = {f"/models/124M/{name}": content for name, content in MODEL.items()}
-    with pytest.raises(UserError, match="encoder.json: its sha256 differs from OpenAI's file"):
+    with pytest.raises(UserError, match=r"encoder.json: its sha256 differs from OpenAI's file"):
         fetch("124M")
     assert not (folder_of(tmp_path, "124M") / "encoder.json").exists()
 
 
-@pytest.mark.skipif(not VOCABULARY.is_dir(), reason="needs ../shared")
-def test_the_checksums_are_those_of_the_real_files():
+def test_the_checksums_match_the_real_files(gpt2_vocabulary):
+    assert released.SHA256
     for name, sha256 in released.SHA256.items():
-        assert hashlib.sha256((VOCABULARY / name).read_bytes()).hexdigest() == sha256
+        assert hashlib.sha256((gpt2_vocabulary / name).read_bytes()).hexdigest() == sha256
 
 
 def test_an_unknown_name_lists_the_names(tmp_path, opened):
@@ -614,7 +613,7 @@ def test_a_second_download_into_the_same_folder_is_rejected(fetch, mirror, tmp_p
     first.start()
     while DATA not in [name for name, _, _ in mirror.asked]:
         first.join(0.01)
-    with pytest.raises(UserError, match="another download is writing .*own"):
+    with pytest.raises(UserError, match=r"another download is writing .*own"):
         fetch()
     mirror.release.set()
     first.join()
@@ -626,7 +625,7 @@ def test_a_full_disk_is_reported_and_the_part_is_kept(fetch, mirror, monkeypatch
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(transfer.os, "fsync", fail)
-    with pytest.raises(UserError, match="No space left.*resumes after 16 bytes"):
+    with pytest.raises(UserError, match=r"No space left.*resumes after 16 bytes"):
         fetch()
     assert (folder_of(tmp_path) / "encoder.json.part").exists()
 
@@ -637,7 +636,7 @@ def test_a_disk_that_fills_up_leaves_no_whole_file_and_resumes_with_more_room(
     big = hashlib.shake_128(b"weights").digest(1_500_000)
     mirror.contents[f"/models/own/{DATA}"] = big
     with small_disk(tmp_path / "models", 1) as disk:
-        with pytest.raises(UserError, match="no space for .*1,500,000 bytes needed"):
+        with pytest.raises(UserError, match=r"no space for .*1,500,000 bytes needed"):
             fetch()
         mirror.headers[DATA] = {"Content-Length": None}  # nobody can know before
         with pytest.raises(UserError, match="No space left on device"):
@@ -683,7 +682,6 @@ def test_the_module_does_not_import_tensorflow():
     )
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared")
 @pytest.mark.parametrize(
     "damage",
     [
@@ -693,11 +691,10 @@ def test_the_module_does_not_import_tensorflow():
         DATA,
     ],
 )
-def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits, tmp_path, damage):
-    pytest.importorskip("gpt2cli.storage.checkpoint")
+def test_a_real_checkpoint_opens_and_a_damaged_one_is_rejected(mirror, waits, tmp_path, damage):
     mirror.contents = {
-        f"/models/own/{name}": (GOLDEN / name).read_bytes()
-        if (GOLDEN / name).exists()
+        f"/models/own/{name}": (CHECKPOINT / name).read_bytes()
+        if (CHECKPOINT / name).exists()
         else MODEL[name]
         for name in MODEL
     }
@@ -720,6 +717,7 @@ def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits,
 def check_kills(mirror, tmp_path, rounds):
     """Kill N downloads; no file ever has its name before it is whole, and all arrive."""
     contents = {name: (TINY / name).read_bytes() for name in MODEL if (TINY / name).exists()}
+    assert DATA in contents
     mirror.contents = {f"/models/own/{name}": content for name, content in contents.items()}
     mirror.pause, chance, done = 0.005, random.Random(rounds), 0
     command = [sys.executable, "-m", "gpt2cli", "download", "own", "--url", mirror.url]
@@ -840,7 +838,7 @@ def test_a_model_of_the_hub_arrives_as_a_model_folder(hub, mirror, tmp_path, cap
     with pytest.raises(UserError, match="contains the revision 'main', not 'v2'"):
         hub(revision="v2")
     (folder / "vocab.bpe").write_text("")
-    with pytest.raises(UserError, match="has changed since the download: vocab.bpe"):
+    with pytest.raises(UserError, match=r"has changed since the download: vocab.bpe"):
         hub()
 
 
@@ -864,7 +862,7 @@ def test_the_token_is_not_sent_to_another_host(hub, mirror, tiny_hf, monkeypatch
 def test_an_interrupted_hub_download_resumes(hub, mirror, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "TRIES", 1)
     mirror.faults[WEIGHTS] = [{"cut": 1_000_000}, {"status": 503}]
-    with pytest.raises(UserError, match="503.*HF_ENDPOINT"):
+    with pytest.raises(UserError, match=r"503.*HF_ENDPOINT"):
         hub()
     assert names_in(tmp_path / "models") == [".hf-me--tiny"]
     before = len(mirror.asked)
