@@ -60,8 +60,8 @@ def convert(
         overwrite: replace DST if it exists.
         config: JSON file with the sizes, where it is not in SRC (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, where it is not in SRC.
-        n_head: number of attention heads, which weights do not show, where no JSON file gives
-            it (UER-py).
+        n_head: number of attention heads, where no JSON file gives it (UER-py); the weights do
+            not show it.
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
         verbose: show TensorFlow's own messages.
@@ -519,7 +519,6 @@ def vocab(
     size: int = 50257,
     min_frequency: int = 2,
     lower_case: bool = True,
-    verbose: bool = False,
     combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
@@ -528,6 +527,7 @@ def vocab(
     lines: bool = False,
     uer_compat: bool = False,
     workers: int = 0,
+    verbose: bool = False,
 ) -> None:
     """Train a vocabulary on a corpus and write the vocabulary files of a model folder.
 
@@ -541,7 +541,6 @@ def vocab(
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
-        verbose: show TensorFlow's own messages.
         combine: join files shorter than N characters, with a separator between them.
         encoding: text encoding of the files.
         errors: handling of bytes that are invalid in that encoding: stop (strict) or replace
@@ -554,6 +553,7 @@ def vocab(
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
         workers: encoding threads; 0 starts one per core.
+        verbose: show TensorFlow's own messages.
 
     Raises:
         UserError: the text says what is wrong, where, and what to do.

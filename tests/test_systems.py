@@ -19,6 +19,7 @@ from gpt2cli.inference import generator
 from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint
+from gpt2cli.storage.folders import ModelFolder
 
 PAGES = (ROOT / "docs" / "coming-from").glob("*.md")
 SYSTEMS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
@@ -54,8 +55,9 @@ def workplace(workdir, monkeypatch, tiny):
     """models/, data/ and the other files that the pages' commands name."""
     load = generator.load_model
 
-    def load_once(path, precision="float32"):  # compiled for the other tests already
-        return tiny if Path(path).parent.name == "124M" else load(path, precision)
+    def load_once(source, *options):  # models/tiny is compiled for the other tests already
+        folder = source.path if isinstance(source, ModelFolder) else Path(source).parent
+        return tiny if folder.name == "124M" else load(source, *options)
 
     monkeypatch.setattr(generator, "load_model", load_once)
     for name in ("124M", "1558M"):
