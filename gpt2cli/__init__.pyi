@@ -438,9 +438,9 @@ def train(
         seed: seed of the data order and the samples (default: drawn and printed).
         model_name: model to start from (default: 124M).
         run_name: name of the run: its folder under checkpoint/ and samples/.
-        restore_from: starting point: latest (the run's newest checkpoint, else the model),
-            weights (the same, with a new optimizer state), fresh (the model), or the path of a
-            checkpoint, run folder or model folder.
+        restore_from: latest (resume the run's newest checkpoint, else start from the model),
+            weights (the same, with the optimizer from scratch), fresh (the model), or the path
+            of a checkpoint, run folder or model folder.
         overwrite: let --restore_from fresh replace the checkpoints of an existing run.
         sample_dir: folder in which samples/RUN_NAME/ is created.
         steps: total number of steps of the run; 0 trains until Ctrl-C.
