@@ -56,6 +56,10 @@ IMPORT_SECONDS = 300  # longer only if a file system or the driver hangs
 SHARED_MEMORY = 512e6  # bytes that NCCL needs for a few GPUs; a Docker container has 64 MB
 GIGABYTE = 1e9
 INSTALL_GPU = 'bin/install gpu, or pip install ".[gpu]" in a clone'
+LIBDEVICE_ADVICE = (
+    f"XLA does not find CUDA's libdevice.10.bc: {INSTALL_GPU}, or set "
+    "XLA_FLAGS=--xla_gpu_cuda_data_dir=FOLDER to the folder that contains nvvm/libdevice"
+)
 IMPORT_ADVICE = (  # pattern in the end of a failed import -> advice
     (r"SIGILL|SIGABRT.*AVX", "the processor lacks instructions such as AVX: use another machine"),
     (r"not finished", "the disk is slow or a driver hangs: try again, then restart the machine"),
@@ -249,18 +253,10 @@ def check_devices(tensorflow: Any) -> Findings:
                     found, advice = "computes wrong numbers", "do not use this device"
         except Exception as error:
             found = str(error).strip().partition("\n")[0][:150]
-            advice = _libdevice_advice(str(error)) or "see the message; --verbose shows more"
+            advice = "see the message; --verbose shows more"
+            if "libdevice" in str(error):
+                advice = LIBDEVICE_ADVICE
         yield Finding("", f"{device.name.removeprefix('/device:')} {found}", advice)
-
-
-def _libdevice_advice(text: str) -> str | None:
-    """Return the advice for an error about libdevice, None for other errors."""
-    if "libdevice" not in text:
-        return None
-    return (
-        f"XLA does not find CUDA's libdevice.10.bc: {INSTALL_GPU}, or set "
-        "XLA_FLAGS=--xla_gpu_cuda_data_dir=FOLDER to the folder that contains nvvm/libdevice"
-    )
 
 
 def check_gpus(tensorflow: Any) -> Findings:

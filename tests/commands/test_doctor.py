@@ -260,9 +260,20 @@ def test_the_hosts_of_tf_config_are_counted_and_this_one_named(monkeypatch, work
     assert [finding.found for finding in doctor.check_hosts()] == [said]
 
 
-def test_a_missing_libdevice_gives_advice():
-    assert "xla_gpu_cuda_data_dir" in doctor._libdevice_advice("libdevice not found at ./x.bc")
-    assert doctor._libdevice_advice("out of memory") is None
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        ("libdevice not found at ./x.bc", "xla_gpu_cuda_data_dir"),
+        ("out of memory", "see the message"),
+    ],
+)
+def test_a_device_that_does_not_compile_gives_its_error_and_advice(monkeypatch, error, said):
+    def fail(*_, **__):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(tensorflow.tf, "function", fail)
+    _, device, *_ = doctor.check_devices(tensorflow)
+    assert error in device.found and said in device.advice
 
 
 def test_a_missing_library_cannot_be_loaded():
