@@ -4,12 +4,12 @@ A command's dataclass is what the command line builds, what the Python functions
 folder records. The text after each field's name under `Args:` is what `--help` prints.
 """
 
-import os
 import re
 import secrets
 from dataclasses import dataclass
 from typing import Literal
 
+from gpt2cli import shards
 from gpt2cli.errors import UsageError
 from gpt2cli.flags import check
 
@@ -423,96 +423,30 @@ class GenerateSettings:
             )
 
 
-def shard_of_job(shard, environment):
-    """A --shard with `auto` in it as PART/PARTS; any other as it is.
-
-    An element's number is its part, counted from 0: those of an array that are done again alone
-    answer what they did before.
-
-    Args:
-        environment: variables, of which Slurm sets SLURM_ARRAY_TASK_ID, _MIN, _MAX and _COUNT, and
-            Kubernetes, in a Job that is Indexed, JOB_COMPLETION_INDEX.
-
-    Raises:
-        UsageError: it does not follow from them which part this is.
-    """
-    match = re.fullmatch(r"auto(?:/(\d{1,9}))?", shard, re.ASCII)
-    if not match:
-        return shard
-    parts = match[1] and int(match[1])
-
-    def number(name):
-        text = environment.get(name)
-        if text is None or not re.fullmatch(r"\d{1,9}", text, re.ASCII):
-            raise UsageError(f"--shard {shard}: {name} is {text!r}, not a number")
-        return int(text)
-
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        name, given = "SLURM_ARRAY_TASK_ID", "--array=0-{}"
-        first, last = (environment.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX"))
-        if parts is None:
-            parts = _whole_array(shard, number)
-        elif (first, last) == ("1", str(parts)):
-            raise UsageError(
-                f"--shard {shard}: the array's elements are 1 to {last}, and parts are counted "
-                f"from 0. Submit it with --array=0-{parts - 1}"
-            )
-    elif "JOB_COMPLETION_INDEX" in environment:
-        name, given = "JOB_COMPLETION_INDEX", "completions 0 to {}"
-        if parts is None:
-            raise UsageError("--shard auto: Kubernetes does not tell how many; say --shard auto/8")
-    else:
-        raise UsageError(
-            f"--shard {shard} takes the part from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX, "
-            "and neither is set"
-        )
-    part = number(name)
-    if part >= parts > 0:
-        raise UsageError(
-            f"--shard {shard}: {name} is {part}, and {parts} parts are counted from 0. "
-            f"They are {given.format(parts - 1)}"
-        )
-    return f"{part + 1}/{parts}"
-
-
-def _whole_array(shard, number):
-    """The elements of Slurm's array, which must be all from 0 on; of some it would be a guess."""
-    names = [f"SLURM_ARRAY_TASK_{end}" for end in ("MIN", "MAX", "COUNT")]
-    first, last, count = map(number, names)
-    if first or count != last + 1:
-        raise UsageError(
-            f"--shard {shard}: an array of {count} elements from {first} to {last} does not tell "
-            "how many parts there are. Say so, as in --shard auto/8 with --array=0-7 or some of it"
-        )
-    return count
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(CheckpointSettings, GenerateSettings):
-    """Write text: from nothing, or continuing a prompt.
+    """Generate text, from nothing or continuing a prompt.
 
     Args:
         prompt: the text to continue; - reads it from standard input.
         prefix: the same as --prompt, by its name in gpt-2-simple.
         prompt_file: a file that holds the text to continue.
-        prompts: a file of prompts, one a line; in a .jsonl file a text, a list of token ids, or an
-            object with
-            "prompt" or "tokens".
+        prompts: a file of prompts, one per line; in a .jsonl file each line is a text, a list of
+            token ids, or an object with "prompt" or "tokens".
         run_name: use the newest checkpoint of this run instead; also writes to samples/RUN_NAME/.
-        format: OpenAI's banner and the text, or one JSON object a sample.
+        format: text prints OpenAI's banner and the text, jsonl one JSON object per sample.
         precision: auto is float32; bfloat16 is for GPUs (a CPU rounds the weights to it, no more);
             int8 is the fastest on a CPU, where it always runs, in a quarter of the memory.
         nsamples: samples of each prompt; 0 runs until Ctrl-C.
         delimiter: a line to print after each sample, instead of OpenAI's banner before it.
-        out: write to this file, replaced as a whole, instead of standard output. With --format
-            jsonl the lines gather in FILE.part, and the same command goes on after a stop.
-        shard: answer only a part of --prompts: 3/8 is the third of eight; together the parts are
-            what one command without it gives. auto/8 takes it from Slurm's array, numbered
-            from 0 (--array=0-7 or some of it), or from Kubernetes' JOB_COMPLETION_INDEX; auto is
-            for a whole array of Slurm. In --out {shard} stands for it, as 3-of-8.
-        processes: share --prompts, or the --shard of it, among so many processes, each with a GPU
-            of its own where there are several; 0 is one a GPU. For --format jsonl --out FILE. What
-            was begun by other than that many goes on with as many as began it.
+        out: write to this file instead of standard output, and replace it as a whole. With
+            --format jsonl, results go to FILE.part first; rerun the same command to resume.
+        shard: answer only one part of --prompts: 3/8 is the third of eight, which together give
+            the samples of one command without --shard. auto/8 takes the part from Slurm's array,
+            numbered from 0 (--array=0-7 or some of it), or from Kubernetes' JOB_COMPLETION_INDEX.
+            {shard} in --out becomes 3-of-8.
+        processes: split the prompts across N processes, one GPU each if available; 0 means one
+            process per GPU. Needs --format jsonl and --out FILE; resume with the same N.
         nfiles: write this many files, NAME-1.txt, ... for --out NAME.txt, --nsamples in each.
         sample_dir: folder in which samples/RUN_NAME/ is made.
     """
@@ -530,59 +464,44 @@ class SampleConfig(CheckpointSettings, GenerateSettings):
     nfiles: int = 1
     sample_dir: str = "samples"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_source()
         if self.prefix is not None:
             if self.prompt is not None:
-                raise UsageError("--prefix is the same as --prompt: give one of them")
+                raise UsageError("--prefix is the same as --prompt: give only one of them")
             object.__setattr__(self, "prompt", self.prefix)
             object.__setattr__(self, "prefix", None)
         if self.processes < 0:
             raise UsageError(f"--processes must be at least 0, got {self.processes}")
         if self.processes > 1 and not (self.is_job() and self.prompts):
-            raise UsageError(
-                "--processes shares --prompts FILE; it needs --format jsonl --out FILE"
-            )
+            raise UsageError("--processes needs --prompts FILE --format jsonl --out FILE")
         if self.nfiles < 1:
             raise UsageError(f"--nfiles must be at least 1, got {self.nfiles}")
         if self.nfiles > 1 and (self.out is None or not self.nsamples):
             raise UsageError("--nfiles needs --out FILE, and --nsamples above 0")
         if self.nfiles > 1 and (self.beams > 1 or self.temperature == 0):
-            raise UsageError("--nfiles with --beams or --temperature 0 would write equal files")
+            raise UsageError("--nfiles with --beams or --temperature 0 would write identical files")
         if self.delimiter is not None and self.format == "jsonl":
-            raise UsageError("--delimiter is for --format text; a line of jsonl is one sample")
+            raise UsageError("--delimiter needs --format text; in jsonl each line is one sample")
         if self.shard is not None:
-            object.__setattr__(self, "shard", shard_of_job(self.shard, os.environ))
-        self.shard_of()
-        if self.shard is None and "{shard}" in (self.out or ""):
+            shards.check(self.shard)
+            if self.prompts is None or not self.nsamples:
+                raise UsageError("--shard needs --prompts FILE, and --nsamples above 0")
+        elif "{shard}" in (self.out or ""):
             raise UsageError("{shard} in --out stands for --shard, which is not given")
-        if self.shard is not None and self.out is not None:
-            named = self.out.replace("{shard}", self.shard.replace("/", "-of-"))
-            object.__setattr__(self, "out", named)
         given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
         if len(given) > 1:
-            raise UsageError("give one of " + " and ".join(f"--{name}" for name in given))
+            raise UsageError("give only one of " + " and ".join(f"--{name}" for name in given))
 
-    def is_job(self):
-        """Whether lines are gathered in --out, which may be stopped and gone on with."""
+    def is_job(self) -> bool:
+        """Whether --out is written line by line, so that a stopped command can be resumed."""
         return self.out is not None and self.format == "jsonl" and self.nfiles == 1 <= self.nsamples
-
-    def shard_of(self):
-        """(part, parts) of --shard, the first part being 0; (0, 1) without it."""
-        if self.shard is None:
-            return 0, 1
-        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard, re.ASCII)
-        if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--shard takes PART/PARTS such as 3/8, not {self.shard!r}")
-        if self.prompts is None or not self.nsamples:
-            raise UsageError("--shard takes a part of --prompts FILE, with --nsamples above 0")
-        return int(match[1]) - 1, int(match[2])
 
 
 @dataclass(frozen=True, kw_only=True)
 class InteractiveConfig(CheckpointSettings, GenerateSettings):
-    """Type a prompt, watch it being continued; settings can be changed in the session.
+    """Type a prompt and watch its continuation; settings can be changed during the session.
 
     Args:
         precision: auto is float32; bfloat16 is for GPUs (a CPU rounds the weights to it, no more);
@@ -591,7 +510,7 @@ class InteractiveConfig(CheckpointSettings, GenerateSettings):
 
     precision: Precision = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_source()
         if self.nsamples < 1:

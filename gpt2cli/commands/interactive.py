@@ -1,34 +1,39 @@
-"""gpt2cli interactive: type a prompt, watch it go on."""
+"""gpt2cli interactive: type a prompt and watch its continuation."""
 
 import contextlib
 import dataclasses
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gpt2cli import config as configs
 from gpt2cli import encoder, flags, folders
-from gpt2cli.config import new_seed
+from gpt2cli.config import GenerateSettings, InteractiveConfig, new_seed
 from gpt2cli.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt2cli.continuation import Sample
+    from gpt2cli.inference import Model
 
 COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
 HISTORY = Path("~/.gpt2cli_history")
 HELP = '''\
-Type a prompt and press Enter. A prompt of several lines stands between two lines of """.
-  /set NAME VALUE   change a setting for what follows: /set temperature 0.7
-  /set NAME         back to its default
-  /show             the settings
-  /help             this text
-  /quit             leave, as Ctrl-D does; Ctrl-C stops a sample that is being written'''
+Type a prompt and press Enter. Put a prompt of several lines between two lines of """.
+  /set NAME VALUE   change a setting: /set temperature 0.7
+  /set NAME         reset a setting to its default
+  /show             show the settings
+  /help             show this text
+  /quit             leave, as Ctrl-D does; Ctrl-C only stops the current sample'''
 
 
-def run(config):
-    """Read prompts until the input ends; each is continued before the next is read."""
+def run(config: InteractiveConfig) -> None:
+    """Read prompts until the input ends, and continue each before the next is read."""
     prefix = folders.source_checkpoint(config)
     if not encoder.exists(prefix.parent):
-        raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
+        raise UserError(f"{prefix.parent} has no vocabulary, so it cannot continue typed text")
 
-    from gpt2cli import engine, inference  # what can be refused was refused before this import
+    from gpt2cli import engine, inference  # loads TensorFlow, so only when the checks have passed
 
     engine.keep_no_memory()
     model = inference.load_model(prefix, config.precision)
@@ -56,8 +61,10 @@ def run(config):
                 _say(f"gpt2cli: {error}")
 
 
-def _continuations(model, prompt, config, index):
-    """Of each sample the pieces of its text, as they are generated; all at once with beams."""
+def _continuations(
+    model: "Model", prompt: str, config: InteractiveConfig, index: int
+) -> Iterator[Iterable["str | Sample"]]:
+    """Yield each sample as an iterable of pieces: streamed, or with beams in one piece."""
     if config.beams > 1:
         without_prompt = dataclasses.replace(config, include_prefix=False)
         yield from ([sample.text] for sample in model.samples([prompt], without_prompt, index))
@@ -66,8 +73,10 @@ def _continuations(model, prompt, config, index):
         yield model.stream(prompt, config, index + number)
 
 
-def _show(prompt, pieces, config, number):
-    """Print one continuation as it is generated."""
+def _show(
+    prompt: str, pieces: Iterable["str | Sample"], config: InteractiveConfig, number: int
+) -> None:
+    """Print one continuation while it is generated."""
     if config.nsamples > 1:
         print(f"{'=' * 40} SAMPLE {number + 1} {'=' * 40}")
     if config.include_prefix:
@@ -78,8 +87,8 @@ def _show(prompt, pieces, config, number):
     print(flush=True)
 
 
-def _inputs():
-    """(prompt, False) or (line, True) as they are typed; Ctrl-C forgets the line."""
+def _inputs() -> Iterator[tuple[str, bool]]:
+    '''Yield each line with True, and each text between two lines of """ with False.'''
     block = None
     while True:
         try:
@@ -102,8 +111,8 @@ def _inputs():
             yield line, True
 
 
-def _read_line(mark):
-    """A line, with a mark before it and line editing on a terminal."""
+def _read_line(mark: str) -> str:
+    """Read a line; on a terminal, show a mark and allow editing. Raise EOFError at the end."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input(mark)
     line = sys.stdin.readline()
@@ -112,44 +121,50 @@ def _read_line(mark):
     return line.removesuffix("\n")
 
 
-def _obey(text, config):
-    """Carry out a line that begins with /; returns the settings to go on with."""
+def _obey(text: str, config: InteractiveConfig) -> InteractiveConfig:
+    """Carry out a line that begins with /, and return the settings for the next prompts."""
     command, _, rest = text.partition(" ")
-    fields = flags.fields_of(configs.GenerateSettings)
+    fields = flags.fields_of(GenerateSettings)
     if command == "/set":
-        name, value = (*re.split(r"[ =]+", rest.strip(), maxsplit=1), "")[:2]
-        name = name.removeprefix("--").replace("-", "_")
-        if name not in fields:
-            _say(f"no setting {name!r}; there are {', '.join(fields)}")
-            return config
-        try:
-            hint, default, _ = fields[name]
-            parsed = flags.parse_value(hint, value.strip()) if value.strip() else default
-            return dataclasses.replace(config, **{name: parsed})
-        except (UserError, ValueError) as error:
-            wanted = flags.describe_type(fields[name][0])
-            _say(str(error) if isinstance(error, UserError) else f"--{name} takes {wanted}")
-    elif command == "/show":
+        return _set(rest.strip(), config)
+    if command == "/show":
         values = {name: getattr(config, name) for name in fields}
-        unset = (None, ())
-        _say("\n".join(f"{n} = {'default' if v in unset else v}" for n, v in values.items()))
+        _say("\n".join(f"{n} = {'default' if v in (None, ()) else v}" for n, v in values.items()))
     else:
         _say(HELP)
     return config
 
 
+def _set(words: str, config: InteractiveConfig) -> InteractiveConfig:
+    """Return the settings with one changed by `NAME VALUE`, or reset by `NAME`."""
+    fields = flags.fields_of(GenerateSettings)
+    name, _, value = re.sub(r"[ =]+", " ", words, count=1).partition(" ")
+    name = name.removeprefix("--").replace("-", "_")
+    if name not in fields:
+        _say(f"unknown setting {name!r}; the settings are {', '.join(fields)}")
+        return config
+    hint, default, _ = fields[name]
+    try:
+        parsed = flags.parse_value(hint, value.strip()) if value.strip() else default
+        return dataclasses.replace(config, **{name: parsed})
+    except UserError as error:
+        _say(str(error))
+    except ValueError:
+        _say(f"--{name} takes {flags.describe_type(hint)}")
+    return config
+
+
 @contextlib.contextmanager
-def _line_editing():
-    """Line editing and a history that outlives the session, where Python has readline."""
+def _line_editing() -> Iterator[None]:
+    """On a terminal, edit lines and keep their history, if Python was built with readline."""
     try:
         import readline
     except ImportError:
+        readline = None
+    if readline is None or not sys.stdin.isatty():
         yield
         return
     path = HISTORY.expanduser()
-    if not sys.stdin.isatty():
-        yield
-        return
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(1000)
@@ -160,5 +175,5 @@ def _line_editing():
             readline.write_history_file(path)
 
 
-def _say(text):
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,69 +1,96 @@
-"""gpt2cli sample: a prompt in, text out."""
+"""gpt2cli sample: prompts in, text out."""
 
 import contextlib
 import dataclasses
+import itertools
+import os
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gpt2cli import answers, files, folders
-from gpt2cli.config import new_seed
+from gpt2cli import answers, files, folders, prompts, shards
+from gpt2cli.config import SampleConfig, new_seed
 from gpt2cli.errors import UserError
 
+if TYPE_CHECKING:
+    from gpt2cli.continuation import Sample
+    from gpt2cli.inference import Model
 
-def run(config):
-    """Write the samples to standard output, and with --run_name into samples/RUN_NAME/ as well.
+Encoded = tuple[prompts.Prompt, list[int]]  # a prompt and its ids
 
-    With --out into that file, or into --nfiles of them, and nowhere else; as jsonl a file that is
-    gone on with where it was left, see answers.py.
+
+def run(config: SampleConfig) -> None:
+    """Print the samples, or write them to --out or to the --nfiles files.
+
+    With --run_name and without --out they are also saved in samples/RUN_NAME/. With --format jsonl
+    and one --out file, an earlier command that was stopped is resumed.
     """
+    config = resolved(config, os.environ)
     prefix = folders.source_checkpoint(config)
     folders.read_config(prefix.parent)
-    prompts = answers.read_prompts(config)
+    texts = prompts.read(config.prompt, config.prompt_file, config.prompts)
     for path in out_paths(config):
         if path.is_dir():
             raise UserError(f"{path} is a folder; --out takes the name of a file")
     if config.is_job():
-        answers.run_job(config, prefix, prompts)
+        answers.run(config, prefix, texts)
         return
-    model = _load(config, prefix, prompts)
+    model = answers.load_model(config, prefix)
+    encoded = _encode(model, prefix, config, texts)
     if config.seed is None:
         config = dataclasses.replace(config, seed=new_seed())
         print(f"seed {config.seed}", file=sys.stderr)
     if config.out is None:
         path = free_path(config, prefix) if config.run_name is not None else None
-        _write(_samples(model, config, prompts), config, path)
+        _write(_samples(model, config, encoded), config, path)
     for number, path in enumerate(out_paths(config)):
-        first = number * config.nsamples * len(prompts)
-        _write(_samples(model, config, prompts, first), config, path)
+        first = number * config.nsamples * len(encoded)
+        _write(_samples(model, config, encoded, first), config, path)
 
 
-def _load(config, prefix, prompts):
-    """The model; what is not as the user may think is said."""
-    from gpt2cli import engine, inference  # what can be refused was refused before this import
+def resolved(config: SampleConfig, environment: Mapping[str, str]) -> SampleConfig:
+    """Return the config with `auto` in --shard and {shard} in --out replaced."""
+    if config.shard is None:
+        return config
+    shard = shards.resolve(config.shard, environment)
+    out = config.out and config.out.replace("{shard}", shard.replace("/", "-of-"))
+    return dataclasses.replace(config, shard=shard, out=out)
 
-    engine.keep_no_memory()
-    model = inference.load_model(prefix, config.precision)
+
+def _encode(
+    model: "Model", prefix: Path, config: SampleConfig, texts: list[prompts.Prompt]
+) -> list[Encoded]:
+    """Encode the prompts; report the devices, and each prompt that is cut."""
+    from gpt2cli import engine
+
     print(f"{prefix}: {engine.describe_devices(config.precision)}", file=sys.stderr)
-    for number, prompt in enumerate(prompts, 1):
-        length, n_ctx = len(model.check_prompt(prompt)), model.config.n_ctx
-        if length > n_ctx:
+    encoded = [(prompt, model.check_prompt(prompt)) for prompt in texts]
+    n_ctx = model.config.n_ctx
+    for number, (_, ids) in enumerate(encoded, 1):
+        if len(ids) > n_ctx:
             print(
-                f"prompt {number} has {length} tokens; the model sees the last {n_ctx} of them",
+                f"prompt {number} has {len(ids)} tokens; the model sees only the last {n_ctx}",
                 file=sys.stderr,
             )
-    return model
+    return encoded
 
 
-def _samples(model, config, prompts, first=0):
-    """The Samples of this --shard of the prompts, numbered as without one."""
+def _samples(
+    model: "Model", config: SampleConfig, encoded: list[Encoded], first: int = 0
+) -> Iterator["Sample"]:
+    """Generate the samples of this --shard, numbered as without --shard, from `first` on."""
     if not config.nsamples:
-        return model.samples(prompts, config, first)
-    mine = answers.of_shard(config, prompts)
-    return model.answers(((first + i, prompt) for i, prompt in mine), config)
+        numbered = enumerate(itertools.cycle(encoded))
+    elif config.beams > 1:  # one search gives all samples of a prompt
+        numbered = answers.samples_of(config, encoded)[:: config.nsamples]
+    else:
+        numbered = answers.samples_of(config, encoded)
+    return model.answers(((first + i, *item) for i, item in numbered), config)
 
 
-def out_paths(config):
-    """The files that --out and --nfiles name: NAME-1.txt, ... for NAME.txt, if more than one."""
+def out_paths(config: SampleConfig) -> list[Path]:
+    """Return the files to write: NAME.txt, or NAME-1.txt, ... with --nfiles above 1."""
     if config.out is None:
         return []
     path = Path(config.out)
@@ -72,9 +99,9 @@ def out_paths(config):
     return [path.with_name(f"{path.stem}-{n + 1}{path.suffix}") for n in range(config.nfiles)]
 
 
-def _write(samples, config, path):
-    """Write samples to a file, if there is a path, and to standard output, if there is no --out."""
-    ended = None
+def _write(samples: Iterator["Sample"], config: SampleConfig, path: Path | None) -> None:
+    """Write samples to the path, if there is one, and without --out to standard output."""
+    stopped = None
     with contextlib.ExitStack() as stack:
         outputs = [] if config.out is not None else [sys.stdout]
         if path is not None:
@@ -87,20 +114,19 @@ def _write(samples, config, path):
         except (KeyboardInterrupt, SystemExit, BrokenPipeError) as stop:
             if config.nsamples:
                 raise
-            ended = stop  # an endless run is always ended so, and keeps its samples
+            stopped = stop  # the usual end of an endless run, which keeps its samples
     if path is not None:
         print(f"{'also in' if config.out is None else 'wrote'} {path}", file=sys.stderr)
-    if ended:
-        raise ended
+    if stopped:
+        raise stopped
 
 
-def free_path(config, prefix):
-    """A file in samples/RUN_NAME/ that does not exist yet, named after checkpoint and seed."""
+def free_path(config: SampleConfig, prefix: Path) -> Path:
+    """Return an unused path in samples/RUN_NAME/, named after the checkpoint and the seed."""
     folder = Path(config.sample_dir) / config.run_name
     ending = "jsonl" if config.format == "jsonl" else "txt"
     step = prefix.name.removeprefix("model-")
-    for again in ("", *(f"-{n}" for n in range(2, 10**6))):
-        path = folder / f"sample-{step}-seed{config.seed}{again}.{ending}"
-        if not path.exists():
-            return path
-    raise UserError(f"{folder} is full of samples of this seed; choose another --seed")
+    name = f"sample-{step}-seed{config.seed}"
+    suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    paths = (folder / f"{name}{suffix}.{ending}" for suffix in suffixes)
+    return next(path for path in paths if not path.exists())
