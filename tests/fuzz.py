@@ -24,7 +24,6 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 def targets():
     """Name -> function of bytes."""
     from gpt2cli import (
-        answers,
         cli,
         completions,
         config,
@@ -36,6 +35,7 @@ def targets():
         jobs,
         runs,
     )
+    from gpt2cli.prompts import read as read_prompts
 
     vocabulary = encoder.load(TINY)
 
@@ -65,7 +65,7 @@ def targets():
     def prompts(ending):
         def read(data):
             path = file(f"prompts.{ending}", data)
-            answers.read_prompts(config.SampleConfig(prompts=str(path)))
+            read_prompts(prompt=None, prompt_file=None, prompts=str(path))
 
         return read
 
@@ -79,7 +79,7 @@ def targets():
         folders.check_sums(FOLDER)
 
     def lines(data):
-        json.dumps(list(jobs._whole_lines(data.splitlines(keepends=True))))
+        json.dumps(list(jobs.read(file("lines.jsonl", data))))
 
     def flags(data):
         words = data.decode("utf-8", "surrogateescape").split("\0")
