@@ -51,6 +51,7 @@ def run(config: SampleConfig, prefix: Path, prompts: Sequence[Prompt]) -> None:
         UsageError: several processes cannot read --prompts.
         UserError: at the end, if a prompt has no answer; its line holds the reason.
     """
+    assert config.out is not None  # it is a job
     samples = samples_of(config, prompts)
     number = len({index // config.nsamples for index, _ in samples})
     count = _count_processes(config, number)
@@ -95,9 +96,15 @@ def _fill(lines: jobs.Lines, config: SampleConfig, prefix: Path, samples: Sample
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
     lines.keep(same if same == len(samples) else same - same % size)
     begin = len(lines.found)
-    tokens = 0
     failures = sum(has_failed for _, has_failed in lines.found)
-    model = load_model(config, prefix) if begin < len(samples) else None
+    if begin == len(samples):
+        return Made(tokens=0, seconds=0.0, failures=failures, found=begin)
+
+    from gpt2cli import engine, inference  # loads TensorFlow, so only if it is needed
+
+    engine.keep_no_memory()
+    model = inference.load_model(prefix, config.precision)
+    tokens = 0
     start = time.monotonic()
     # disable=None: a bar on a terminal, nothing in a log file
     progress = tqdm(total=len(samples), initial=begin, unit=" samples", disable=None, leave=False)
@@ -110,14 +117,6 @@ def _fill(lines: jobs.Lines, config: SampleConfig, prefix: Path, samples: Sample
             failures += sum("error" in line for line in made)
             progress.update(len(batch))
     return Made(tokens, time.monotonic() - start, failures, begin)
-
-
-def load_model(config: SampleConfig, prefix: Path) -> "Model":
-    """Load the model, and TensorFlow with it: call this when nothing else can be rejected."""
-    from gpt2cli import engine, inference
-
-    engine.keep_no_memory()
-    return inference.load_model(prefix, config.precision)
 
 
 def _answer(

@@ -66,7 +66,10 @@ def gathered(
     """
     part, note, lock = _beside(path)
     with files.locked(lock, "sample", of=path):
-        before = _read_note(note) if part.exists() else {}
+        before: dict[str, Any] = {}
+        if part.exists():
+            with contextlib.suppress(UserError):  # damaged: the lines may be of any job
+                before = files.read_object(note)
         is_drawn = job["seed"] is None
         known = job | {"seed": before.get("seed")} if is_drawn else job
         if before != known:
@@ -83,7 +86,8 @@ def gathered(
                     _move_away(each)
                     _move_away(unfinished)
             known = job | {"seed": seed} if is_drawn else job
-            _write_note(note, known)
+            with files.replacing(note, "w", encoding="utf-8") as file:
+                json.dump(known, file, indent=1)
         with _explained(part):  # unbuffered: closing a buffer would try a failed write again
             file = open(part, "ab", buffering=0)
         with file:
@@ -129,18 +133,6 @@ def _move_away(path: Path) -> None:
         old = next(name for name in names if not name.exists())
         os.replace(path, old)
     print(f"{path} belongs to a different job; moved to {old}", file=sys.stderr)
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    """Return the recorded job, or {} if it cannot be read."""
-    with contextlib.suppress(UserError):
-        return files.read_object(path)
-    return {}
-
-
-def _write_note(path: Path, job: dict[str, Any]) -> None:
-    with files.replacing(path, "w", encoding="utf-8") as file:
-        json.dump(job, file, indent=1)
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

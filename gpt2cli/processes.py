@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from gpt2cli import flags
 
@@ -57,7 +57,7 @@ def words_of(config: Any) -> list[str]:
     return words
 
 
-def run(command: str, configs: Mapping[Key, Any]) -> Iterator[tuple[Key, str, str]]:
+def run(command: str, configs: Mapping[Key, Any]) -> Generator[tuple[Key, str, str]]:
     """Run a command once for each dataclass, side by side, until all have ended.
 
     If this process is stopped, SIGTERM stops the others too, and each keeps its answers.
@@ -67,45 +67,43 @@ def run(command: str, configs: Mapping[Key, Any]) -> Iterator[tuple[Key, str, st
         standard error.
     """
     names = itertools.cycle(gpus() or [None])
-    running: dict[Key, tuple[subprocess.Popen, BinaryIO]] = {}
+    running: dict[Key, tuple[subprocess.Popen, IO[bytes]]] = {}
     with contextlib.ExitStack() as stack:
         try:
             for key, config in configs.items():
                 log = stack.enter_context(tempfile.TemporaryFile())
                 running[key] = _start(command, config, next(names), log), log
             while running:
-                for key, (process, log) in list(running.items()):
+                for key, (process, output) in list(running.items()):
                     if process.poll() is not None:
                         del running[key]
-                        yield key, _describe(process.returncode), _last_line(log)
+                        status = process.returncode
+                        how = f"with status {status}" if status >= 0 else f"by signal {-status}"
+                        yield key, how, _last_line(output)
                 time.sleep(POLL)
         finally:
             _stop([process for process, _ in running.values()])
 
 
-def _start(command: str, config: Any, gpu: str | None, log: BinaryIO) -> subprocess.Popen:
+def _start(command: str, config: Any, gpu: str | None, log: IO[bytes]) -> subprocess.Popen:
     own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
     return subprocess.Popen(
         [sys.executable, "-m", "gpt2cli", command, *words_of(config)],
         env={**os.environ, **own, "PYTHONPATH": _python_path()},
         stdin=subprocess.DEVNULL,
         stderr=log,
-        preexec_fn=functools.partial(_end_with, os.getpid()) if PRCTL else None,
+        preexec_fn=functools.partial(_end_with, PRCTL, os.getpid()) if PRCTL else None,
     )
 
 
-def _end_with(parent: int) -> None:
+def _end_with(prctl: Callable[[int, int], int], parent: int) -> None:
     """Called in a new process: have Linux send it SIGTERM when its parent ends, however it ends."""
-    PRCTL(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != parent:  # it died before the call above
         os._exit(128 + signal.SIGTERM)
 
 
-def _describe(status: int) -> str:
-    return f"with status {status}" if status >= 0 else f"by signal {-status}"
-
-
-def _last_line(log: BinaryIO) -> str:
+def _last_line(log: IO[bytes]) -> str:
     log.seek(max(log.seek(0, os.SEEK_END) - 10_000, 0))
     return log.read().decode("utf-8", "replace").strip().rpartition("\n")[2][:300]
 

@@ -588,7 +588,7 @@ def test_processes_end_when_the_one_that_started_them_is_ended(tmp_path, program
 
 @on_linux
 def test_a_process_whose_parent_is_already_gone_does_not_start():
-    follow = functools.partial(processes._end_with, -1)
+    follow = functools.partial(processes._end_with, processes.PRCTL, -1)
     command = [sys.executable, "-c", "print('started')"]
     result = subprocess.run(command, preexec_fn=follow, capture_output=True)
     assert result.returncode == 143 and result.stdout == b""

@@ -340,8 +340,8 @@ def test_each_prompt_is_encoded_once(cli, tiny, monkeypatch, prompts, flags):
         return real(text)
 
     monkeypatch.setattr(tiny.encoder, "encode", encode)
-    words = ("--model_name", "tiny", "--length", 3, "--prompts", "prompts.txt")
-    assert cli("sample", *words, *flags).returncode == 0
+    words = ("sample", *T, "--length", 3, "--prompts", "prompts.txt")
+    assert cli(*words, *flags).returncode == 0
     assert encoded == PROMPTS
 
 

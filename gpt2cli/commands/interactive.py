@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ from gpt2cli.config import GenerateSettings, InteractiveConfig, new_seed
 from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
-    from gpt2cli.continuation import Sample
     from gpt2cli.inference import Model
 
 COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
@@ -63,36 +62,37 @@ def run(config: InteractiveConfig) -> None:
 
 def _continuations(
     model: "Model", prompt: str, config: InteractiveConfig, index: int
-) -> Iterator[Iterable["str | Sample"]]:
-    """Yield each sample as an iterable of pieces: streamed, or with beams in one piece."""
+) -> Iterator[Iterator[str]]:
+    """Yield the text of each sample in pieces: streamed, or with beams in one piece."""
     if config.beams > 1:
         without_prompt = dataclasses.replace(config, include_prefix=False)
-        yield from ([sample.text] for sample in model.samples([prompt], without_prompt, index))
+        for sample in model.samples([prompt], without_prompt, index):
+            yield iter([sample.text])
         return
     for number in range(config.nsamples):
-        yield model.stream(prompt, config, index + number)
+        stream = model.stream(prompt, config, index + number)
+        yield (piece for piece in stream if isinstance(piece, str))  # last comes the Sample
 
 
-def _show(
-    prompt: str, pieces: Iterable["str | Sample"], config: InteractiveConfig, number: int
-) -> None:
+def _show(prompt: str, pieces: Iterator[str], config: InteractiveConfig, number: int) -> None:
     """Print one continuation while it is generated."""
     if config.nsamples > 1:
         print(f"{'=' * 40} SAMPLE {number + 1} {'=' * 40}")
     if config.include_prefix:
         print(prompt, end="")
     for piece in pieces:
-        if isinstance(piece, str):
-            print(piece, end="", flush=True)
+        print(piece, end="", flush=True)
     print(flush=True)
 
 
 def _inputs() -> Iterator[tuple[str, bool]]:
     '''Yield each line with True, and each text between two lines of """ with False.'''
-    block = None
+    block: list[str] | None = None
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
+        mark = ">>> " if block is None else "... "
         try:
-            line = _read_line("... " if block is not None else ">>> ")
+            line = input(mark if is_terminal else "")
         except EOFError:
             if block:
                 yield "\n".join(block), False
@@ -109,16 +109,6 @@ def _inputs() -> Iterator[tuple[str, bool]]:
             block.append(line)
         elif line.strip():
             yield line, True
-
-
-def _read_line(mark: str) -> str:
-    """Read a line; on a terminal, show a mark and allow editing. Raise EOFError at the end."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(mark)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
 
 
 def _obey(text: str, config: InteractiveConfig) -> InteractiveConfig:
@@ -160,8 +150,9 @@ def _line_editing() -> Iterator[None]:
     try:
         import readline
     except ImportError:
-        readline = None
-    if readline is None or not sys.stdin.isatty():
+        yield
+        return
+    if not sys.stdin.isatty():
         yield
         return
     path = HISTORY.expanduser()

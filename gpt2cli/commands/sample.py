@@ -5,16 +5,16 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2cli import answers, files, folders, prompts, shards
 from gpt2cli.config import SampleConfig, new_seed
+from gpt2cli.continuation import Sample
 from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
-    from gpt2cli.continuation import Sample
     from gpt2cli.inference import Model
 
 Encoded = tuple[prompts.Prompt, list[int]]  # a prompt and its ids
@@ -36,14 +36,21 @@ def run(config: SampleConfig) -> None:
     if config.is_job():
         answers.run(config, prefix, texts)
         return
-    model = answers.load_model(config, prefix)
-    encoded = _encode(model, prefix, config, texts)
+
+    from gpt2cli import engine, inference  # loads TensorFlow, so only when the checks have passed
+
+    engine.keep_no_memory()
+    model = inference.load_model(prefix, config.precision)
+    print(f"{prefix}: {engine.describe_devices(config.precision)}", file=sys.stderr)
+    encoded = _encode(model, texts)
     if config.seed is None:
         config = dataclasses.replace(config, seed=new_seed())
         print(f"seed {config.seed}", file=sys.stderr)
     if config.out is None:
-        path = free_path(config, prefix) if config.run_name is not None else None
-        _write(_samples(model, config, encoded), config, path)
+        copy = None
+        if config.run_name is not None:
+            copy = free_path(Path(config.sample_dir, config.run_name), config, prefix)
+        _write(_samples(model, config, encoded), config, copy)
     for number, path in enumerate(out_paths(config)):
         first = number * config.nsamples * len(encoded)
         _write(_samples(model, config, encoded, first), config, path)
@@ -58,34 +65,27 @@ def resolved(config: SampleConfig, environment: Mapping[str, str]) -> SampleConf
     return dataclasses.replace(config, shard=shard, out=out)
 
 
-def _encode(
-    model: "Model", prefix: Path, config: SampleConfig, texts: list[prompts.Prompt]
-) -> list[Encoded]:
-    """Encode the prompts; report the devices, and each prompt that is cut."""
-    from gpt2cli import engine
-
-    print(f"{prefix}: {engine.describe_devices(config.precision)}", file=sys.stderr)
+def _encode(model: "Model", texts: list[prompts.Prompt]) -> list[Encoded]:
+    """Encode the prompts; report each that is longer than the model's window."""
     encoded = [(prompt, model.check_prompt(prompt)) for prompt in texts]
     n_ctx = model.config.n_ctx
     for number, (_, ids) in enumerate(encoded, 1):
         if len(ids) > n_ctx:
-            print(
-                f"prompt {number} has {len(ids)} tokens; the model sees only the last {n_ctx}",
-                file=sys.stderr,
-            )
+            cut = f"prompt {number} has {len(ids)} tokens; the model sees only the last {n_ctx}"
+            print(cut, file=sys.stderr)
     return encoded
 
 
 def _samples(
     model: "Model", config: SampleConfig, encoded: list[Encoded], first: int = 0
-) -> Iterator["Sample"]:
+) -> Iterator[Sample]:
     """Generate the samples of this --shard, numbered as without --shard, from `first` on."""
-    if not config.nsamples:
-        numbered = enumerate(itertools.cycle(encoded))
-    elif config.beams > 1:  # one search gives all samples of a prompt
-        numbered = answers.samples_of(config, encoded)[:: config.nsamples]
+    numbered: Iterable[tuple[int, Encoded]]
+    if config.nsamples:
+        step = config.nsamples if config.beams > 1 else 1  # one search gives all of a prompt
+        numbered = answers.samples_of(config, encoded)[::step]
     else:
-        numbered = answers.samples_of(config, encoded)
+        numbered = enumerate(itertools.cycle(encoded))
     return model.answers(((first + i, *item) for i, item in numbered), config)
 
 
@@ -99,7 +99,7 @@ def out_paths(config: SampleConfig) -> list[Path]:
     return [path.with_name(f"{path.stem}-{n + 1}{path.suffix}") for n in range(config.nfiles)]
 
 
-def _write(samples: Iterator["Sample"], config: SampleConfig, path: Path | None) -> None:
+def _write(samples: Iterator[Sample], config: SampleConfig, path: Path | None) -> None:
     """Write samples to the path, if there is one, and without --out to standard output."""
     stopped = None
     with contextlib.ExitStack() as stack:
@@ -121,9 +121,8 @@ def _write(samples: Iterator["Sample"], config: SampleConfig, path: Path | None)
         raise stopped
 
 
-def free_path(config: SampleConfig, prefix: Path) -> Path:
+def free_path(folder: Path, config: SampleConfig, prefix: Path) -> Path:
     """Return an unused path in samples/RUN_NAME/, named after the checkpoint and the seed."""
-    folder = Path(config.sample_dir) / config.run_name
     ending = "jsonl" if config.format == "jsonl" else "txt"
     step = prefix.name.removeprefix("model-")
     name = f"sample-{step}-seed{config.seed}"
