@@ -36,14 +36,15 @@ def resolve(shard: str, environment: Mapping[str, str]) -> str:
     name = next((name for name in SCHEDULERS if name in environment), None)
     if name is None:
         raise UsageError(f"--shard {shard} needs {' or '.join(SCHEDULERS)}, and neither is set")
-    value, last = environment[name], int(parts) - 1
-    wrong = None if value.isdecimal() and int(value) <= last else f"{name} is {value!r}"
-    if [environment.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX")] == ["1", parts]:
-        wrong = f"the array runs from 1 to {parts}"
+    value = environment[name]
+    count = int(parts)
+    wrong = None if value.isdecimal() and int(value) < count else f"{name} is {value!r}"
+    if [environment.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX")] == ["1", str(count)]:
+        wrong = f"the array runs from 1 to {count}"
     if wrong:
-        advice = SCHEDULERS[name].format(last=last, parts=parts)
-        raise UsageError(f"--shard {shard} counts from 0 to {last}, but {wrong}. {advice}")
-    return f"{int(value) + 1}/{parts}"
+        advice = SCHEDULERS[name].format(last=count - 1, parts=count)
+        raise UsageError(f"--shard {shard} counts from 0 to {count - 1}, but {wrong}. {advice}")
+    return f"{int(value) + 1}/{count}"
 
 
 def parse(shard: str | None) -> tuple[int, int]:

@@ -103,8 +103,9 @@ def test_a_resumed_job_keeps_the_seed_that_was_drawn(cli, prompts, monkeypatch):
 def test_the_lines_of_a_different_job_are_moved_away(cli, prompts):
     (prompts / "out.jsonl.part").write_text('{"index": 0, "text": "of another job"}\n')
     (prompts / "out.jsonl.part.json").write_text('{"seed": 4}')
-    assert job(cli, "out.jsonl").returncode == 0
-    assert len(lines(prompts / "out.jsonl")) == 5
+    assert job(cli, "out.jsonl", seed=()).returncode == 0
+    found = lines(prompts / "out.jsonl")
+    assert len(found) == 5 and found[0]["seed"] != 4  # nor is its seed taken
     assert "of another job" in (prompts / "out.jsonl.part.old").read_text()
 
 
