@@ -462,6 +462,8 @@ def test_an_interactive_session(cli):
     child.sendline("/show")
     child.expect("temperature = 1.0")
     child.expect(">>> ")
+    child.sendline("/set temperature 0")  # a greedy text does not end by itself
+    child.expect(">>> ")
     child.sendline('"""')
     child.expect(r"\.\.\. ")
     child.sendline("first line")
