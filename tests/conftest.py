@@ -234,9 +234,10 @@ def cli(capsys, monkeypatch, tiny):
 
     load_model = inference.load_model
 
-    def load_once(path, precision="auto"):
-        is_tiny = str(path) == str(TINY / "model.ckpt") and precision == "auto"
-        return tiny if is_tiny else load_model(path, precision)
+    def load_once(source, *options):
+        prefix = getattr(source, "checkpoint", source)
+        is_tiny = str(prefix) == str(TINY / "model.ckpt") and options[:1] in ((), ("auto",))
+        return tiny if is_tiny else load_model(source, *options)
 
     monkeypatch.setattr(inference, "load_model", load_once)
 

@@ -116,12 +116,13 @@ class LanguageModel:
             jobs = enumerate(repeated, first_index)
         else:
             jobs = enumerate(itertools.cycle(prompts), first_index)
-        return self.answers(jobs, settings, stop)
+        return self.answers(((*job, None) for job in jobs), settings, stop)
 
     def answers(self, jobs, settings, stop=lambda: False, width=0):
-        """As `samples`, for (index, prompt) of each sample; of each prompt's first, with beams.
+        """As `samples`, for (index, prompt, ids) of each sample; with beams, of a prompt's first.
 
         Args:
+            jobs: the ids are those that `check_prompt` returned, or None to encode the prompt here.
             width: rows to compute in any case, where another number would take compiling.
         """
         seed, jobs = new_seed() if settings.seed is None else settings.seed, iter(jobs)
@@ -144,11 +145,12 @@ class LanguageModel:
         """
         seed = new_seed() if settings.seed is None else settings.seed
         if settings.beams > 1:
-            ((row, score),) = self._beams([(index, prompt)], replace(settings, nsamples=1))
+            ((row, score),) = self._beams([(index, prompt, None)], replace(settings, nsamples=1))
             yield row.fresh(finished=True)
             yield self.sample(row, seed, score)
             return
-        for (row,), finished in self._continue([(index, prompt)], settings, seed, STREAMED, 1):
+        job = (index, prompt, None)
+        for (row,), finished in self._continue([job], settings, seed, STREAMED, 1):
             yield row.fresh(finished)
         yield self.sample(row, seed)
 
@@ -225,12 +227,12 @@ class LanguageModel:
         return Sample(text.index, text.prompt, shown, text.tokens, reason, seed, logprobs, score)
 
     def _continue(self, batch, settings, seed, limit, width):
-        """Generate a batch of (index, prompt); yields (Continuations, all finished) as they grow.
+        """Generate a batch of (index, prompt, ids); yields (Continuations, all finished).
 
         Args:
             width: rows to compute at the least, where another number would take compiling.
         """
-        texts = [self.begin(index, prompt, settings, seed) for index, prompt in batch]
+        texts = [self.begin(index, prompt, settings, seed, ids) for index, prompt, ids in batch]
         growing = Batch(self.network, width)
         growing.add(texts)
         finished = False
@@ -241,8 +243,8 @@ class LanguageModel:
 
     def _beams(self, jobs, settings, stop=lambda: False):
         """Yield the nsamples likeliest Continuations of each prompt, with their scores."""
-        for index, prompt in jobs:
-            text = self.begin(index, prompt, settings, 0)
+        for index, prompt, ids in jobs:
+            text = self.begin(index, prompt, settings, 0, ids)
             search = beams.Search(generation.Generation(self.network, [text.row]), text, settings)
             while not search.finished:
                 if stop():
