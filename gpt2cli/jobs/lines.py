@@ -65,7 +65,7 @@ def gathered(
         UserError: it cannot be written, or another number of processes began it.
     """
     part, note, lock = _beside(path)
-    with files.locked(lock, "sample", of=path):
+    with files.locked(lock, "sample", target=path):
         before: dict[str, Any] = {}
         if part.exists():
             with contextlib.suppress(UserError):  # damaged: the lines may be of any job
@@ -82,7 +82,7 @@ def gathered(
             _move_away(part)
             for each in parts:
                 unfinished, _, own_lock = _beside(each)
-                with files.locked(own_lock, "sample", of=each):  # of a process that still runs
+                with files.locked(own_lock, "sample", target=each):  # of a process that still runs
                     _move_away(each)
                     _move_away(unfinished)
             known = job | {"seed": seed} if is_drawn else job

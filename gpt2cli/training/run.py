@@ -120,7 +120,8 @@ class Run:
         if not resumed:
             return {}, {"step": 0}
         if options.restore_from == "weights":
-            slots, record = {}, checkpoint.load_state(prefix)
+            record = checkpoint.load_state(prefix)
+            slots: dict[str, Any] = {}
         else:
             slots, record = checkpoint.load_training(prefix)
         if not slots:

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pexpect
 import pytest
-from conftest import PROMPTS, ROOT, TINY, compiled
+from conftest import PROMPTS, ROOT, TINY, compiled, golden_models
 
 from gpt2cli.errors import UserError
 from gpt2cli.storage import checkpoint
@@ -221,7 +221,7 @@ def test_an_earlier_checkpoint_can_be_named(cli, run1, tiny):
     for name, status, said in (
         ("model-3", 1, "has no checkpoint model-3 (found: model-1, model-7)"),
         ("3", 1, "has no checkpoint model-3 (found: model-1, model-7)"),
-        ("../run1/model-1", 2, "--checkpoint must be one name"),
+        ("../run1/model-1", 2, "--checkpoint must be a single name"),
     ):
         result = cli("sample", *words, "--checkpoint", name)
         assert result.returncode == status and said in result.stderr
