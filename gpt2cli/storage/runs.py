@@ -40,12 +40,9 @@ def steps(folder: str | Path) -> list[int]:
 
 
 def write_state(folder: str | Path, state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write the state of a checkpoint before its other files get their names.
+    """Write the state of step `state["step"]` before its other files get their names.
 
-    Args:
-        folder: the run's folder.
-        state: JSON object; has "step".
-        digests: file name -> SHA-256.
+    `digests` are the SHA-256 of these files, by name.
     """
     state = {**state, "files": digests}
     with files.replacing(_state_path(folder, state["step"])) as file:
@@ -96,10 +93,7 @@ def _is_number(value: Any) -> bool:
 def fault(folder: str | Path, step: int, to_train: bool = True) -> str | None:
     """Describe the damage of a checkpoint; None if it is undamaged.
 
-    Args:
-        folder: the run's folder.
-        step: step of the checkpoint.
-        to_train: check the optimizer's state too, which is twice as large as the weights.
+    With `to_train`, check the optimizer's state too, which is twice as large as the weights.
     """
     folder = Path(folder)
     for ending in ENDINGS:
@@ -127,10 +121,6 @@ def fault(folder: str | Path, step: int, to_train: bool = True) -> str | None:
 
 def newest(folder: str | Path, to_train: bool = True) -> int:
     """Return the step of the newest undamaged checkpoint; report damaged ones on stderr.
-
-    Args:
-        folder: the run's folder.
-        to_train: see `fault`.
 
     Raises:
         UserError: all are damaged, or there is none.
@@ -193,17 +183,9 @@ def is_ours(folder: str | Path, step: int) -> bool:
 
 
 def best(known: Mapping[int, State]) -> int | None:
-    """Return the last run's step with the lowest validation loss; None if no step was validated.
-
-    Args:
-        known: from `states`.
-    """
-    losses = {
-        step: state["validation_loss"]
-        for step, state in _of_last_run(known).items()
-        if state.get("validation_loss") is not None
-    }
-    return min(losses, key=losses.__getitem__, default=None)
+    """Return the last run's step with the lowest validation loss; None if no step has one."""
+    validated = {s: v for s, v in _of_last_run(known).items() if "validation_loss" in v}
+    return min(validated, key=lambda step: validated[step]["validation_loss"], default=None)
 
 
 def _of_last_run(known: Mapping[int, State]) -> dict[int, State]:

@@ -174,39 +174,25 @@ def parts_of(
         yield from (Part(t, True, True) for t in records(path, options, blocks) if t)
     elif options.uer_compat:
         yield from _uer_lines(blocks, cut)
-    elif options.lines:
-        for part, _ in _line_parts(blocks, cut):
-            # a line that was cut is not blank: CUT never cuts within leading spaces
-            if not part.opens or not part.closes or part.text.strip():
-                yield part
     else:
-        yield from _document_parts(blocks, cut)
+        for part, _ in _split(blocks, cut, by_line=options.lines):
+            # a line that was cut is not blank: CUT never cuts within leading spaces
+            is_blank = part.opens and part.closes and not part.text.strip()
+            if not (options.lines and is_blank):
+                yield part
 
 
-def _document_parts(blocks: Iterable[str], cut: "Pattern[str]") -> Iterator[Part]:
-    """Yield the parts of the one document that the blocks form; none where it is empty."""
-    waiting: list[str] = []
-    opens = True
-    for block in blocks:
-        match = cut.search(block)
-        if match:
-            yield Part("".join((*waiting, block[: match.start()])), opens, False)
-            waiting, opens = [], False
-        waiting.append(block[match.start() :] if match else block)
-    text = "".join(waiting)
-    if text or not opens:
-        yield Part(text, opens, True)
+def _split(
+    blocks: Iterable[str], cut: "Pattern[str]", by_line: bool
+) -> Iterator[tuple[Part, bool]]:
+    r"""Yield (part, whether a \n ends it) of a document, or of one document per line.
 
-
-def _line_parts(blocks: Iterable[str], cut: "Pattern[str]") -> Iterator[tuple[Part, bool]]:
-    r"""Yield (part, whether a \n ends it), with each line as a document.
-
-    A line is cut only where a block ends, so that a line of any length can be passed on.
+    A document is cut only where a block ends, so that it can be of any length.
     """
     waiting: list[str] = []
     opens = True
     for block in blocks:
-        *lines, last = block.split("\n")
+        *lines, last = block.split("\n") if by_line else [block]
         for line in lines:
             yield Part("".join((*waiting, line)) if waiting else line, opens, True), True
             waiting, opens = [], True
@@ -229,7 +215,7 @@ def _uer_lines(blocks: Iterable[str], cut: "Pattern[str]") -> Iterator[Part]:
     """
     waiting: list[Part] = []
     any_ended = False
-    for part, ended in _line_parts(blocks, cut):
+    for part, ended in _split(blocks, cut, by_line=True):
         waiting.append(part)
         if ended:
             yield from waiting

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,9 +31,6 @@ Ids = tuple[np.ndarray, bool]  # some ids of a chunk, and whether the chunk ends
 LAST: Ids = (np.empty(0, np.int32), True)  # ends the last chunk where no other ids do
 Group = list[Part | None] | np.ndarray  # parts with None where a chunk ends, or a whole chunk
 Seen = Callable[[str, np.ndarray, bool], None]
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def dtype_of(n_vocab: int) -> np.dtype:
@@ -164,19 +161,19 @@ def _groups(
 
 
 def _in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[Result]:
-    """Map like map() in N threads (0: one per core), at most a few items ahead of the consumer.
+    encode_group: Callable[[Group], list[Ids]], groups: Iterable[Group], workers: int
+) -> Iterator[list[Ids]]:
+    """Encode groups in N threads (0: one per core), at most a few ahead of the consumer.
 
     Threads and not processes: tiktoken and tokenizers release the interpreter lock while they
     encode, and threads share the vocabulary and need no pipe for the ids.
     """
     workers = workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
-    waiting: collections.deque[Future[Result]] = collections.deque()
+    waiting: collections.deque[Future[list[Ids]]] = collections.deque()
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        for group in groups:
+            waiting.append(pool.submit(encode_group, group))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
