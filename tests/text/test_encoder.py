@@ -1,4 +1,4 @@
-"""Text <-> ids: against the golden ids, against tokenizers' own BPE, and by properties."""
+"""Text <-> ids, compared with golden ids and with tokenizers' own BPE, and by properties."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ TOKENS = (
     "14 12 : py ##thon gp ##t2 今 天 气 我 们 用 写 。 ， （ ） i ve seen x ##中 <S> [unused1]"
 ).split()
 
-# Long runs, contractions and mixed scripts: what the splitting pattern treats specially.
+# Long runs, contractions and mixed scripts, which the splitting pattern treats specially.
 awkward = st.lists(
     st.one_of(
         st.sampled_from(
@@ -50,7 +50,7 @@ awkward = st.lists(
 
 @pytest.fixture(scope="module", params=["end token at 0", "end token last", "no end token"])
 def trained(request, tmp_path_factory):
-    """(our encoder, the tokenizers library's own) for a vocabulary of 600 tokens."""
+    """Return (our encoder, the tokenizers library's) for a vocabulary of 600 tokens."""
     folder = tmp_path_factory.mktemp("bpe")
     special = [END, "<|pad|>", "<|中 文|>"] if "0" in request.param else []
     theirs = ByteLevelBPETokenizer()
@@ -73,14 +73,14 @@ def bpe(tmp_path_factory):
 
 
 def save_bpe(folder):
-    """vocab.json and merges.txt of a small vocabulary."""
+    """Write vocab.json and merges.txt of a small vocabulary."""
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator(TRAINING, vocab_size=500, min_frequency=1, special_tokens=[END])
     theirs.save_model(str(folder))
 
 
 def save_wordpiece(folder, tokens=TOKENS, **tokenizer_config):
-    """vocab.txt without a final newline, and tokenizer_config.json if anything is given for it."""
+    """Write vocab.txt without a final newline, and tokenizer_config.json if it has any values."""
     (folder / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
     if tokenizer_config:
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
@@ -118,7 +118,7 @@ def test_gpt2_ids_are_those_of_openai_and_decode_to_the_text(gpt2):
 
 
 @needs_shared
-def test_gpt2_end_token_is_read_only_when_asked_for(gpt2):
+def test_gpt2_end_token_is_read_only_on_request(gpt2):
     for case in golden("bpe/special_cases.jsonl"):
         assert gpt2.encode(case["text"]) == case["ids_as_text"], case
         assert gpt2.encode(case["text"], special=True) == case["ids_as_special"], case
@@ -132,7 +132,7 @@ def test_gpt2_decodes_broken_characters_like_openai_at_once_and_in_a_stream(gpt2
 
 
 @needs_shared
-def test_gpt2_ids_need_no_mapping_and_its_attributes_are_the_known_ones(gpt2):
+def test_gpt2_has_its_known_attributes_and_ids(gpt2):
     assert (gpt2.n_vocab, gpt2.end, gpt2.start) == (50257, 50256, 50256)
     assert (gpt2.prefix, gpt2.banned) == ([], [])
     assert gpt2.id_of("<|endoftext|>") == 50256 and gpt2.id_of(" the") == 262
@@ -153,7 +153,7 @@ def test_wordpiece_reads_divergent_texts_as_hugging_face_or_the_originals_do(goo
 
 
 def reference_decode(tokens):
-    """bert4keras tokenizers.py:206-235, its two differences from ours applied to the result."""
+    """Decode as bert4keras (tokenizers.py:206-235), then apply our two differences from it."""
     han = f"[{WordPieceStream.HAN}]"
     text = ""
     for index, token in enumerate(t for t in tokens if not (t[0] == "[" and t[-1] == "]")):
@@ -188,7 +188,7 @@ def test_wordpiece_decoding_follows_bert4keras(google_zh):
 
 
 def streamed(vocabulary, ids):
-    """The text of `ids` fed one by one."""
+    """Return the text of `ids` fed one by one."""
     stream = vocabulary.stream()
     return "".join([stream.feed([index]) for index in ids] + [stream.finish()])
 
@@ -205,18 +205,18 @@ def test_bpe_ids_are_those_of_the_tokenizers_library_and_decode_to_the_text(trai
 
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(-3, 520)))
-def test_a_bpe_stream_gives_what_decode_gives_and_never_half_a_character(bpe, ids):
+def test_a_bpe_stream_equals_decode_and_never_yields_half_a_character(bpe, ids):
     assert streamed(bpe, ids) == bpe.decode(ids)
 
 
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(-3, len(TOKENS) + 3)))
-def test_a_wordpiece_stream_gives_what_decode_gives(wordpiece, ids):
+def test_a_wordpiece_stream_equals_decode(wordpiece, ids):
     assert streamed(wordpiece, ids) == wordpiece.decode(ids)
 
 
 def pieces(vocabulary, text):
-    """The text cut wherever the encoder allows it."""
+    """Return the text cut wherever the encoder allows it."""
     found = []
     while match := vocabulary.CUT.search(text):
         if not match.start():
@@ -306,7 +306,7 @@ def test_a_million_of_anything_is_encoded(kind, bpe, wordpiece):
 
 
 def test_long_runs_of_spaces_are_cut_without_changing_ids(bpe):
-    """tiktoken alone gives up at a million; 20,000 it can do, which is what to compare with."""
+    """tiktoken fails at a million spaces; with 20,000 it succeeds, so that ids can be compared."""
     for text in (" " * 20_000, "a" + "\n" * 20_000 + "b", " " * 20_000 + "a\t" + " " * 20_000):
         parts = _between_spaces(text)
         assert "".join(parts) == text and (len(parts) > 1 or text.isspace())
@@ -324,7 +324,7 @@ def test_long_runs_of_spaces_are_cut_without_changing_ids(bpe):
         "they've seen",
     ],
 )
-def test_wordpiece_text_is_spaced_as_people_do(wordpiece, text):
+def test_wordpiece_text_is_spaced_as_people_write(wordpiece, text):
     expected = {
         "hello world, it's that simple! hello?": "hello world, it's that! hello?",
         "3.5天，14:12写": "3.5天，14: 12写",
@@ -342,7 +342,7 @@ def test_wordpiece_short_forms_wait_for_the_end_of_the_word(wordpiece):
     assert stream.finish() == "s"
 
 
-def test_wordpiece_marks_are_not_printed_and_unknown_ids_are_nothing(wordpiece):
+def test_wordpiece_special_tokens_are_not_printed_and_unknown_ids_are_dropped(wordpiece):
     marks = [wordpiece.id_of(t) for t in ("[CLS]", "[UNK]", "[PAD]", "[MASK]", "<S>", "[unused1]")]
     ids = [*marks, wordpiece.id_of("hello"), wordpiece.n_vocab, -1, 10**9, wordpiece.end]
     assert wordpiece.decode(ids) == "hello"
@@ -374,18 +374,18 @@ def test_lower_casing_is_kept_with_the_model(tmp_path):
     assert encoder.load(tmp_path).encode("Hello") == [tokens.index("hello")]
 
 
-def test_a_folder_without_a_vocabulary_is_refused_by_its_absolute_path(tmp_path):
+def test_a_folder_without_a_vocabulary_is_reported_with_its_absolute_path(tmp_path):
     assert not encoder.exists(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}.*none of them"):
         encoder.load(tmp_path)
     (tmp_path / "encoder.json").write_text("{}")
     assert encoder.exists(tmp_path)
-    with pytest.raises(UserError, match="only encoder.json is there"):
+    with pytest.raises(UserError, match="has only encoder.json"):
         encoder.load(tmp_path)
 
 
-def spoil(folder, name, change):
-    """Load the small BPE after `change` was done to one of its files."""
+def damage(folder, name, change):
+    """Load the small BPE after applying `change` to one of its files."""
     save_bpe(folder)
     path = folder / name
     path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -396,7 +396,7 @@ def spoil(folder, name, change):
     "name, change, message",
     [
         ("vocab.json", lambda text: text[:100], "vocab.json is not JSON"),
-        ("vocab.json", lambda text: "[1]", "vocab.json must hold one JSON object"),
+        ("vocab.json", lambda text: "[1]", "vocab.json must contain one JSON object"),
         ("vocab.json", lambda text: "<html>", "vocab.json is not JSON"),
         ("vocab.json", lambda text: text.replace('"a":', '"a_":'), "lacks"),
         ("vocab.json", lambda text: text.replace(":0", ":1"), "the same id 1"),
@@ -408,26 +408,26 @@ def spoil(folder, name, change):
         ("merges.txt", lambda text: "<Error>no such key</Error>", "line 1 is not two tokens"),
     ],
 )
-def test_spoilt_bpe_files_are_named(tmp_path, name, change, message):
+def test_damaged_bpe_files_are_reported(tmp_path, name, change, message):
     with pytest.raises(UserError, match=message):
-        spoil(tmp_path, name, change)
+        damage(tmp_path, name, change)
 
 
-def test_missing_bytes_are_named(tmp_path):
+def test_missing_bytes_are_reported(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(UserError, match="vocab.json lacks the tokens of the bytes 0x21, 0x22"):
+    with pytest.raises(UserError, match="vocab.json lacks tokens for the bytes 0x21, 0x22"):
         encoder.load(tmp_path)
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
+def test_a_file_that_is_not_utf8_is_reported(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="vocab.txt is not UTF-8"):
         encoder.load(tmp_path)
 
 
 @pytest.mark.parametrize("tokens, named", [([], "UNK., .CLS., .SEP."), (["[UNK]", "[SEP]"], "CLS")])
-def test_a_vocab_txt_without_its_marks_is_refused(tmp_path, tokens, named):
+def test_a_vocab_txt_without_its_special_tokens_is_rejected(tmp_path, tokens, named):
     with pytest.raises(UserError, match=rf"vocab.txt lacks \[{named}"):
         encoder.load(save_wordpiece(tmp_path, tokens))
 
