@@ -20,7 +20,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["gpt2cli", "gpt2cli.*"]),
-    package_data={"gpt2cli.serving": ["web/*.html", "web/static/*"]},  # the page of `serve`
+    package_data={
+        "gpt2cli": ["py.typed", "*.pyi"],  # types of the Python functions, for editors
+        "gpt2cli.serving": ["web/*.html", "web/static/*"],  # the page of `serve`
+    },
     python_requires=">=3.10,<3.14",  # the Pythons that TensorFlow has wheels for
     install_requires=[
         "tensorflow>=2.18,<2.22",  # the graph; the suite was run on both ends
@@ -47,7 +50,8 @@ setup(
             "pytest-xdist>=3.5",  # two tests at a time
             "hypothesis>=6.100",  # texts nobody would think of
             "pexpect>=4.9",  # `interactive` on a terminal
-            "ruff>=0.6,<0.18",  # a newer one may format otherwise
+            "ruff>=0.6,<0.18",  # a newer one may format differently
+            "mypy>=1.11,<3",  # types
         ],
         # make serve-proof: the page in a browser, requests made from the OpenAPI document
         "browser": ["playwright>=1.45", "schemathesis>=4,<5"],

@@ -150,7 +150,9 @@ def _accepted(hint: Any, value: Any) -> Any:
             raise TypeError
         return value
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if not math.isfinite(value) or (value and not 1e-37 < abs(value) < 1e38):  # of float32
+        if not math.isfinite(value) or (
+            value and not 1e-37 < abs(float(value)) < 1e38
+        ):  # of float32
             raise ValueError
         return float(value)
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):

@@ -46,10 +46,13 @@ def test_help_and_refusals_come_without_tensorflow(shell, tmp_path):
 def test_help_works_anywhere_and_names_every_flag(cli, command, flag):
     result = cli(command, "--verbose", flag)
     assert result.returncode == 0 and result.stderr == ""
-    config_class, _ = command_line.COMMANDS[command]
-    for field in dataclasses.fields(config_class):
+    options_class = command_line.options_class(command)
+    fields = dataclasses.fields(options_class)
+    assert fields
+    for field in fields:
         assert f"--{flags.spelled(field.name)} " in result.stdout
-    assert all(text for _, _, text in flags.fields_of(config_class).values())
+    assert all(text for _, _, text in flags.fields_of(options_class).values())
+    assert "Examples:" in result.stdout and f"  gpt2cli {command}" in result.stdout
 
 
 def test_general_help_names_every_command(cli):
@@ -169,7 +172,7 @@ NONSENSE = [
     ("sample", "--run_name", ".."),
     ("sample", "--run_name", ""),
     ("sample", "--model_name", "/etc"),
-    ("sample", "extra"),
+    ("sample", "a text", "extra"),
     ("train",),
     ("train", "d", "--steps", "-5"),
     ("train", "d", "--learning_rate", "0"),
