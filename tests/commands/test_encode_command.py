@@ -135,7 +135,7 @@ def test_missing_input_and_missing_vocabulary_are_reported(tmp_path, models_dir)
 
 def test_an_output_that_cannot_be_written_is_reported(tmp_path, models_dir):
     (tmp_path / "a.txt").write_text("the kettle")
-    with pytest.raises(UserError, match="cannot write .*a.txt/out.npz"):
+    with pytest.raises(UserError, match=r"cannot write .*a\.txt/out\.npz"):
         run(models_dir, tmp_path / "a.txt", tmp_path / "a.txt" / "out.npz")
 
 

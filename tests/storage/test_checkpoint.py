@@ -119,7 +119,7 @@ def test_a_truncated_file_is_reported_by_load_and_verify(folder):
         for size in (0, 1, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:size])
             assert "model.ckpt" in rejection(folder)
-            with pytest.raises(UserError, match="model.ckpt"):
+            with pytest.raises(UserError, match=r"model\.ckpt"):
                 checkpoint.verify(folder)
         path.write_bytes(whole)
     checkpoint.verify(folder)
@@ -195,7 +195,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(network, fold
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("place", range(0, 12))
+@pytest.mark.parametrize("place", range(12))
 def test_a_step_written_again_is_either_the_old_or_the_new_one(network, folder, monkeypatch, place):
     """At whichever rename the process dies, the step is neither mixed nor lost."""
     run = folder.parent / "run"

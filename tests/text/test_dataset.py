@@ -1,5 +1,6 @@
 """Text files -> ids -> batches, compared with nshepperd/gpt-2's .npz files and references here."""
 
+import itertools
 import json
 import math
 import os
@@ -51,6 +52,10 @@ def chunks_of(paths, vocabulary, options=DEFAULTS):
     """Return the chunks of the encoded files as lists."""
     parts = encoded.encode(map(Path, paths), vocabulary, options, vocabulary.n_vocab)
     return [chunk.tolist() for chunk in encoded.chunks(parts)]
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
 
 
 def write(path, content):
@@ -148,8 +153,8 @@ def test_a_streamed_file_gives_the_ids_of_the_whole_text(tmp_path, bpe, monkeypa
 def test_jsonl_records_are_documents_with_any_content(tmp_path_factory, bpe, texts):
     lines = [json.dumps(t if i % 2 else {"text": t, "n": i}) for i, t in enumerate(texts)]
     path = write(tmp_path_factory.mktemp("jsonl") / "a.jsonl", "\n\n".join(lines))
-    expected = sum(([*bpe.encode(text), 0] for text in texts if text), [])
-    assert sum(chunks_of([path], bpe), []) == expected
+    expected = joined([*bpe.encode(text), 0] for text in texts if text)
+    assert joined(chunks_of([path], bpe)) == expected
 
 
 DOCUMENTS = ["the kettle", " clicked off", "今天", "'s é。1", "\u2028 the \x85 kettle"]
@@ -161,7 +166,7 @@ def test_lines_are_documents_like_jsonl_records(tmp_path, bpe, monkeypatch, bloc
     monkeypatch.setattr(corpus, "BLOCK", block)
     lines = write(tmp_path / "a.txt", "\n" + "\n \t \n\r\n".join(DOCUMENTS) + last)
     records = write(tmp_path / "a.jsonl", "\n".join(json.dumps(text) for text in DOCUMENTS))
-    expected = sum(([*bpe.encode(text), 0] for text in DOCUMENTS), [])
+    expected = joined([*bpe.encode(text), 0] for text in DOCUMENTS)
     for workers in (0, 1):
         by_line = TextOptions(lines=True, workers=workers)
         assert chunks_of([lines], bpe, by_line) == [expected]
@@ -195,7 +200,7 @@ def test_uer_compat_keeps_blank_lines_and_loses_an_unterminated_last_one(
 ):
     monkeypatch.setattr(corpus, "BLOCK", block)
     path = write(tmp_path / "a.txt", text)
-    expected = sum(([1, *wordpiece.encode(text), 2] for text in documents), [])
+    expected = joined([1, *wordpiece.encode(text), 2] for text in documents)
     ids = chunks_of([path], wordpiece, TextOptions(uer_compat=True))
     assert ids == ([expected] if expected else [])
 
@@ -250,16 +255,16 @@ def test_texts_yields_the_content_of_files_and_rejects_ids(tmp_path):
     lines = list(corpus.texts(paths, cut, TextOptions(lines=True)))
     assert lines == ["the kettle", "clicked", "off"]
     np.save(tmp_path / "c.npy", [1])
-    with pytest.raises(UserError, match="c.npy contains token ids, not text"):
+    with pytest.raises(UserError, match=r"c.npy contains token ids, not text"):
         list(corpus.texts(corpus.find(tmp_path), cut, DEFAULTS))
 
 
 def test_csv_records_are_documents_and_the_header_is_left_out(tmp_path, bpe):
     path = write(tmp_path / "a.csv", 'text\r\n"x, ""y"""\r\n\r\n"two\r\nlines\u2028"\r\nlast')
     head, *records = (bpe.encode(t) + [0] for t in ("text", 'x, "y"', "two\nlines\u2028", "last"))
-    assert chunks_of([path], bpe) == [sum(records, [])]
+    assert chunks_of([path], bpe) == [joined(records)]
     with_head = chunks_of([path], bpe, TextOptions(csv_header=False))
-    assert with_head == [sum(records, head)]
+    assert with_head == [joined([head, *records])]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +303,7 @@ def test_other_encodings_and_replacement_are_read(tmp_path, bpe):
     assert replaced == [[*bpe.encode("caf\ufffd"), 0]]
     wide = write(tmp_path / "wide.txt", "東京".encode("utf-16"))
     assert chunks_of([wide], bpe, TextOptions(encoding="utf-16")) == [[*bpe.encode("東京"), 0]]
-    with pytest.raises(UserError, match="wide.txt"):
+    with pytest.raises(UserError, match=r"wide.txt"):
         chunks_of([wide], bpe)
 
 
@@ -429,7 +434,7 @@ def test_an_npz_that_would_fill_the_memory_is_rejected_before_it_is_read(tmp_pat
     np.savez_compressed(path, np.zeros(5_000_000, np.int64))
     assert encoded.load(path, None, DEFAULTS, 300).total == 5_000_000
     monkeypatch.setattr(encoded, "BOMB", 2**20)
-    with pytest.raises(UserError, match="arr_0.npy would unpack from .* to 40,000,128 bytes"):
+    with pytest.raises(UserError, match=r"arr_0.npy would unpack from .* to 40,000,128 bytes"):
         encoded.load(path, None, DEFAULTS, 300)
 
 
@@ -447,7 +452,7 @@ def test_a_false_header_is_rejected(tmp_path, shape, ending):
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("arr_0.npy", content)
-    with pytest.raises(UserError, match="damaged or not|not one row|contains 0 tokens"):
+    with pytest.raises(UserError, match=r"damaged or not|not one row|contains 0 tokens"):
         encoded.load(path, None, DEFAULTS, 300)
 
 
@@ -465,7 +470,7 @@ def test_circular_links_are_not_followed(tmp_path):
 
 def test_text_without_a_vocabulary_is_rejected(tmp_path):
     path = write(tmp_path / "a.txt", "text")
-    with pytest.raises(UserError, match="a.txt is text, but the model folder has no vocabulary"):
+    with pytest.raises(UserError, match=r"a.txt is text, but the model folder has no vocabulary"):
         encoded.load(path, None, DEFAULTS, 300)
 
 
@@ -636,7 +641,7 @@ def test_documents_are_cut_into_pieces_and_each_comes_once_a_pass(
         return
     tokens = Tokens(chunks, "corpus.txt")
     if not expected:
-        with pytest.raises(UserError, match="no document in corpus.txt has two tokens"):
+        with pytest.raises(UserError, match=r"no document in corpus.txt has two tokens"):
             tokens.sampler("documents", length, 1, end)
         return
     sampler = tokens.sampler("documents", length, 1, end, uer_compat)
@@ -699,7 +704,7 @@ def test_each_pass_over_the_documents_has_its_own_order():
     assert sampler.order(1).tolist() == passes[1]
     # a batch larger than the corpus takes several passes
     batch = tokens.sampler("documents", 9, 1).batch(0, 300)
-    assert [row[0] // 10 for row in batch.inputs] == sum(passes[:3], [])
+    assert [row[0] // 10 for row in batch.inputs] == joined(passes[:3])
 
 
 def test_many_small_chunks_are_sampled_quickly():
