@@ -221,12 +221,7 @@ class DocumentPieces(Sampler):
     """
 
     def __init__(
-        self,
-        tokens: Tokens,
-        length: int,
-        seed: int,
-        end: int | None = None,
-        uer_compat: bool = False,
+        self, tokens: Tokens, length: int, seed: int, end: int | None, uer_compat: bool
     ) -> None:
         super().__init__(tokens, length, seed)
         self.after = 1 if uer_compat else 0

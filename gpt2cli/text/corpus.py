@@ -159,11 +159,7 @@ def parts_of(
 ) -> Iterator[Part]:
     """Yield the parts of the documents in a text file; documents without a character are left out.
 
-    Args:
-        path: the file.
-        cut: regex as an encoder's CUT.
-        options: how to read text.
-        progress: called with the number of bytes just read.
+    `cut` is an encoder's CUT.
 
     Raises:
         UserError: the file cannot be read, or is not text in that encoding.
@@ -232,14 +228,8 @@ def texts(
 ) -> Iterator[str]:
     """Yield the text of files in parts of bounded size; the ends of documents do not show.
 
-    Args:
-        paths: from `find`.
-        cut: regex as an encoder's CUT.
-        options: how to read text.
-        progress: called with the number of bytes just read.
-
     Raises:
-        UserError: a file cannot be read, is not text in that encoding, or contains token ids.
+        UserError: see `parts_of`; or a file contains token ids.
     """
     for path in paths:
         if path.suffix.lower() in ENCODED:

@@ -53,9 +53,9 @@ def encode(
 
     Args:
         paths: from `corpus.find`.
-        encoder: from `encoder.load`, or None if no path is text.
+        encoder: the vocabulary, or None if no path is text.
         options: how to read text.
-        n_vocab: every id must be below it.
+        n_vocab: the model's; every id must be below it.
         progress: called with the number of bytes just read.
         seen: called with each text, its ids without separators and whether a document ends with
             it, from several threads.
@@ -95,15 +95,8 @@ def encode(
 def load(path: str | Path, encoder: Encoder | None, options: TextOptions, n_vocab: int) -> Tokens:
     """Return the tokens of a text, .csv, .jsonl, .npz or .npy file, a folder or a glob.
 
-    Args:
-        path: the file, folder or glob.
-        encoder: from `encoder.load`, or None if the model folder has no vocabulary.
-        options: how to read text.
-        n_vocab: the model's; every id must be below it.
-
     Raises:
-        UserError: nothing is there, it cannot be read, does not fit the model, or has fewer than 2
-            tokens.
+        UserError: see `corpus.find` and `encode`; or there are fewer than 2 tokens.
     """
     return Tokens(list(chunks(encode(corpus.find(path), encoder, options, n_vocab))), path)
 

@@ -26,7 +26,7 @@ def train_bpe(texts: Iterable[str], size: int, min_frequency: int = 2) -> dict[s
         min_frequency: number of times a pair must occur to be merged.
 
     Returns:
-        File name -> content.
+        file name -> content.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -61,12 +61,12 @@ def train_wordpiece(
 
     Args:
         texts: function that yields the corpus from its start; it is called twice.
-        size: number of tokens, fewer if the texts have no more pairs.
+        size: see `train_bpe`.
         min_frequency: number of times a character or pair must occur to become a token.
         lower_case: whether texts are read in lower case and without accents.
 
     Returns:
-        File name -> content.
+        file name -> content.
     """
     from tokenizers import normalizers
 
@@ -129,11 +129,7 @@ def _train_pieces(texts: Iterable[str], normalizer: Any, **options: Any) -> list
 def write(folder: Path, made: Mapping[str, str]) -> None:
     """Write vocabulary files into a folder and remove the files of its old vocabulary.
 
-    All files are on disk before the first one is renamed.
-
-    Args:
-        folder: the folder, created if it does not exist.
-        made: file name -> content.
+    `made` is file name -> content. All files are on disk before the first one is renamed.
 
     Raises:
         UserError: the folder cannot be written to.
