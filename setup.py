@@ -5,9 +5,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 SERVE = [
-    "starlette>=0.49.1,<2",  # requests, answers, streams; before it Range could cost much
-    "uvicorn>=0.30,<1",  # the server
-    "h11>=0.16",  # HTTP/1.1; before it a request could be smuggled in another
+    "starlette>=0.49.1,<2",  # routes, responses, streams; older ones let Range cost much time
+    # The HTTP server. connections.py overrides private methods, so only versions that were tried:
+    # 0.34 and 0.54. With 0.30, a stream continues after its client has disconnected.
+    "uvicorn>=0.34,<0.55",
+    "h11>=0.16",  # HTTP/1.1; older ones let one request be smuggled in another
+    "pydantic>=2.8,<3",  # checks requests and writes their JSON schema; tried: 2.8 and 2.14
     "jinja2>=3.1",  # the page, with everything escaped
     "prometheus-client>=0.20",  # /metrics
 ]

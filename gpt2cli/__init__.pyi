@@ -149,13 +149,6 @@ def evaluate(
     *,
     batch_size: int = 1,
     format: Literal["text", "json"] = "text",
-    model_name: str | Path | None = None,
-    run_name: str | Path | None = None,
-    checkpoint: str | Path | None = None,
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
-    models_dir: str | Path = "models",
-    checkpoint_dir: str | Path = "checkpoint",
-    verbose: bool = False,
     combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
@@ -164,6 +157,13 @@ def evaluate(
     lines: bool = False,
     uer_compat: bool = False,
     workers: int = 0,
+    model_name: str | Path | None = None,
+    run_name: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    models_dir: str | Path = "models",
+    checkpoint_dir: str | Path = "checkpoint",
+    verbose: bool = False,
 ) -> dict[str, float]:
     """Measure how well a model predicts a text: loss (nats per token), perplexity, accuracy.
 
@@ -174,15 +174,6 @@ def evaluate(
             .npy.
         batch_size: windows of n_ctx tokens per pass on a GPU; a CPU always reads one at a time.
         format: text (one line) or json (one object).
-        model_name: model to use (default: 124M).
-        run_name: run whose newest checkpoint to use instead of a model.
-        checkpoint: checkpoint to use, as model-2000 or 2000 (default: the newest).
-        precision: number format: auto is float32; bfloat16 is for GPUs (on a CPU it only rounds
-            the weights); int8 always runs on the CPU, where it is fastest and needs a quarter
-            of the memory.
-        models_dir: folder that contains the model folders.
-        checkpoint_dir: folder that contains the run folders.
-        verbose: show TensorFlow's own messages.
         combine: join files shorter than N characters, with a separator between them.
         encoding: text encoding of the files.
         errors: handling of bytes that are invalid in that encoding: stop (strict) or replace
@@ -195,6 +186,15 @@ def evaluate(
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
         workers: encoding threads; 0 starts one per core.
+        model_name: model to use (default: 124M).
+        run_name: run whose newest checkpoint to use instead of a model.
+        checkpoint: checkpoint to use, as model-2000 or 2000 (default: the newest).
+        precision: number format: auto is float32; bfloat16 is for GPUs (on a CPU it only rounds
+            the weights); int8 always runs on the CPU, where it is fastest and needs a quarter
+            of the memory.
+        models_dir: folder that contains the model folders.
+        checkpoint_dir: folder that contains the run folders.
+        verbose: show TensorFlow's own messages.
 
     Returns:
         loss (nats per token), perplexity, accuracy and tokens.
@@ -287,9 +287,6 @@ def sample(
     sample_dir: str | Path = "samples",
     shard: str | Path | None = None,
     processes: int = 0,
-    models_dir: str | Path = "models",
-    checkpoint_dir: str | Path = "checkpoint",
-    verbose: bool = False,
     length: int | None = None,
     min_length: int = 0,
     stop: tuple[str, ...] = (),
@@ -305,6 +302,9 @@ def sample(
     window: Literal["half", "last"] = "half",
     beams: int = 1,
     length_penalty: float = 1.0,
+    models_dir: str | Path = "models",
+    checkpoint_dir: str | Path = "checkpoint",
+    verbose: bool = False,
 ) -> None:
     """Write text: from nothing, or continuing a prompt.
 
@@ -339,9 +339,6 @@ def sample(
             in --out stands for it, as 3-of-8.
         processes: split the prompts across N processes, one GPU each if available; 0 means one
             process per GPU. Needs --format jsonl --out FILE.
-        models_dir: folder that contains the model folders.
-        checkpoint_dir: folder that contains the run folders.
-        verbose: show TensorFlow's own messages.
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
         min_length: number of tokens before the end token or --stop may end a sample.
         stop: text that ends a sample, such as a blank line; it is not printed.
@@ -364,6 +361,9 @@ def sample(
             instead of random ones, as transformers does, one prompt at a time.
         length_penalty: exponent of the length in a beam's score, log-probability / length **
             penalty; above 0 favours long texts.
+        models_dir: folder that contains the model folders.
+        checkpoint_dir: folder that contains the run folders.
+        verbose: show TensorFlow's own messages.
 
     Raises:
         UserError: the text says what is wrong, where, and what to do.
@@ -438,9 +438,9 @@ def train(
         seed: seed of the data order and the samples (default: drawn and printed).
         model_name: model to start from (default: 124M).
         run_name: name of the run: its folder under checkpoint/ and samples/.
-        restore_from: starting point: latest (the run's newest checkpoint, else the model),
-            weights (the same, with a new optimizer state), fresh (the model), or the path of a
-            checkpoint, run folder or model folder.
+        restore_from: latest (resume the run's newest checkpoint, else start from the model),
+            weights (the same, with the optimizer from scratch), fresh (the model), or the path
+            of a checkpoint, run folder or model folder.
         overwrite: let --restore_from fresh replace the checkpoints of an existing run.
         sample_dir: folder in which samples/RUN_NAME/ is created.
         steps: total number of steps of the run; 0 trains until Ctrl-C.
@@ -519,7 +519,6 @@ def vocab(
     size: int = 50257,
     min_frequency: int = 2,
     lower_case: bool = True,
-    verbose: bool = False,
     combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
@@ -528,6 +527,7 @@ def vocab(
     lines: bool = False,
     uer_compat: bool = False,
     workers: int = 0,
+    verbose: bool = False,
 ) -> None:
     """Train a vocabulary on a corpus and write the vocabulary files of a model folder.
 
@@ -541,7 +541,6 @@ def vocab(
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
-        verbose: show TensorFlow's own messages.
         combine: join files shorter than N characters, with a separator between them.
         encoding: text encoding of the files.
         errors: handling of bytes that are invalid in that encoding: stop (strict) or replace
@@ -554,6 +553,7 @@ def vocab(
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
         workers: encoding threads; 0 starts one per core.
+        verbose: show TensorFlow's own messages.
 
     Raises:
         UserError: the text says what is wrong, where, and what to do.

@@ -85,7 +85,7 @@ def targets():
             cli.read_command_line(words)
 
     def request(data):
-        with contextlib.suppress(api.Refused):
+        with contextlib.suppress(api.RequestError):
             api.CompletionRequest.parse(data).prompts()
 
     return {

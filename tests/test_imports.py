@@ -16,9 +16,17 @@ TOP = ("errors", "console", "machine", "flags", "files", "tensorflow", "options"
 WITHOUT_TENSORFLOW = ("errors", "console", "machine", "flags", "files", "options", "cli", "python")
 
 
+class RunningCode(ast.NodeTransformer):
+    """Drops imports for type checkers: a type may be named from anywhere."""
+
+    def visit_If(self, node):
+        return None if getattr(node.test, "id", "") == "TYPE_CHECKING" else node
+
+
 def own_imports(path):
     """Yield the gpt2cli modules that a file imports, anywhere in it, as dotted names."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = RunningCode().visit(ast.parse(path.read_text(encoding="utf-8")))
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "gpt2cli":
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gpt2cli."):

@@ -17,6 +17,7 @@ from gpt2cli.inference import beams, sampling
 from gpt2cli.inference import rows as generation
 from gpt2cli.inference.engines import litert as lite
 from gpt2cli.inference.engines import xla as graph
+from gpt2cli.inference.score import score as score_batches
 from gpt2cli.inference.text import Continuation, Sample
 from gpt2cli.model import network as model
 from gpt2cli.options import GenerateOptions, Precision, new_seed
@@ -26,7 +27,6 @@ from gpt2cli.tensorflow import gpus_for
 from gpt2cli.text import batches as windows
 from gpt2cli.text import encoder
 from gpt2cli.text.encoder import Encoder
-from gpt2cli.training import step as training
 
 STREAMED = 4  # tokens between two pieces of a streamed text
 
@@ -69,7 +69,7 @@ class LanguageModel:
         return found
 
     def evaluate(self, tokens, batch_size=1):
-        """windows.Tokens -> training.Score: mean loss in nats a token, accuracy, tokens.
+        """batches.Tokens -> Score: mean loss in nats a token, accuracy, tokens.
 
         The text is cut into windows of n_ctx predictions, each beginning with the last token of
         the one before: every token but the first is predicted once.
@@ -77,8 +77,8 @@ class LanguageModel:
         return self.score(tokens.evaluation_windows(self.config.n_ctx, batch_size))
 
     def score(self, batches):
-        """Batches of windows.Batch -> training.Score."""
-        return training.score(self.network, batches)
+        """Batches -> Score."""
+        return score_batches(self.network, batches)
 
     def generate(self, prompts=None, **settings):
         """Continue each prompt.
