@@ -21,6 +21,7 @@ from conftest import ROOT, small_disk
 
 from gpt2cli.commands.train import TrainOptions
 from gpt2cli.errors import UserError
+from gpt2cli.inference.score import Score
 from gpt2cli.model.network import GPT2, random_weights, weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
@@ -28,7 +29,7 @@ from gpt2cli.tensorflow import tf
 from gpt2cli.text import encoder
 from gpt2cli.text.batches import RandomWindows, Tokens
 from gpt2cli.training import journal
-from gpt2cli.training.step import Score, Step, Trainer
+from gpt2cli.training.step import Step, Trainer
 
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
@@ -323,11 +324,11 @@ def test_a_batch_with_a_nan_loss_is_skipped_on_request(cli, mini, monkeypatch):
     flags = (*FLAGS, "--on_nonfinite", "skip")
     result = cli("train", "text.txt", *flags, "--steps", 6)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("It is skipped") == 2 and "[3 |" in result.stderr
+    assert result.stderr.count("This step is skipped") == 2 and "[3 |" in result.stderr
     assert "[1 |" not in result.stderr and "[4 |" not in result.stderr
     with_bad_steps(monkeypatch, range(2, 1000))
     result = cli("train", "text.txt", *flags, "--run_name", "bad", "--steps", 50)
-    assert result.returncode == 1 and result.stderr.count("It is skipped") == 1 + 20
+    assert result.returncode == 1 and result.stderr.count("This step is skipped") == 1 + 20
 
 
 def step_of(options, network):
