@@ -114,7 +114,7 @@ def encode(
     checkpoint_dir: str | Path = "checkpoint",
     verbose: bool = False,
 ) -> None:
-    """Convert text to token ids once, so that training starts at once.
+    """Encode text once, so that training starts without a wait.
 
     Runs `gpt2cli encode` with the same settings.
 
@@ -172,7 +172,7 @@ def evaluate(
     Args:
         dataset: text, .csv or .jsonl file, a folder or glob of them, or an encoded .npz or
             .npy.
-        batch_size: windows of n_ctx tokens per pass on a GPU; a CPU takes one at a time.
+        batch_size: windows of n_ctx tokens per pass on a GPU; a CPU always reads one at a time.
         format: text (one line) or json (one object).
         combine: join files shorter than N characters, with a separator between them.
         encoding: text encoding of the files.

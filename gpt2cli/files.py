@@ -17,10 +17,10 @@ from gpt2cli.errors import BusyError, UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes in one folder go unnoticed there
-    fcntl = None  # type: ignore[assignment]  # its users ask for it first
+except ImportError:  # on Windows two processes in one folder go unnoticed
+    fcntl = None  # type: ignore[assignment]  # checked before use
 
-SPARE = 2**20  # bytes that should be left on a disk when a large file has been written
+SPARE = 2**20  # bytes that must stay free on a disk after a large file is written
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def replacing(path: str | Path, mode: str = "wb", **open_options: Any) -> Iterat
             os.fsync(file.fileno())
         os.replace(part, path)
         sync_folder(path.parent)
-    except BrokenPipeError:  # not of this file
+    except BrokenPipeError:  # comes from the block, not from this file
         raise
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -53,7 +53,7 @@ def replacing(path: str | Path, mode: str = "wb", **open_options: Any) -> Iterat
 
 
 def sync_folder(path: str | Path) -> None:
-    """Flush a folder's names to the disk, where the system lets a folder be opened."""
+    """Flush a folder's names to the disk, on systems that can open a folder."""
     with contextlib.suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -87,10 +87,10 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             os.rename(old, path)
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a file or a link stood there
+            with contextlib.suppress(OSError):  # it was a file or a link
                 left.unlink()
         for folder in missing:
-            with contextlib.suppress(OSError):  # not empty: all went well
+            with contextlib.suppress(OSError):  # not empty: the block succeeded
                 folder.rmdir()
 
 
@@ -112,7 +112,7 @@ def check_room(path: str | Path, size: int) -> None:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return the bytes of a file; UserError if it cannot be read."""
+    """Return the content of a file; UserError if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -177,32 +177,11 @@ def locked(path: str | Path, work: str, target: str | Path | None = None) -> Ite
         UserError: the lock file cannot be created.
     """
     path = Path(path)
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", encoding="utf-8")
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip()
-            file.close()
-            raise BusyError(
-                f"another {work} is writing {target or path.parent}{holder and f' ({holder})'}. "
-                "Wait for it to end, or choose another name"
-            ) from None
-        except OSError as error:  # a file system without locks
-            file.close()
-            raise UserError(f"cannot lock {path}: {error.strerror}. Use another disk") from error
-        with contextlib.suppress(OSError):  # the one before removed it between open and flock
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                break
-        file.close()
+    file = None
+    while file is None:
+        file = _open_lock(path, work, target or path.parent)
     with file:
-        with contextlib.suppress(OSError):  # a full disk does not keep us from holding the lock
+        with contextlib.suppress(OSError):  # the lock works on a full disk too
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
@@ -212,6 +191,33 @@ def locked(path: str | Path, work: str, target: str | Path | None = None) -> Ite
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _open_lock(path: Path, work: str, target: str | Path) -> IO[str] | None:
+    """Open and lock a file; None if its last holder removed it between the two."""
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip()
+            raise BusyError(
+                f"another {work} is writing {target}{f' ({holder})' if holder else ''}. "
+                "Wait for it to end, or choose another name"
+            ) from None
+        except OSError as error:  # a file system without locks
+            raise UserError(f"cannot lock {path}: {error.strerror}. Use another disk") from error
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                stack.pop_all()
+                return file
+    return None
 
 
 @contextlib.contextmanager
@@ -224,5 +230,5 @@ def filling(folder: str | Path, work: str) -> Iterator[None]:
             yield
     finally:
         for empty in (folder, *missing):
-            with contextlib.suppress(OSError):  # not empty: all went well
+            with contextlib.suppress(OSError):  # not empty: the work succeeded
                 empty.rmdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """Return the number of cores this process may use, by its affinity and a container's limit."""
+    """Return the number of cores this process may use, within its affinity and container limit."""
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
@@ -18,7 +18,7 @@ def cores() -> int:
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory this process may still take; None where that is unknown."""
+    """Return the bytes of memory this process may still use; None if unknown."""
     free = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():

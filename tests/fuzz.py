@@ -1,7 +1,7 @@
-"""Coverage-guided noise for the parsers that are ours: `make fuzz`, or python tests/fuzz.py TARGET.
+"""Coverage-guided fuzzing of our own parsers: `make fuzz`, or python tests/fuzz.py TARGET.
 
-Only a UserError may come of any bytes. Needs atheris (`pip install -e .[fuzz]`); the short form,
-without it, is test_bad_input.py.
+Any bytes may cause a UserError and no other error. This needs atheris (`pip install -e .[fuzz]`);
+test_bad_input.py is the short form without it.
 """
 
 import contextlib
@@ -22,12 +22,13 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 
 def targets():
-    """Name -> function of bytes."""
-    from gpt2cli import cli, files, options
-    from gpt2cli.jobs import lines as jobs
+    """Return name -> function of bytes."""
+    from gpt2cli import cli, files
+    from gpt2cli.jobs import lines as results
     from gpt2cli.jobs.prompts import read as read_prompts
-    from gpt2cli.model import sizes as hparams
-    from gpt2cli.serving import api as completions
+    from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.options import TextOptions
+    from gpt2cli.serving import api
     from gpt2cli.storage import folders, runs
     from gpt2cli.text import encoded, encoder
 
@@ -39,8 +40,8 @@ def targets():
         return path
 
     def corpus(ending):
-        settings = options.TextOptions(workers=1)
-        return lambda data: encoded.load(file(f"in.{ending}", data), vocabulary, settings, 2048)
+        one = TextOptions(workers=1)
+        return lambda data: encoded.load(file(f"in.{ending}", data), vocabulary, one, 2048)
 
     def bpe(name, other):
         def read(data):
@@ -68,12 +69,14 @@ def targets():
         runs.read_state(FOLDER, 1)
 
     def sums(data):
-        file("hparams.json", b"{}")
-        file("SHA256SUMS", data)
-        folders.open_folder(FOLDER)
+        folder = FOLDER / "sums"
+        folder.mkdir(exist_ok=True)
+        (folder / "hparams.json").write_bytes((TINY / "hparams.json").read_bytes())
+        (folder / "SHA256SUMS").write_bytes(data)
+        folders.open_folder(folder)
 
     def lines(data):
-        json.dumps(list(jobs.read(file("lines.jsonl", data))))
+        json.dumps(list(results.read(file("lines.jsonl", data))))
 
     def flags(data):
         words = data.decode("utf-8", "surrogateescape").split("\0")
@@ -81,11 +84,11 @@ def targets():
             cli.read_command_line(words)
 
     def request(data):
-        with contextlib.suppress(completions.RequestError):
-            completions.CompletionRequest.parse(data).prompts()
+        with contextlib.suppress(api.RequestError):
+            api.CompletionRequest.parse(data).prompts()
 
     return {
-        "hparams": lambda data: hparams.ModelConfig.from_json(data.decode("utf-8", "replace")),
+        "hparams": lambda data: ModelConfig.from_json(data.decode("utf-8", "replace")),
         "object": lambda data: files.read_object(file("object.json", data)),
         **{ending: corpus(ending) for ending in ("txt", "csv", "jsonl", "npz", "npy")},
         "encoder.json": bpe("encoder.json", "vocab.bpe"),
@@ -102,7 +105,7 @@ def targets():
 
 
 def seeds():
-    """Name of a target -> bytes that it reads well, from which the noise begins."""
+    """Return name of a target -> valid bytes, from which fuzzing starts."""
     from gpt2cli.storage import runs
 
     npy, npz = io.BytesIO(), io.BytesIO()
@@ -124,7 +127,7 @@ def seeds():
         "prompts.txt": b"The kettle\n\nA letter",
         "prompts.jsonl": b'"a"\n[1, 2]\n{"tokens": [3]}\n{"prompt": "b"}\n',
         "state": (FOLDER / "state-1.json").read_bytes(),
-        "sums": hashlib.sha256(b"{}").hexdigest().encode() + b"  hparams.json\n",
+        "sums": hashlib.sha256(hparams).hexdigest().encode() + b"  hparams.json\n",
         "lines": b'{"index": 0, "error": "x"}\n{"index": 1}\n',
         "request": b'{"prompt": [[1], [2]], "max_tokens": 5, "stop": ["a"], "top_p": 0.5}',
         "flags": b"sample\0--prompt\0x\0--top_k=3\0--stop=a\0--nsamples\0002",

@@ -1,4 +1,4 @@
-"""Any bytes in any file that we parse: a UserError at the worst. The long form is fuzz.py."""
+"""Any bytes in any file that we parse cause at worst a UserError. The long form is fuzz.py."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ BYTES = st.one_of(
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_any_bytes_are_read_or_refused_in_words(name):
+def test_any_bytes_are_read_or_rejected_with_a_message(name):
     @settings(max_examples=40, deadline=None, database=None, derandomize=True)
     @given(BYTES)
     def check(data):
@@ -42,14 +42,14 @@ def test_any_bytes_are_read_or_refused_in_words(name):
         except UserError as error:
             assert str(error) and "\n" not in str(error)[:2000]
 
-    TARGETS[name](fuzz.seeds()[name])  # what is right is read
+    TARGETS[name](fuzz.seeds()[name])  # valid input is read
     check()
 
 
-FOUND = (("sums", b"0  " + b"n" * 300), ("sums", b"0  a\0b"))  # by the noise of fuzz.py
+FOUND = (("sums", b"0  " + b"n" * 300), ("sums", b"0  a\0b"))  # by fuzz.py
 
 
 @pytest.mark.parametrize("name, data", FOUND)
-def test_what_noise_has_found_is_read_or_refused(name, data):
+def test_input_found_by_fuzzing_is_read_or_rejected(name, data):
     with contextlib.suppress(UserError):
         TARGETS[name](data)

@@ -1,4 +1,4 @@
-"""What is promised of runs that are stopped, killed, out of disk or damaged: broken on purpose."""
+"""Runs that are stopped, killed, damaged or out of disk space keep their promises."""
 
 import contextlib
 import dataclasses
@@ -21,14 +21,15 @@ from conftest import ROOT, small_disk
 
 from gpt2cli.commands.train import TrainOptions
 from gpt2cli.errors import UserError
-from gpt2cli.model import network as model
+from gpt2cli.inference.score import Score
+from gpt2cli.model.network import GPT2, random_weights, weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.tensorflow import tf
-from gpt2cli.text import batches as windows
 from gpt2cli.text import encoder
+from gpt2cli.text.batches import RandomWindows, Tokens
 from gpt2cli.training import journal
-from gpt2cli.training import step as training
+from gpt2cli.training.step import Step, Trainer
 
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
@@ -36,23 +37,31 @@ UNSEEDED = ("--model_name", "mini", "--seq_length", 32, "--learning_rate", 0.001
 FLAGS = (*UNSEEDED, "--seed", 7, "--sample_every", 0)
 
 
+def new_network(sizes):
+    return GPT2(sizes, random_weights(sizes))
+
+
 @pytest.fixture
 def mini(workdir):
-    """models/mini, one layer, and a text."""
+    """Make models/mini, which has one layer, and a text."""
     folder = workdir / "models" / "mini"
-    folders.copy_vocabulary(workdir / "models" / "tiny", folder)
-    checkpoint.save(model.GPT2(SIZES, model.random_weights(SIZES)), folder)
+    folders.copy_vocabulary(folders.open_folder("models/tiny"), folder)
+    checkpoint.save(new_network(SIZES), folder)
     (workdir / "text.txt").write_text(TEXT)
     return workdir
 
 
 def contents(prefix):
-    """All that a checkpoint holds: weights, optimizer, state but its times."""
+    """Return the weights, the optimizer's tensors and the state, except its times."""
     prefix = folders.find_checkpoint(prefix)
     tensors, state = checkpoint.load_training(prefix)
     weights = {n: v.numpy() for n, v in checkpoint.load(prefix).weights.items()}
     kept = {k: state[k] for k in ("step", "seed", "running_loss", "best", "worse")}
     return weights | tensors, kept
+
+
+def read_log(run):
+    return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
 
 
 def assert_same(one, other):
@@ -64,8 +73,8 @@ def assert_same(one, other):
 
 
 OPTIMIZERS = ("adam", "sgd", "adamw", "adafactor", "adafactor_gpt2_ml")
-# every optimizer, precision, accumulation and way of recomputing meets each other somewhere
-SHORT = [("adafactor", "bfloat16", 2, 0.1, True)]  # adam: a killed run goes on, below
+# together these combine every optimizer with every other option
+SHORT = [("adafactor", "bfloat16", 2, 0.1, True)]  # adam: see the killed run below
 LONG = [
     (optimizer, precision, parts, dropout, recompute)
     for optimizer in OPTIMIZERS
@@ -81,38 +90,35 @@ def check_halves(cli, mini, optimizer, precision, parts, dropout, recompute):
     flags += ["--accumulate_gradients", parts, f"--memory_saving_gradients={recompute}"]
     flags += ["--val_dataset", "text.txt", "--val_every", 2, "--val_batch_count", 1]
     flags += ["--sampling", "documents", "--noise", 0.1]
-    flags += ["--sample_every", 3 * (optimizer == "adafactor"), "--sample_length", 8]
-    seed = ("--seed", 7)  # for what goes on, that of the run
+    flags += ["--sample_every", 3 if optimizer == "adafactor" else 0, "--sample_length", 8]
+    seed = ("--seed", 7)  # a resumed run takes its own
     for name, step, more in (("whole", 6, seed), ("halves", 3, seed), ("halves", 6, ())):
         result = cli("train", "text.txt", *flags, "--run_name", name, "--steps", step, *more)
         assert result.returncode == 0, result.stderr
     assert_same("checkpoint/whole", "checkpoint/halves")
-    told = [
+    logs = [
         [(line["step"], line.get("loss"), line.get("validation_loss")) for line in log]
-        for log in (
-            [json.loads(text) for text in (mini / f"checkpoint/{name}/log.jsonl").open()]
-            for name in ("whole", "halves")
-        )
+        for log in (read_log(f"checkpoint/{name}") for name in ("whole", "halves"))
     ]
-    assert told[0] == told[1]
+    assert logs[0] == logs[1]
     samples = [{p.name: p.read_text() for p in (mini / "samples").glob(f"{name}/*")}
                for name in ("whole", "halves")]  # fmt: skip
-    assert samples[0] == samples[1] and len(samples[0]) == 2 * (optimizer == "adafactor")
+    assert samples[0] == samples[1] and len(samples[0]) == (2 if optimizer == "adafactor" else 0)
     shutil.rmtree(mini / "checkpoint")
 
 
 @pytest.mark.parametrize("case", SHORT, ids=lambda case: "-".join(map(str, case)))
-def test_two_halves_are_the_whole_bit_for_bit(cli, mini, case):
+def test_two_halves_equal_the_whole_run_bit_for_bit(cli, mini, case):
     check_halves(cli, mini, *case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LONG, ids=lambda case: "-".join(map(str, case)))
-def test_two_halves_are_the_whole_with_every_setting(cli, mini, case):
+def test_two_halves_equal_the_whole_run_with_all_options(cli, mini, case):
     check_halves(cli, mini, *case)
 
 
-def test_weights_alone_are_gone_on_with_when_asked(cli, mini):
+def test_training_resumes_from_weights_alone_on_request(cli, mini):
     assert cli("train", "text.txt", *FLAGS, "--steps", 2).returncode == 0
     more = ("--restore_from", "weights", "--optimizer", "sgd", "--steps", 3)
     result = cli("train", "text.txt", *FLAGS, *more)
@@ -122,7 +128,7 @@ def test_weights_alone_are_gone_on_with_when_asked(cli, mini):
     assert fresh.returncode == 1 and "no checkpoint to resume" in fresh.stderr
 
 
-def test_weights_that_are_whole_are_of_use_without_the_optimizer(cli, mini):
+def test_undamaged_weights_are_usable_without_the_optimizer(cli, mini):
     assert cli("train", "text.txt", *FLAGS, "--steps", 1).returncode == 0
     path = Path("checkpoint/run1/optimizer-1" + runs.SHARD)
     path.write_bytes(path.read_bytes()[:-9])
@@ -134,12 +140,12 @@ def test_weights_that_are_whole_are_of_use_without_the_optimizer(cli, mini):
     assert cli("export", "run1", "models/slim", "--step", 1).returncode == 0
 
 
-def test_a_failed_save_of_a_replacing_run_leaves_the_old_one(cli, mini, monkeypatch):
+def test_a_failed_save_of_a_replacing_run_leaves_the_old_run(cli, mini, monkeypatch):
     assert cli("train", "text.txt", *FLAGS, "--steps", 1).returncode == 0
     before = {p.name: p.read_bytes() for p in Path("checkpoint/run1").iterdir()}
     sizes = ModelConfig(n_vocab=2048, n_ctx=64, n_embd=16, n_head=2, n_layer=1)
-    folders.copy_vocabulary(mini / "models/mini", mini / "models/other")
-    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), mini / "models/other")
+    folders.copy_vocabulary(folders.open_folder("models/mini"), mini / "models/other")
+    checkpoint.save(new_network(sizes), mini / "models/other")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
         words = ("--model_name", "other", *FLAGS[2:], "--restore_from", "fresh", "--overwrite")
@@ -150,11 +156,10 @@ def test_a_failed_save_of_a_replacing_run_leaves_the_old_one(cli, mini, monkeypa
     }
     assert not [name for name in changed if not name.startswith("events")]
     assert cli("train", "text.txt", *words, "--steps", 2).returncode == 0
-    told = [json.loads(line)["step"] for line in Path("checkpoint/run1/log.jsonl").open()]
-    assert told == [1, 2]
+    assert [line["step"] for line in read_log("checkpoint/run1")] == [1, 2]
 
 
-def test_a_checkpoint_for_good_that_failed_is_for_good_later(cli, mini, monkeypatch):
+def test_a_permanent_checkpoint_that_failed_is_saved_later(cli, mini, monkeypatch):
     real, calls = checkpoint.save_run, []
 
     def failing(*arguments):
@@ -169,10 +174,10 @@ def test_a_checkpoint_for_good_that_failed_is_for_good_later(cli, mini, monkeypa
     assert [state.get("permanent") for state in runs.states("checkpoint/run1").values()] == [True]
 
 
-def test_what_a_stop_broke_off_is_done_when_the_run_goes_on(cli, mini, monkeypatch):
-    from gpt2cli.inference import generator as inference
+def test_work_that_a_stop_interrupted_is_done_when_the_run_resumes(cli, mini, monkeypatch):
+    from gpt2cli.inference.generator import LanguageModel
 
-    real, calls = inference.LanguageModel.score, []
+    real, calls = LanguageModel.score, []
 
     def stopping(self, batches):
         calls.append(1)
@@ -183,19 +188,19 @@ def test_what_a_stop_broke_off_is_done_when_the_run_goes_on(cli, mini, monkeypat
     flags = (*UNSEEDED, "--seed", 7, "--val_dataset", "text.txt", "--val_every", 2)
     flags += ("--val_batch_count", 1, "--sample_every", 2, "--sample_length", 4, "--patience", 9)
     with monkeypatch.context() as patch:
-        patch.setattr(inference.LanguageModel, "score", stopping)
+        patch.setattr(LanguageModel, "score", stopping)
         assert cli("train", "text.txt", *flags, "--steps", 4).returncode == 143
     assert runs.states("checkpoint/run1")[2]["due"] == ["validation", "samples"]
     assert not Path("samples/run1/samples-2").exists()
     result = cli("train", "text.txt", *flags, "--steps", 3)
     assert result.returncode == 0 and Path("samples/run1/samples-2").exists()
-    told = [json.loads(line) for line in Path("checkpoint/run1/log.jsonl").open()]
-    assert [line["step"] for line in told if "validation_loss" in line] == [0, 2]
+    log = read_log("checkpoint/run1")
+    assert [line["step"] for line in log if "validation_loss" in line] == [0, 2]
 
 
-def test_samples_that_a_stop_broke_off_begin_as_they_would_have(cli, mini, monkeypatch):
-    """Of a model without a start token they go on from a token of the step's batch."""
-    from gpt2cli.inference import generator as inference
+def test_samples_that_a_stop_interrupted_start_with_the_same_token(cli, mini, monkeypatch):
+    """Without a start token they continue from a token of the step's batch."""
+    from gpt2cli.inference.generator import LanguageModel
 
     sizes = dataclasses.replace(SIZES, extra={"start_token": None})
     folders.copy_description(mini / "models" / "mini", mini / "models" / "mini", sizes)
@@ -207,7 +212,7 @@ def test_samples_that_a_stop_broke_off_begin_as_they_would_have(cli, mini, monke
         return iter(())
 
     with monkeypatch.context() as patch:
-        patch.setattr(inference.LanguageModel, "samples", stopping)
+        patch.setattr(LanguageModel, "samples", stopping)
         assert cli("train", "text.txt", *flags, "--save_every", 2).returncode == 143
     assert not Path("samples/run1/samples-2").exists()
     assert cli("train", "text.txt", *flags).returncode == 0
@@ -235,7 +240,8 @@ def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
         result = cli("export", "run1", "models/new", f"--step={step}")
         assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
     result = cli("export", "run1", "checkpoint", "--overwrite")
-    assert result.returncode == 1 and "not a model's folder" in result.stderr
+    assert result.returncode == 1
+    assert "checkpoint is or contains checkpoint/run1" in result.stderr
     assert cli("export", "run1", "checkpoint/run1", "--overwrite").returncode == 1
     shutil.copytree("checkpoint/run1", "checkpoint/run2")
     other = "checkpoint/run2"
@@ -244,28 +250,28 @@ def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
         ("init", "run2", "--vocab", "models/tiny", "--models_dir", "checkpoint"),
     ):
         result = cli(*words, "--overwrite")
-        assert result.returncode == 1 and "not a model's folder" in result.stderr, words
+        assert result.returncode == 1 and "not a model folder" in result.stderr, words
     assert runs.steps("checkpoint/run1")
 
 
 def validated(cli, losses, monkeypatch, *more):
-    """Train with these validation losses, one a step from step 0."""
-    from gpt2cli.inference import generator as inference
+    """Train with these validation losses, one per step from step 0; return stderr."""
+    from gpt2cli.inference.generator import LanguageModel
 
-    wanted, real = iter(losses), inference.LanguageModel.score
+    wanted, real = iter(losses), LanguageModel.score
 
     def score(self, batches):
         batches = list(batches)
-        return real(self, batches) if len(batches) == 1 else training.Score(next(wanted), 0.5, 9)
+        return real(self, batches) if len(batches) == 1 else Score(next(wanted), 0.5, 9)
 
-    monkeypatch.setattr(inference.LanguageModel, "score", score)
+    monkeypatch.setattr(LanguageModel, "score", score)
     flags = (*FLAGS, "--val_dataset", "text.txt", "--val_every", 1, "--val_batch_count", 2)
     result = cli("train", "text.txt", *flags, "--steps", 9, *more)
     assert result.returncode == 0, result.stderr
     return result.stderr
 
 
-def test_a_run_ends_when_its_validation_loss_no_longer_falls(cli, mini, monkeypatch):
+def test_a_run_ends_when_its_validation_loss_stops_falling(cli, mini, monkeypatch):
     losses = [5.0, 4.0, 3.0, 3.5, 3.25, 3.1]
     more = ("--patience", 3, "--keep_best", "--keep", 1)
     said = validated(cli, losses, monkeypatch, *more)
@@ -277,7 +283,7 @@ def test_a_run_ends_when_its_validation_loss_no_longer_falls(cli, mini, monkeypa
     assert runs.steps("checkpoint/run1") == [2, 5]
 
 
-def test_some_are_kept_for_good(cli, mini, monkeypatch):
+def test_some_checkpoints_are_permanent(cli, mini, monkeypatch):
     more = ("--save_every", 1, "--keep", 1, "--keep_every_hours", 1e-9)
     assert cli("train", "text.txt", *FLAGS, "--steps", 3, *more).returncode == 0
     assert runs.steps("checkpoint/run1") == [1, 2, 3]
@@ -285,23 +291,23 @@ def test_some_are_kept_for_good(cli, mini, monkeypatch):
     assert runs.steps("checkpoint/run1") == [1, 2, 3, 5]
 
 
-def test_flags_that_go_by_the_validation_need_one(cli, mini):
+def test_flags_about_validation_need_val_every(cli, mini):
     for flag in (("--patience", 2), ("--keep_best",)):
         result = cli("train", "text.txt", *FLAGS, *flag)
-        assert result.returncode == 2 and "needs --val_every" in result.stderr
+        assert result.returncode == 2 and "add --val_every" in result.stderr
 
 
 def with_bad_steps(monkeypatch, bad):
-    """Have these steps give no number, as a real one that is skipped: nothing changes."""
-    real = training.Trainer.step
+    """Make these steps return NaN and change nothing, like a real step that is skipped."""
+    real = Trainer.step
 
     def step(self, number, *rest):
-        return training.Step(np.nan, 0.0, np.inf) if number in bad else real(self, number, *rest)
+        return Step(np.nan, 0.0, np.inf) if number in bad else real(self, number, *rest)
 
-    monkeypatch.setattr(training.Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
-def test_a_batch_that_gives_no_number_is_named_and_ends_the_run(cli, mini, monkeypatch):
+def test_a_batch_with_a_nan_loss_is_reported_and_ends_the_run(cli, mini, monkeypatch):
     np.savez(mini / "ids.npz", np.arange(32 * 8 + 1) + 300)
     with_bad_steps(monkeypatch, {3})
     flags = (*FLAGS, "--sampling", "sequential", "--save_every", 2, "--steps", 6)
@@ -313,31 +319,31 @@ def test_a_batch_that_gives_no_number_is_named_and_ends_the_run(cli, mini, monke
     assert runs.steps("checkpoint/run1") == [2]
 
 
-def test_a_batch_that_gives_no_number_is_left_out_when_asked(cli, mini, monkeypatch):
+def test_a_batch_with_a_nan_loss_is_skipped_on_request(cli, mini, monkeypatch):
     with_bad_steps(monkeypatch, {0, 3})
     flags = (*FLAGS, "--on_nonfinite", "skip")
     result = cli("train", "text.txt", *flags, "--steps", 6)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("It is skipped") == 2 and "[3 |" in result.stderr
+    assert result.stderr.count("This step is skipped") == 2 and "[3 |" in result.stderr
     assert "[1 |" not in result.stderr and "[4 |" not in result.stderr
     with_bad_steps(monkeypatch, range(2, 1000))
     result = cli("train", "text.txt", *flags, "--run_name", "bad", "--steps", 50)
-    assert result.returncode == 1 and result.stderr.count("It is skipped") == 1 + 20
+    assert result.returncode == 1 and result.stderr.count("This step is skipped") == 1 + 20
 
 
-def step_of(config, network):
-    tokens = windows.Tokens([np.arange(400) % 50])
-    batch = windows.RandomWindows(tokens, 8, 1).batch(0, 2)
-    trainer = training.Trainer(network, TrainOptions(dataset="x", **config))
+def step_of(options, network):
+    tokens = Tokens([np.arange(400) % 50])
+    batch = RandomWindows(tokens, 8, 1).batch(0, 2)
+    trainer = Trainer(network, TrainOptions(dataset="x", **options))
     return trainer, batch, trainer.step(0, batch)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_step_that_is_skipped_changes_nothing(recompute):
+def test_a_skipped_step_changes_nothing(recompute):
     sizes = ModelConfig(n_vocab=64, n_ctx=16, n_embd=16, n_head=2, n_layer=2)
-    network = model.GPT2(sizes, model.random_weights(sizes))
-    config = {"on_nonfinite": "skip", "memory_saving_gradients": recompute}
-    trainer, batch, done = step_of(config, network)
+    network = new_network(sizes)
+    options = {"on_nonfinite": "skip", "memory_saving_gradients": recompute}
+    trainer, batch, done = step_of(options, network)
     assert done.is_finite
     before = {n: v.numpy() for n, v in {**network.weights, **trainer.state()}.items()}
     good = network.weights["model/h1/mlp/c_fc/b"].numpy()
@@ -350,15 +356,15 @@ def test_a_step_that_is_skipped_changes_nothing(recompute):
         assert value.tobytes() == after[name].tobytes(), name
 
 
-def test_the_norm_of_the_gradient_is_told():
+def test_the_gradient_norm_is_returned():
     sizes = ModelConfig(n_vocab=64, n_ctx=16, n_embd=16, n_head=2, n_layer=2)
     norms = []
     for more in ({}, {"memory_saving_gradients": True}, {"clip_norm": 0.01}, {"optimizer": "sgd"}):
-        network = model.GPT2(sizes, model.random_weights(sizes))
+        network = new_network(sizes)
         norms.append(step_of({"learning_rate": 1.0, **more}, network)[2].norm)
     assert np.allclose(norms, norms[0], rtol=1e-5)
     # SGD with a rate of 1 moves the weights by the gradient
-    first = model.GPT2(sizes, model.random_weights(sizes))
+    first = new_network(sizes)
     moved = sum(
         float(np.square(network.weights[n].numpy() - v.numpy()).sum())
         for n, v in first.weights.items()
@@ -370,7 +376,7 @@ def test_the_norm_of_the_gradient_is_told():
 
 
 class Killed:
-    """A `gpt2cli train` that is killed; `seen` is what it wrote to stderr until then."""
+    """A `gpt2cli train` that is killed; `seen` is its stderr until then."""
 
     def __init__(self, words, cwd, wait):
         command = [sys.executable, "-m", "gpt2cli", "train", *map(str, words)]
@@ -397,7 +403,7 @@ class Killed:
 
 
 def check_kills(cli, folder, rounds, capsys):
-    """Kill a run so often; nothing is lost, and in the end it is as the undisturbed one."""
+    """Kill a run N times; nothing is lost, and the result equals that of an undisturbed run."""
     flags = (*FLAGS, "--save_every", 3, "--keep", 2, "--dropout", 0.1)
     chance = random.Random(rounds)
     for _ in range(rounds):
@@ -405,7 +411,7 @@ def check_kills(cli, folder, rounds, capsys):
         assert "damaged" not in killed.seen and "Traceback" not in killed.seen
         step = runs.newest("checkpoint/killed") if runs.steps("checkpoint/killed") else 0
         assert step >= (killed.last - 1) // 3 * 3, "a checkpoint was lost"
-        assert capsys.readouterr().err == "", "one is not whole"
+        assert capsys.readouterr().err == "", "a checkpoint is damaged"
     for name in ("killed", "whole"):
         words = ("text.txt", *flags, "--run_name", name, "--steps", step + 4)
         assert cli("train", *words).returncode == 0
@@ -414,12 +420,12 @@ def check_kills(cli, folder, rounds, capsys):
     return step
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(cli, mini, capsys):
+def test_a_killed_run_resumes_as_if_nothing_had_happened(cli, mini, capsys):
     check_kills(cli, mini, 1, capsys)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_a_hundred_times(cli, mini, capsys):
+def test_a_run_survives_a_hundred_kills(cli, mini, capsys):
     step = check_kills(cli, mini, 100, capsys)
     print(f"100 kills, 0 lost, 0 unreadable, {step} steps")
 
@@ -428,7 +434,7 @@ def test_a_run_that_is_killed_a_hundred_times(cli, mini, capsys):
 
 
 def fill(folder, left):
-    """Take all space but so many bytes; returns the file that holds it."""
+    """Fill the disk except for `left` bytes; return the file that takes the space."""
     path = folder / "ballast"
     with open(path, "wb", buffering=0) as file:
         with contextlib.suppress(OSError):
@@ -438,7 +444,7 @@ def fill(folder, left):
     return path
 
 
-def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(cli, mini):
+def test_training_continues_on_a_full_disk_and_saves_when_there_is_room(cli, mini):
     with small_disk(mini / "disk", 64) as disk:
         words = ["train", "text.txt", *FLAGS, "--save_every", 5, "--keep", 2]
         words += ["--checkpoint_dir", "disk", "--steps", 100_000]
@@ -464,7 +470,7 @@ def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(cli
         step = runs.newest(disk / "run1")
         assert f"at step {step}" in rest
         assert runs.fault(disk / "run1", step) is None
-        # the last save of a run that ends on a full disk: told, and the older one stays
+        # a failed last save of a run is reported, and the older checkpoint stays
         fill(disk, 16384)
         words[words.index(100_000)] = step + 2
         result = cli(*words)
@@ -506,19 +512,20 @@ def test_encode_and_a_job_on_a_full_disk_lose_nothing(cli, mini):
 
 
 def used(prefix, folder):
-    """What comes of all files of a folder that a command reads."""
-    config, stored = checkpoint.open_weights(folders.find_checkpoint(prefix))
-    weights = {n: stored(n, s).tobytes() for n, s in model.weight_shapes(config).items()}
+    """Return the content of all files that commands read in a folder."""
+    opened = folders.open_model(prefix)
+    config, stored = checkpoint.open_weights(opened)
+    weights = {n: stored(n, s).tobytes() for n, s in weight_shapes(config).items()}
     vocabulary = encoder.of_model(folder, config.n_vocab)
     ids = vocabulary.encode("The quick brown fox, 12 kettles & née <|endoftext|>")
-    return config, weights, ids, checkpoint.load_training(folders.find_checkpoint(prefix))[1]
+    return config, weights, ids, checkpoint.load_training(opened.checkpoint)[1]
 
 
 def check_flips(folder, flips, prefix, seed):
-    """Flip a bit so often, in each file in turn: told with the file's name, or no effect."""
+    """Flip N bits, in each file in turn; each is reported with the file's name or has no effect."""
     chance, expected = random.Random(seed), used(prefix, folder)
     paths = sorted(p for p in folder.iterdir() if p.is_file())
-    found = {"told": 0, "no effect": 0}
+    found = {"reported": 0, "no effect": 0}
     for number in range(flips):
         path = paths[number % len(paths)]
         content = path.read_bytes()
@@ -530,22 +537,22 @@ def check_flips(folder, flips, prefix, seed):
         except UserError as error:
             known = (path.name, path.name.partition(".")[0])
             assert any(name in str(error) for name in known), (path.name, at, bit, str(error))
-            found["told"] += 1
+            found["reported"] += 1
         finally:
             path.write_bytes(content)
     return found
 
 
 @pytest.mark.parametrize("flips", [60, pytest.param(2000, marks=pytest.mark.slow)])
-def test_a_flipped_bit_is_told_or_has_no_effect(cli, mini, flips):
+def test_a_flipped_bit_is_reported_or_has_no_effect(cli, mini, flips):
     assert cli("train", "text.txt", *FLAGS, "--steps", 2).returncode == 0
     of_model = check_flips(mini / "models/mini", flips, "models/mini", 1)
     of_run = check_flips(mini / "checkpoint/run1", flips, "checkpoint/run1/model-2", 2)
     print(f"{flips} flips: model {of_model}, run {of_run}")
-    assert of_model["told"] > flips / 2 and of_run["told"] > flips / 3
+    assert of_model["reported"] > flips / 2 and of_run["reported"] > flips / 3
 
 
-def test_a_checkpoint_that_was_being_written_again_is_gone_on_with(cli, mini):
+def test_training_resumes_from_a_checkpoint_that_was_being_written_again(cli, mini):
     assert cli("train", "text.txt", *FLAGS, "--steps", 1).returncode == 0
     runs.set_aside("checkpoint/run1", 1)  # killed before the new files had their names
     result = cli("train", "text.txt", *FLAGS, "--steps", 2)
@@ -553,7 +560,7 @@ def test_a_checkpoint_that_was_being_written_again_is_gone_on_with(cli, mini):
     assert runs.steps("checkpoint/run1") == [1, 2]
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_training_goes_on_from_the_one_before(cli, mini):
+def test_training_reports_a_damaged_checkpoint_and_resumes_from_the_previous_one(cli, mini):
     assert cli("train", "text.txt", *FLAGS, "--steps", 4, "--save_every", 2).returncode == 0
     path = Path("checkpoint/run1/model-4" + runs.SHARD)
     content = bytearray(path.read_bytes())
@@ -562,7 +569,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_training_goes_on_from_the_one_b
     result = cli("train", "text.txt", *FLAGS, "--steps", 4)
     assert result.returncode == 0
     assert "model-4.data-00000-of-00001 is damaged" in result.stderr
-    assert "the checkpoint of step 2 is used" in result.stderr and "[3 |" in result.stderr
+    assert "using the checkpoint of step 2 instead" in result.stderr and "[3 |" in result.stderr
     assert cli("train", "text.txt", *FLAGS, "--run_name", "whole", "--steps", 4).returncode == 0
     assert_same("checkpoint/run1", "checkpoint/whole")
 
@@ -572,17 +579,17 @@ def test_an_event_file_that_cannot_be_written_does_not_end_a_run(tmp_path, monke
         raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
 
     monkeypatch.setattr(tf.raw_ops, "WriteScalarSummary", full)
-    told = journal.Journal(tmp_path, 0, {})
+    written = journal.Journal(tmp_path, 0, {})
     for step in (1, 2):
-        told.write(step, loss=1.0)
-    told.close()
+        written.write(step, loss=1.0)
+    written.close()
     assert capsys.readouterr().err.count("no longer written: No space left on device") == 1
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2]
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
 
 
-def test_a_log_that_was_cut_or_damaged_does_not_end_a_run(cli, mini):
+def test_a_damaged_log_does_not_end_a_run(cli, mini):
     assert cli("train", "text.txt", *FLAGS, "--steps", 2).returncode == 0
     log = Path("checkpoint/run1/log.jsonl")
     log.write_bytes(log.read_bytes() + b'[1]\n\xff\xfe\n{"step": 2, "los')
     assert cli("train", "text.txt", *FLAGS, "--steps", 3).returncode == 0
-    assert [json.loads(line)["step"] for line in log.open()] == [1, 2, 3]
+    assert [line["step"] for line in read_log("checkpoint/run1")] == [1, 2, 3]

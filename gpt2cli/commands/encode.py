@@ -1,19 +1,28 @@
 """gpt2cli encode: text files to token ids in one .npz or .npy."""
 
+import collections
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gpt2cli.console import progress, say
+from gpt2cli.console import counted, progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import SourceOptions, TextOptions
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gpt2cli.text.encoded import Ids
+    from gpt2cli.text.encoder import Encoder
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions(TextOptions, SourceOptions):
-    """Convert text to token ids once, so that training starts at once.
+    """Encode text once, so that training starts without a wait.
 
     Files:
         in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
@@ -44,7 +53,6 @@ def run(options: EncodeOptions) -> None:
     """
     from gpt2cli.storage import folders
     from gpt2cli.text import encoded, encoder
-    from gpt2cli.text.report import Report
 
     started = time.monotonic()
     vocabulary = encoder.load(folders.source_dir(options))
@@ -52,18 +60,19 @@ def run(options: EncodeOptions) -> None:
     paths = _inputs(options.in_text, out)
     report = Report(vocabulary, options.reads_lines)
     size = sum(path.stat().st_size for path in paths)
+    n_vocab = vocabulary.n_vocab
     with progress(size, "B") as bar:
-        parts = encoded.encode(paths, vocabulary, options, progress=bar.update, seen=report.see)
+        parts = encoded.encode(paths, vocabulary, options, n_vocab, bar.update, report.see)
         parts = report.watch(parts, options.in_text)
         if out.suffix == ".npy":
-            encoded.save_npy(out, parts, encoded.dtype_of(vocabulary.n_vocab))
+            encoded.save_npy(out, parts, encoded.dtype_of(n_vocab))
         else:
             encoded.save_npz(out, parts)
     say(report.summary(out, size, time.monotonic() - started))
 
 
 def _inputs(in_text: str, out: Path) -> Sequence[Path]:
-    """Return the files to encode: never the one that is about to be replaced."""
+    """Return the files to encode: never the output file."""
     from gpt2cli.text import corpus
 
     paths = corpus.find(in_text)
@@ -73,3 +82,77 @@ def _inputs(in_text: str, out: Path) -> Sequence[Path]:
     if len(others) < len(paths):
         say(f"{out} is in the input folder; it is not read, and will be replaced")
     return others
+
+
+class Report:
+    """Counts for the summary: tokens, chunks, documents and unknown characters.
+
+    Args:
+        vocabulary: the vocabulary that encodes.
+        count_documents: whether to count documents.
+    """
+
+    def __init__(self, vocabulary: "Encoder", count_documents: bool) -> None:
+        self._vocabulary = vocabulary
+        self._count_documents = count_documents
+        self._tokens = self._ends = self._chunks = self._unknown = self._documents = 0
+        self._missing: collections.Counter[str] = collections.Counter()  # character -> times
+        self._lock = threading.Lock()
+
+    def watch(self, parts: "Iterable[Ids]", in_text: str) -> "Iterator[Ids]":
+        """Count and pass on the output of `encoded.encode`; UserError if it is empty."""
+        in_chunk = False  # whether the current chunk already has an id
+        for ids, ends in parts:
+            self._tokens += len(ids)
+            if self._vocabulary.end is not None:
+                self._ends += int((ids == self._vocabulary.end).sum())
+            if len(ids) and not in_chunk:
+                self._chunks += 1
+                in_chunk = True
+            if ends:
+                in_chunk = False
+            yield ids, ends
+        if not self._tokens:
+            raise UserError(f"{in_text} contains no text. Is it the right file?")
+
+    def see(self, text: str, ids: "np.ndarray", closes: bool) -> None:
+        """Count documents and characters that became [UNK]; called from several threads."""
+        from gpt2cli.text.wordpiece import WordPiece
+
+        if closes and self._count_documents:
+            with self._lock:
+                self._documents += 1
+        if not isinstance(self._vocabulary, WordPiece):
+            return
+        unknown = int((ids == self._vocabulary.unknown).sum())
+        if unknown:
+            missing = self._vocabulary.missing(text)
+            with self._lock:
+                self._unknown += unknown
+                self._missing.update(missing)
+
+    def summary(self, out: Path, size: int, seconds: float) -> str:
+        """Return the lines to print at the end.
+
+        Args:
+            out: the file that was written.
+            size: bytes of text that were read.
+            seconds: time it took.
+        """
+        parts = [counted(self._documents, "document")] if self._count_documents else []
+        if self._vocabulary.end is not None:
+            parts.append(counted(self._ends, "end token"))
+        including = f" ({', '.join(parts)})" if parts else ""
+        chunks = counted(self._chunks, "chunk")
+        lines = [
+            f"{out}: {counted(self._tokens, 'token')}{including} in {chunks}, "
+            f"{size / self._tokens:.2f} bytes of text per token; {out.stat().st_size:,} bytes "
+            f"written in {seconds:.1f} s"
+        ]
+        if self._unknown:
+            common = " ".join(char for char, _ in self._missing.most_common(10))
+            lines.append(
+                f"{self._unknown / self._tokens:.2%} of the tokens are [UNK]: the vocabulary "
+                f"lacks {common or 'words this long'}"
+            )
+        return "\n".join(lines)

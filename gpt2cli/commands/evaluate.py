@@ -16,7 +16,7 @@ class EvaluateOptions(TextOptions, CheckpointOptions):
 
     Data:
         dataset: text, .csv or .jsonl file, a folder or glob of them, or an encoded .npz or .npy.
-        batch_size: windows of n_ctx tokens per pass on a GPU; a CPU takes one at a time.
+        batch_size: windows of n_ctx tokens per pass on a GPU; a CPU always reads one at a time.
 
     Output:
         format: text (one line) or json (one object).
@@ -60,7 +60,7 @@ def run(options: EvaluateOptions) -> None:
     total = math.ceil((tokens.total - 1) / (model.config.n_ctx * options.batch_size))
     with progress(total, " batches", items=batches) as bar:
         score = model.score(bar)
-    perplexity = math.exp(min(score.loss, 700))  # the largest that a float holds is exp(709)
+    perplexity = math.exp(min(score.loss, 700))  # a float overflows above exp(709)
     if options.format == "json":
         print(json.dumps({"perplexity": perplexity, **score._asdict()}))
     else:

@@ -4,12 +4,16 @@ import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import MAX_SEED, MAX_TOKENS, check_name
+
+if TYPE_CHECKING:
+    from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.text.encoder import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ def run(options: InitOptions) -> None:
     """Create models/NAME, whole or not at all.
 
     Raises:
-        UserError: it exists, the vocabulary or the sizes do not fit, or the disk is full.
+        UserError: it exists, vocabulary or sizes do not fit, or the disk is full.
     """
     from gpt2cli import files
     from gpt2cli.model.sizes import ModelConfig
@@ -85,7 +89,7 @@ def run(options: InitOptions) -> None:
                 f"{options.vocab}. Leave it out, or use a smaller vocabulary"
             )
         sizes = ModelConfig(n_vocab, options.n_ctx, n_embd, n_head, n_layer, extra=extra)
-        if extra:  # these decide how the vocabulary is read, so they are checked with it
+        if extra:  # decides how the vocabulary is read, so both are checked together
             with files.replacing(part / "hparams.json") as file:
                 file.write(sizes.to_json().encode())
             encoder.load(part)
@@ -113,30 +117,27 @@ def layer_sizes(options: InitOptions) -> tuple[int, int, int]:
     if n_embd % n_head:
         raise UsageError(
             f"--n_embd {n_embd} is not a multiple of --n_head {n_head}: each head takes an equal "
-            f"share of the width. --size {options.size} sets those you do not give"
+            f"share of the width. --size {options.size} sets the flags you leave out"
         )
     return n_layer, n_head, n_embd
 
 
 def copy_vocabulary(path: Path, folder: Path) -> dict[str, Any]:
-    """Copy a vocabulary into `folder`.
+    """Copy a vocabulary into `folder`; return how hparams.json beside it says to read it.
 
     Args:
         path: vocab.txt by any name, one of the two files of a BPE, or a folder with either.
         folder: the folder to write to.
 
-    Returns:
-        The settings that a hparams.json beside it has for the vocabulary.
-
     Raises:
-        UserError: nothing is there, or one file of two.
+        UserError: there is no vocabulary, or only one file of two.
     """
     from gpt2cli import files
     from gpt2cli.storage import folders
     from gpt2cli.text import encoder
 
     if path.name == "vocab.txt" and not (path.parent / "encoder.json").exists():
-        path = path.parent if path.is_file() else path  # its folder decides how it is read
+        path = path.parent if path.is_file() else path  # the folder says how to read it
     if path.is_dir():
         opened = folders.open_folder(path)
         encoder.load(opened)  # its messages name the user's folder
@@ -150,14 +151,14 @@ def copy_vocabulary(path: Path, folder: Path) -> dict[str, Any]:
             "with encoder.json and vocab.bpe; make one with: gpt2cli vocab CORPUS FOLDER"
         )
     names = next((kind for kind in encoder.KINDS if len(kind) == 2 and path.name in kind), None)
-    if names is None:  # a list of tokens, whatever its name
+    if names is None:  # a list of tokens under any name
         copied = {path: "vocab.txt"}
     else:
         copied = {path.with_name(name): name for name in names}
         lacking = [source for source in copied if not source.is_file()]
         if lacking:
             raise UserError(
-                f"{path} has no {lacking[0].name} beside it, and a vocabulary needs both. Copy "
+                f"{path} has no {lacking[0].name} beside it, but a vocabulary needs both. Copy "
                 "both from the same place"
             )
     for source, name in copied.items():
@@ -166,8 +167,8 @@ def copy_vocabulary(path: Path, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _load(path: str, part: Path) -> Any:
-    """Load the copied vocabulary; an error names the file that the user gave."""
+def _load(path: str, part: Path) -> "Encoder":
+    """Load the copied vocabulary; errors name the user's file, not the copy."""
     from gpt2cli.text import encoder
 
     try:
@@ -177,11 +178,11 @@ def _load(path: str, part: Path) -> Any:
         raise UserError(text.replace(str(part), str(Path(path).parent))) from None
 
 
-def _write_weights(sizes: Any, seed: int, part: Path, folder: Path) -> int:
+def _write_weights(sizes: "ModelConfig", seed: int, part: Path, folder: Path) -> int:
     """Write hparams.json and the checkpoint into `part`; return the number of weights.
 
     Raises:
-        UserError: the disk is too full; nothing was computed yet.
+        UserError: the disk has no room, which is noticed before any weight is computed.
     """
     from gpt2cli import files
     from gpt2cli.model.network import GPT2, random_weights, weight_shapes

@@ -5,12 +5,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from gpt2cli.console import progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import MAX_TOKENS, TextOptions
+
+if TYPE_CHECKING:
+    from regex import Pattern
 
 SAMPLE = 2**20  # characters over which bytes per token are measured
 
@@ -56,7 +59,7 @@ def run(options: VocabOptions) -> None:
     """Train a vocabulary on `options.in_text` and write it into the folder `options.out`.
 
     Raises:
-        UserError: unreadable or empty input, or a folder whose files must stay.
+        UserError: unreadable or empty input, or a folder whose files may not be replaced.
     """
     from gpt2cli.text import corpus, encoder, vocabulary
 
@@ -70,34 +73,16 @@ def run(options: VocabOptions) -> None:
         raise UsageError("--out must name a folder, got ''")
     folder = Path(options.out)
     _check_folder(folder, options.size, options.overwrite)
-    bpe = options.kind == "bpe"
-    cut, end = (encoder.BPE.CUT, vocabulary.END) if bpe else (encoder.WordPiece.CUT, "[SEP]")
+    cut = (encoder.BPE if options.kind == "bpe" else encoder.WordPiece).CUT
     paths = corpus.find(options.in_text)
     sample = _sample(paths, cut, options)
-    if options.workers:
-        # rayon, the threads of `tokenizers`, reads this once in a process
-        os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))
-    size = sum(path.stat().st_size for path in paths) * (1 if bpe else 2)
-    with progress(size, "B") as bar:
-
-        def texts() -> Iterator[str]:
-            """Yield the corpus from its start, without the literal end tokens."""
-            for text in corpus.texts(paths, cut, options, bar.update):
-                text = text.encode("utf-8", "replace").decode()  # JSON can spell half a character
-                yield from text.split(end) if options.special == "token" else [text]
-
-        if bpe:
-            made = vocabulary.train_bpe(texts(), options.size, options.min_frequency)
-        else:
-            made = vocabulary.train_wordpiece(
-                texts, options.size, options.min_frequency, options.lower_case
-            )
+    made = _train(paths, cut, options)
     vocabulary.write(folder, made)
     trained = encoder.load(folder)
     if trained.n_vocab < options.size:
         say(
             f"the text yields only {trained.n_vocab:,} of the {options.size:,} tokens that --size "
-            "asks for. Use more text, or lower --min_frequency"
+            "requests. Use more text, or lower --min_frequency"
         )
     tokens = sum(map(len, trained.arrays(sample)))
     per_token = sum(len(text.encode("utf-8", "replace")) for text in sample) / tokens
@@ -115,7 +100,7 @@ def _check_folder(folder: Path, size: int, overwrite: bool) -> None:
     if sizes is not None and sizes.n_vocab < size:
         raise UserError(
             f"{folder} is a model with {sizes.n_vocab} tokens, but the vocabulary may have "
-            f"{size}. Write it to a folder of its own, and make a model for it with: "
+            f"{size}. Write it to a new folder, and create a model for it with: "
             "gpt2cli init NAME --vocab FOLDER"
         )
     found = [name for name in folders.ENCODER_FILES if (folder / name).exists()]
@@ -126,7 +111,32 @@ def _check_folder(folder: Path, size: int, overwrite: bool) -> None:
         )
 
 
-def _sample(paths: Sequence[Path], cut: Any, options: VocabOptions) -> list[str]:
+def _train(paths: Sequence[Path], cut: "Pattern[str]", options: VocabOptions) -> dict[str, str]:
+    """Return the files of a vocabulary trained on the corpus: name -> content."""
+    from gpt2cli.text import corpus, vocabulary
+
+    if options.workers:
+        # rayon, which gives `tokenizers` its threads, reads this once in a process
+        os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))
+    is_bpe = options.kind == "bpe"
+    end = vocabulary.END if is_bpe else "[SEP]"
+    size = sum(path.stat().st_size for path in paths)
+    with progress(size if is_bpe else 2 * size, "B") as bar:  # WordPiece reads the corpus twice
+
+        def texts() -> Iterator[str]:
+            """Yield the corpus from its start, without literal end tokens."""
+            for text in corpus.texts(paths, cut, options, bar.update):
+                text = text.encode("utf-8", "replace").decode()  # JSON can spell half a character
+                yield from text.split(end) if options.special == "token" else [text]
+
+        if is_bpe:
+            return vocabulary.train_bpe(texts(), options.size, options.min_frequency)
+        return vocabulary.train_wordpiece(
+            texts, options.size, options.min_frequency, options.lower_case
+        )
+
+
+def _sample(paths: Sequence[Path], cut: "Pattern[str]", options: VocabOptions) -> list[str]:
     """Return the texts at the start of the corpus; UserError if there are none."""
     from gpt2cli.text import corpus
 

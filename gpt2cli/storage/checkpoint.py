@@ -1,9 +1,9 @@
 """Weights <-> files: TensorFlow checkpoints under the original's names, and run folders.
 
 A model folder contains hparams.json, a vocabulary and one checkpoint. A run folder is a model
-folder with a checkpoint for each save, `model-<step>`, and beside each the state of the training:
+folder with one checkpoint per save, `model-<step>`, each with its training state beside it:
 
-    model-100.index, .data-00000-of-00001      weights alone, readable by nshepperd's code
+    model-100.index, .data-00000-of-00001      weights alone, which nshepperd's code can read
     optimizer-100.index, .data-00000-of-00001  the optimizer's variables
     state-100.json                             step, seed, ..., and checksums: see runs.py
     checkpoint, counter                        the newest save, for TensorFlow and nshepperd
@@ -44,13 +44,13 @@ def _reading(prefix: Path) -> Iterator[None]:
 
 
 def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
-    """Return a reader of a folder's checkpoint, and the sizes, after comparing the two.
+    """Compare a folder's checkpoint with its sizes; return a reader and the sizes.
 
-    Where GPT2_ML's JSON file gives the sizes, n_vocab is that of the weights: the released 21128
-    tokens have 21130 rows.
+    Where GPT2_ML's JSON file gives the sizes, the weights decide n_vocab: the release has 21130
+    rows for 21128 tokens.
 
     Raises:
-        UserError: a weight is missing, of another shape or not known, or a file is damaged.
+        UserError: a weight is missing, unknown or of another shape, or a file is damaged.
     """
     config, described, prefix = folder.known_sizes(), folder.sizes_path, folder.checkpoint
     assert described is not None and prefix is not None
@@ -73,7 +73,7 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
     if missing:
         raise UserError(
             f"{prefix} does not belong to this model: it lacks {_few(missing)}. "
-            f"Does {described} belong to a model of another size or kind?"
+            f"Check that {described} is of the same size and kind"
         )
     if extra:
         raise UserError(
@@ -84,12 +84,12 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
         if tuple(found[name]) != shape or not kinds[name].is_floating:
             raise UserError(
                 f"{prefix}: {name} is {kinds[name].name} {list(found[name])}, but {described.name} "
-                f"requires float32 {list(shape)}. Use the one that belongs to this checkpoint"
+                f"requires float32 {list(shape)}. Use the {described.name} of this checkpoint"
             )
     return reader, config
 
 
-# A model's weights, as opposed to an optimizer's slots and counters that lie beside them.
+# A model's weights, as opposed to an optimizer's slots and counters in the same checkpoint.
 OURS = re.compile(
     r"model/(wte|wpe|ln_f/[gb]|h\d+/(ln_[12]/[gb]|(attn|mlp)/c_\w+/[wb]))"
     r"|newslm/(embeddings|layer\d+)/\w+(/(kernel|bias|gamma|beta))?"
@@ -97,10 +97,10 @@ OURS = re.compile(
 
 
 def _few(names: Iterable[str]) -> str:
-    """Return the first three of some names."""
-    names = list(names)
+    """Return up to three names and the number of the others."""
+    names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + more
+    return ", ".join(names[:3]) + more
 
 
 def verify(folder: Path) -> None:
@@ -116,8 +116,8 @@ def load(
     """Load a network with its weights; see `folders.find_checkpoint` and `GPT2`.
 
     Raises:
-        UserError: no checkpoint, a damaged one, one of another size, or one with numbers that are
-            not finite; the text names the file.
+        UserError: there is no checkpoint, or it is damaged, has another size or contains numbers
+            that are not finite; the text names the file.
     """
     folder = source if isinstance(source, ModelFolder) else folders.open_model(source)
     config, stored = open_weights(folder)
@@ -125,21 +125,22 @@ def load(
 
 
 def open_weights(folder: ModelFolder) -> tuple[ModelConfig, Callable[[str, Any], np.ndarray]]:
-    """Return the sizes of a folder's checkpoint, and the function that reads a weight by name.
+    """Return the sizes of a folder's checkpoint and a function that reads a weight by name.
 
     Raises:
-        UserError: as `load`; the function raises it too.
+        UserError: see `load`; the function raises it too.
     """
     reader, config = open_checked(folder)
     prefix = folder.checkpoint
+    assert prefix is not None
 
     def stored(name: str, shape: Any) -> np.ndarray:
         with _reading(prefix):
             value = reader.get_tensor(name)
         if not np.isfinite(value).all():
             raise UserError(
-                f"{prefix}: {name} has values that are not finite: training diverged, or the file "
-                "is damaged. Use an older checkpoint"
+                f"{prefix}: {name} has values that are not finite. Training diverged, or the file "
+                "is damaged: use an older checkpoint"
             )
         return value
 
@@ -147,9 +148,9 @@ def open_weights(folder: ModelFolder) -> tuple[ModelConfig, Callable[[str, Any],
 
 
 def write(prefix: str | Path, tensors: Mapping[str, Any]) -> None:
-    """Write tensors by name as a checkpoint, whole or not at all; an older one stays on failure.
+    """Write tensors by name as a checkpoint; if that fails, the old checkpoint stays.
 
-    The files are those of tf.compat.v1.train.Saver, one shard.
+    The files are those of tf.compat.v1.train.Saver, with one shard.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
@@ -161,16 +162,16 @@ def write_all(
     checkpoints: Mapping[Path, Mapping[str, Any]],
     sealed: Callable[[dict[str, str]], None] = lambda digests: None,
 ) -> None:
-    """Write several checkpoints: all are on disk before the first is renamed.
+    """Write several checkpoints; all are on disk before the first is renamed.
 
-    Where a prefix exists its index is removed first: a shard without an index does not count.
+    The index of an existing prefix is removed first: a shard without an index does not count.
 
     Args:
         checkpoints: prefix -> name -> tensor.
-        sealed: function called before the renaming with the SHA-256 of each file by name.
+        sealed: function called before the renaming with file name -> SHA-256.
 
     Raises:
-        UserError: as `write`.
+        UserError: see `write`.
     """
     parts = {p: p.with_name(f".{p.name}.{os.getpid()}.part") for p in checkpoints}
     digests = {}
@@ -200,7 +201,7 @@ def write_all(
     except OSError as error:
         raise files.cannot_write(prefix, error) from error
     except tf.errors.OpError as error:
-        # "{{node}} path; No space left on device [Op:SaveV2]": the words between are for people
+        # of "{{node}} path; No space left on device [Op:SaveV2]", keep the reason
         reason = re.sub(r"^.*; |\{\{.*?\}\} ?| \[Op:\w+\]$", "", error.message.splitlines()[0])
         raise files.cannot_write(prefix, OSError(0, reason)) from error
     finally:
@@ -232,17 +233,17 @@ def save_run(
 ) -> None:
     """Add the checkpoint of `state["step"]` to a run folder; the others stay.
 
-    The folder does not change before the new files are on the disk.
+    The folder does not change until the new files are on disk.
 
     Args:
         folder: the run's folder.
         network: the network with its weights.
         optimizer_variables: name -> variable.
         state: JSON object from which training resumes; has "step".
-        source: the model folder whose description to copy; None where the run has its own.
+        source: the model folder whose sizes and vocabulary to copy; None if the run has them.
 
     Raises:
-        UserError: as `write`.
+        UserError: see `write`.
     """
     folder, step = Path(folder), state["step"]
     before = runs.states(folder).values()
@@ -263,7 +264,7 @@ def save_run(
 
 
 def name_newest(folder: str | Path, steps: list[int]) -> None:
-    """Name the last of these steps in `checkpoint` and `counter`, for other programs."""
+    """Name the last of these steps in `checkpoint` and `counter`, which other programs read."""
     names = [f"model-{step}" for step in steps]
     _name_newest(folder, names[-1], names)
     with files.replacing(Path(folder) / "counter") as file:
@@ -285,9 +286,9 @@ def load_state(prefix: Path) -> dict[str, Any] | None:
 
 
 def load_training(prefix: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """Return the optimizer's tensors by name and the state beside a run's checkpoint.
+    """Return the optimizer's tensors by name, and the state, of a run's checkpoint.
 
-    Both are empty, ({}, None), for a model folder and a run of another program.
+    They are {} and None for a model folder and a run of another program.
     """
     state = load_state(prefix)
     if state is None:
@@ -305,7 +306,7 @@ def load_slots(prefix: Path, optimizer: str) -> dict[str, np.ndarray]:
 
     Args:
         prefix: the checkpoint.
-        optimizer: name of our optimizer, with which its variables' names begin.
+        optimizer: name of our optimizer; its variables' names start with it.
     """
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))

@@ -1,8 +1,8 @@
-"""The checkpoints of a run folder: which are whole, which is the newest, which may go.
+"""The checkpoints of a run folder: which are undamaged, which is the newest, which may be removed.
 
-state-STEP.json, which is written last but for the weights' own names, holds what training needs to
-go on, the order in which checkpoints were saved, and the SHA-256 of every file of its checkpoint
-and of itself. A checkpoint without one is another program's, and counts if its files are there.
+state-STEP.json contains all that training needs to resume, the order in which checkpoints were
+saved, and the SHA-256 of each file of its checkpoint and of itself. Only the weights get their
+names after it. A checkpoint without a state is another program's, and counts if its files exist.
 """
 
 import functools
@@ -10,11 +10,15 @@ import hashlib
 import json
 import os
 import re
-import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from gpt2cli import files
+from gpt2cli.console import say
 from gpt2cli.errors import UserError
+
+State = dict[str, Any]
 
 SHARD = ".data-00000-of-00001"  # the data file of a checkpoint; we write one
 ENDINGS = (SHARD, ".index")
@@ -26,21 +30,19 @@ _PARTS = re.compile(
 _HALF_DONE = re.compile(  # files.replacing and checkpoint.write_all
     r".+\.\d+-[0-9a-f]{6}\.part|\.(model|optimizer)-\d+\.\d+\.part\..*", re.A
 )
-_ASIDE = ".old-"  # what the files of a step are named while it is written again
+_ASIDE = ".old-"  # prefix of a step's files while the step is written again
 
 
-def steps(folder):
-    """The steps of which there are weights, whole or not, ascending."""
+def steps(folder: str | Path) -> list[int]:
+    """Return the steps that have weights, damaged or not, in ascending order."""
     found = (_WEIGHTS.fullmatch(path.name) for path in Path(folder).glob("model-*.index"))
     return sorted(int(match[1]) for match in found if match)
 
 
-def write_state(folder, state, digests):
-    """Write the state of a checkpoint before its other files get their names.
+def write_state(folder: str | Path, state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Write the state of step `state["step"]` before its other files get their names.
 
-    Args:
-        state: JSON object; has "step".
-        digests: the SHA-256 of each of those files, by name.
+    `digests` are the SHA-256 of these files, by name.
     """
     state = {**state, "files": digests}
     with files.replacing(_state_path(folder, state["step"])) as file:
@@ -48,8 +50,8 @@ def write_state(folder, state, digests):
         file.write(json.dumps(sealed, indent=2).encode() + b"\n")
 
 
-def read_state(folder, step):
-    """The state of a step, or None where there is none.
+def read_state(folder: str | Path, step: int) -> State | None:
+    """Return the state of a step, or None where there is none.
 
     Raises:
         UserError: it is damaged.
@@ -65,29 +67,33 @@ def read_state(folder, step):
     return state
 
 
-def _is_state(state):
-    """Whether what everything relies on is of its type; the rest may be missing."""
-    number = (int, float)
+def _is_state(state: State) -> bool:
+    """Return whether the values that other code relies on have their types, where they exist."""
+    whole = (state.get(name, 0) for name in ("step", "save", "seed", "worse"))
+    numbers = (state.get(name, 0) for name in ("kept_at", "validation_loss"))
     pair, best = state.get("running_loss", [0, 0]), state.get("best") or {"step": 0, "loss": 0}
-    plain = {"step": int, "save": int, "seed": int, "worse": int, "kept_at": number}
     return (
-        all(type(state.get(name, 0)) in (t if t is number else (t,)) for name, t in plain.items())
+        all(type(value) is int for value in whole)
+        and all(_is_number(value) for value in numbers)
         and isinstance(pair, list)
-        and [type(value) in number for value in pair] == [True, True]
+        and len(pair) == 2
+        and all(_is_number(value) for value in pair)
         and isinstance(best, dict)
         and type(best.get("step")) is int
-        and type(best.get("loss")) in number
-        and type(state.get("validation_loss", 0)) in number
+        and _is_number(best.get("loss"))
         and isinstance(state.get("due", []), list)
         and isinstance(state.get("files", {}), dict)
     )
 
 
-def fault(folder, step, to_train=True):
-    """What is wrong with the checkpoint of a step, in words, or None if it is whole.
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # a bool is neither
 
-    Args:
-        to_train: compare the optimizer's state too, which is twice as much to read as the weights.
+
+def fault(folder: str | Path, step: int, to_train: bool = True) -> str | None:
+    """Describe the damage of a checkpoint; None if it is undamaged.
+
+    With `to_train`, check the optimizer's state too, which is twice as large as the weights.
     """
     folder = Path(folder)
     for ending in ENDINGS:
@@ -98,63 +104,61 @@ def fault(folder, step, to_train=True):
     except UserError as error:
         return str(error)
     if state is None:
-        missing = is_ours(folder, step)
-        return f"{_state_path(folder, step)} is missing" if missing else None
+        return f"{_state_path(folder, step)} is missing" if is_ours(folder, step) else None
     for name, digest in state.get("files", {}).items():
         path = folder / Path(name).name
         if name.startswith("optimizer") and not to_train:
             continue
-        if not os.path.isfile(path):  # False for what no file may be named
+        if not os.path.isfile(path):  # unlike Path.is_file, False for impossible names
             return f"{path} is missing"
         try:
             if _digest(path) != digest:
-                return f"{path} is damaged: its SHA-256 is not the one that was recorded"
+                return f"{path} is damaged: its SHA-256 differs from the recorded one"
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
     return None
 
 
-def newest(folder, to_train=True):
-    """The step of the newest whole checkpoint; one that is damaged is told of on stderr.
-
-    Args:
-        to_train: as of `fault`.
+def newest(folder: str | Path, to_train: bool = True) -> int:
+    """Return the step of the newest undamaged checkpoint; report damaged ones on stderr.
 
     Raises:
         UserError: all are damaged, or there is none.
     """
-    found, before = _newest_first(folder), []
-    for step in found:
-        wrong = fault(folder, step, to_train)
-        if wrong is None:
-            for text in before:
-                print(f"{text}; the checkpoint of step {step} is used", file=sys.stderr)
+    faults: list[str] = []
+    for step in _newest_first(folder):
+        found = fault(folder, step, to_train)
+        if found is None:
+            for text in faults:
+                say(f"{text}; using the checkpoint of step {step} instead")
             return step
-        before.append(wrong)
+        faults.append(found)
+    if not faults:
+        raise UserError(f"no checkpoint in {folder}")
     raise UserError(
-        f"{'; '.join(before)}. No other checkpoint is in {folder}. If only the optimizer's state "
-        "is damaged, go on with --restore_from weights; else start anew from a model"
-        if before
-        else f"no checkpoint in {folder}"
+        f"{'; '.join(faults)}. {folder} has no other checkpoint. If only the optimizer's state is "
+        "damaged, resume with --restore_from weights; otherwise start again from a model"
     )
 
 
-def states(folder):
-    """{step: state} of the checkpoints that have a readable one, in the order of their saving."""
-    found = {}
+def states(folder: str | Path) -> dict[int, State]:
+    """Return step -> state of the checkpoints with a readable state, in the order of saving."""
+    found: dict[int, State] = {}
     for step in steps(folder):
         try:
-            found[step] = read_state(folder, step)
+            state = read_state(folder, step)
         except UserError:
             continue
-    known = [step for step, state in found.items() if state is not None]
-    return {step: found[step] for step in sorted(known, key=lambda s: found[s].get("save", s))}
+        if state is not None:
+            found[step] = state
+    return dict(sorted(found.items(), key=lambda item: item[1].get("save", item[0])))
 
 
-def _newest_first(folder):
-    """All steps: those whose state is damaged, ours by the order of saving, another program's.
+def _newest_first(folder: str | Path) -> list[int]:
+    """Return all steps: damaged states, then ours by the order of saving, then other programs'.
 
-    But first a step of another program that goes on from ours, and says so in `checkpoint`.
+    If another program continued from our newest step and says so in `checkpoint`, its step comes
+    first.
     """
     ours = list(states(folder))[::-1]
     others = [step for step in steps(folder)[::-1] if step not in ours]
@@ -164,112 +168,119 @@ def _newest_first(folder):
     return [*later, *damaged, *ours, *(step for step in foreign if step not in later)]
 
 
-def named(folder):
-    """The checkpoint that the file `checkpoint` names, or None; another machine's path is cut."""
+def named(folder: str | Path) -> str | None:
+    """Return the checkpoint that the file `checkpoint` names, without its folder, or None."""
     path = Path(folder) / "checkpoint"
     text = files.read_bytes(path).decode("utf-8", "replace") if path.is_file() else ""
     found = re.search(r'^model_checkpoint_path: *"(.*)"', text, re.M)
     return Path(found[1]).name if found else None
 
 
-def is_ours(folder, step):
-    """Whether there is more of a step than weights, which is all that other programs write."""
+def is_ours(folder: str | Path, step: int) -> bool:
+    """Return whether a step has more than weights; other programs write nothing else."""
     beside = (_state_path(folder, step), Path(folder) / f"optimizer-{step}.index")
     return any(path.exists() for path in beside)
 
 
-def best(known):
-    """Of the last run in `states` the step with the lowest validation loss; None where none has."""
-    losses = {step: state.get("validation_loss") for step, state in _of_last_run(known).items()}
-    losses = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(losses, key=losses.get, default=None)
+def best(known: Mapping[int, State]) -> int | None:
+    """Return the last run's step with the lowest validation loss; None if no step has one."""
+    validated = {s: v for s, v in _of_last_run(known).items() if "validation_loss" in v}
+    return min(validated, key=lambda step: validated[step]["validation_loss"], default=None)
 
 
-def _of_last_run(known):
-    """Of {step: state} those of the run that saved last: --overwrite begins another one."""
+def _of_last_run(known: Mapping[int, State]) -> dict[int, State]:
+    """Return the states of the run that saved last: --overwrite starts another run."""
     run = list(known.values())[-1].get("run") if known else None
     return {step: state for step, state in known.items() if state.get("run") == run}
 
 
-def prune(folder, saved, keep, keep_best=False, replaced=()):
-    """Remove checkpoints, now that `saved` is whole; returns the steps that stay, oldest first.
+def prune(
+    folder: str | Path,
+    saved: int,
+    keep: int,
+    keep_best: bool = False,
+    replaced: Collection[int] = (),
+) -> list[int]:
+    """Remove old checkpoints after `saved` is complete; return the remaining steps, oldest first.
 
-    Those stay that are among the `keep` newest (0: all), whose state says "permanent", and with
-    `keep_best` that of the lowest validation loss; and what another program wrote later.
+    Checkpoints that another program wrote later, and permanent ones, always stay.
 
     Args:
-        replaced: steps of an older run in this folder, all of which go, as do all of our own whose
-            state names another run.
+        folder: the run's folder.
+        saved: step that was just saved.
+        keep: number of newest checkpoints to keep; 0 keeps all.
+        keep_best: keep the one with the lowest validation loss too.
+        replaced: steps of an older run in this folder, which are all removed, as are our own steps
+            whose state names another run.
     """
     ours = states(folder)
     known = {s: v for s, v in _of_last_run(ours).items() if s not in replaced or s == saved}
     later = [s for s in steps(folder) if s > saved and not is_ours(folder, s) and s not in replaced]
-    gone = {*ours, *later, *replaced}
-    others = [step for step in steps(folder) if step not in gone]
+    others = [step for step in steps(folder) if step not in {*ours, *later, *replaced}]
     ordered = [*others, *known]
-    kept = {*ordered[-keep:], *later, saved}  # all of them for 0
+    kept: set[int | None] = {*ordered[-keep:], *later, saved}  # [-0:] is all of them
     kept |= {step for step, state in known.items() if state.get("permanent")}
     if keep_best:
-        kept |= {best(known)}
-    for is_index in (True, False):  # first: without it the others count for nothing
-        for path in Path(folder).iterdir():
-            match = _PARTS.fullmatch(path.name)
-            if match and path.is_file() and (path.suffix == ".index") == is_index:
-                if int(match[1] or match[2]) not in kept:
-                    path.unlink(missing_ok=True)
+        kept.add(best(known))
+    removed = [p for p in Path(folder).iterdir() if _step_of(p.name) not in {*kept, None}]
+    # the index first: without it the other files do not count
+    for path in sorted(removed, key=lambda path: path.suffix != ".index"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
     return [step for step in ordered if step in kept]
 
 
-def set_aside(folder, step):
-    """Rename the files of a step that is about to be written again; `recover` decides."""
-    for path in _files_of(Path(folder), step):
-        os.replace(path, path.with_name(_ASIDE + path.name))
+def set_aside(folder: str | Path, step: int) -> None:
+    """Rename the files of a step that will be written again, until `recover` removes one set."""
+    for path in Path(folder).iterdir():
+        if _step_of(path.name) == step:
+            os.replace(path, path.with_name(_ASIDE + path.name))
 
 
-def recover(folder):
-    """Of steps that were being written again: keep the new files if they are whole, else the old.
+def recover(folder: str | Path) -> None:
+    """Keep the new files of each step that was written again if they are undamaged, else the old.
 
-    Only for who holds the run's lock.
+    The caller must hold the run's lock.
     """
     aside = [path for path in Path(folder).glob(f"{_ASIDE}*") if path.is_file()]
-    matches = [_PARTS.fullmatch(path.name.removeprefix(_ASIDE)) for path in aside]
-    for step in {int(match[1] or match[2]) for match in matches if match}:
-        whole = step in steps(folder) and fault(folder, step) is None
+    for step in {_step_of(path.name.removeprefix(_ASIDE)) for path in aside} - {None}:
+        complete = step in steps(folder) and fault(folder, step) is None
         for path in Path(folder).glob(f"{_ASIDE}*-{step}.*"):
-            if whole:
+            if complete:
                 path.unlink()
             else:
                 os.replace(path, path.with_name(path.name.removeprefix(_ASIDE)))
 
 
-def _files_of(folder, step):
-    found = ((path, _PARTS.fullmatch(path.name)) for path in folder.iterdir())
-    return [path for path, match in found if match and int(match[1] or match[2]) == step]
-
-
-def clear(folder):
-    """Put right what a killed writer left half done; only for who holds the run's lock."""
+def clear(folder: str | Path) -> None:
+    """Clean up after a killed writer. The caller must hold the run's lock."""
     recover(folder)
     for path in Path(folder).iterdir():
         if _HALF_DONE.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 
-def _state_path(folder, step):
+def _step_of(name: str) -> int | None:
+    """Return the step whose checkpoint has a file of this name; None for any other file."""
+    match = _PARTS.fullmatch(name)
+    return int(match[1] or match[2]) if match else None
+
+
+def _state_path(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"state-{step}.json"
 
 
-def _seal(state):
-    """The SHA-256 of a state's content, whatever the spaces of its file."""
+def _seal(state: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a state's content, whatever the white space in its file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path):
-    """files.digest, but a file that has not changed since is not read again."""
+def _digest(path: Path) -> str:
+    """Return `files.digest`, without reading an unchanged file again."""
     found = os.stat(path)
     return _digest_of(path, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
-def _digest_of(path, inode, size, changed):
+def _digest_of(path: Path, inode: int, size: int, changed: int) -> str:
     return files.digest(path)

@@ -1,77 +1,97 @@
-"""Token ids -> batches: random, sequential or document by document, and all of them once.
+"""Token ids -> batches: random, sequential or by document for training, and once for evaluation.
 
 Letters in shape comments: B rows of a batch, T tokens of a row.
 """
 
+import math
 import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from gpt2cli.console import counted
 from gpt2cli.errors import UserError
+
+Span = tuple[int, int, int]  # chunk, start and stop of a row, in tokens
 
 
 class Batch(NamedTuple):
-    """What a model is fed: `targets` are what follows `inputs`; `mask` is 1 where that counts."""
+    """Input of a model: `targets` follow `inputs`; `mask` is 1 where a prediction counts."""
 
     inputs: np.ndarray  # [B, T] int32
     targets: np.ndarray  # [B, T] int32
     mask: np.ndarray  # [B, T] float32
 
 
-def _batch(rows, length, after=0):
-    """Arrays of at most length + 1 tokens -> Batch; what they lack is 0 and masked.
+def _batch(rows: Sequence[np.ndarray], length: int, after: int = 0) -> Batch:
+    """Return a batch of rows of at most length + 1 tokens; shorter ones are padded and masked.
 
     Args:
-        after: predictions of what follows a row that is shorter, which is 0.
+        rows: the tokens of each row.
+        length: predictions in a row.
+        after: number of padding tokens after a shorter row that count as predictions.
     """
     tokens = np.zeros((len(rows), length + 1), np.int32)
     mask = np.zeros((len(rows), length), np.float32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         mask[i, : max(len(row) - 1 + after, 0)] = 1
-    return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), mask)
+    return Batch(inputs=tokens[:, :-1].copy(), targets=tokens[:, 1:].copy(), mask=mask)
 
 
 class Tokens:
-    """A corpus: `chunks`, a list of 1-D integer arrays, and `total`, the number of their tokens."""
+    """A corpus as token ids.
 
-    def __init__(self, chunks, path="the dataset"):
+    Attributes:
+        chunks: 1-D integer arrays.
+        path: name of the corpus for messages.
+        sizes: int64 [chunks], the number of tokens in each chunk.
+        total: the number of all tokens.
+    """
+
+    def __init__(self, chunks: Sequence[np.ndarray], path: str | Path = "the dataset") -> None:
         self.chunks = chunks
         self.path = path
         self.sizes = np.fromiter(map(len, chunks), np.int64, len(chunks))
         self.total = int(self.sizes.sum())
         if self.sizes.max(initial=0) < 2:
             raise UserError(
-                f"{path} holds {self.total} token{'s' * (self.total != 1)}; it takes 2 to predict "
-                "one. Is it the right file?"
+                f"{path} contains {counted(self.total, 'token')}, but it takes 2 in a row to "
+                "predict one. Is it the right file?"
             )
 
-    def whole(self):
-        """All chunks one after the other, [total]."""
+    def whole(self) -> np.ndarray:
+        """Return all chunks one after the other, [total]."""
         return self.chunks[0] if len(self.chunks) == 1 else np.concatenate(self.chunks)
 
-    def fingerprint(self):
-        """A checksum of all tokens and of where chunks end."""
-        found = zlib.crc32(self.sizes)
+    def fingerprint(self) -> int:
+        """Return a checksum of all tokens and of the places where chunks end."""
+        found = zlib.crc32(self.sizes.data)
         for chunk in self.chunks:
-            found = zlib.crc32(np.ascontiguousarray(chunk), found)
+            found = zlib.crc32(np.ascontiguousarray(chunk).data, found)
         return found
 
-    def sampler(self, sampling, length, seed, end=None, uer_compat=False):
-        """How training reads the text: a RandomWindows, SequentialWindows or DocumentPieces.
-
-        Each has `count`, the rows in one pass over the text, and `batch(step, rows)`.
+    def sampler(
+        self,
+        sampling: str,
+        length: int,
+        seed: int,
+        end: int | None = None,
+        uer_compat: bool = False,
+    ) -> "Sampler":
+        """Return the sampler that --sampling means.
 
         Args:
             sampling: random, sequential or documents, as TrainOptions explains them.
             length: predictions in a row.
             seed: 0 to 2**63 - 1.
-            end: the id that ends a document; None: only chunks end one.
-            uer_compat: of documents: see DocumentPieces.
+            end: the id that ends a document; None if only chunks end one.
+            uer_compat: for documents, see DocumentPieces.
 
         Raises:
-            UserError: of documents, if none has two tokens.
+            UserError: no document has two tokens.
         """
         if sampling == "random":
             return RandomWindows(self, length, seed)
@@ -79,40 +99,48 @@ class Tokens:
             return SequentialWindows(self, length, seed)
         return DocumentPieces(self, length, seed, end, uer_compat)
 
-    def evaluation_windows(self, n_ctx, batch_size=1):
-        """Batches, up to [batch_size, n_ctx], that predict every token but the first once.
+    def evaluation_windows(self, n_ctx: int, batch_size: int = 1) -> Iterator[Batch]:
+        """Yield batches up to [batch_size, n_ctx] that predict every token but the first once.
 
-        Each window begins with the last token of the one before.
+        Each window starts with the last token of the one before.
         """
         tokens = self.whole()
         starts = range(0, len(tokens) - 1, n_ctx)
         for first in range(0, len(starts), batch_size):
             rows = [tokens[i : i + n_ctx + 1] for i in starts[first : first + batch_size]]
-            yield _batch(rows, len(rows[0]) - 1)  # only the last row of all can be shorter
+            yield _batch(rows, len(rows[0]) - 1)  # only the very last row can be shorter
 
 
-def _generator(*key):
-    """A random generator that these two numbers below 2**64 determine."""
+def _generator(*key: int) -> np.random.Generator:
+    """Return the random generator that two numbers below 2**64 determine."""
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
 
 
-class _Sampler:
-    """Batches for training that depend on seed and step alone, so that a run can go on anywhere.
+class Sampler:
+    """Batches that depend on seed and step alone, so that a run can resume at any step.
 
-    A kind of it has `count`, the rows in one pass over the text, and `spans(step, number, random)`,
-    the (chunk, start, stop) of each row of a batch.
+    Attributes:
+        count: the number of rows in one pass over the text.
     """
 
-    after = 0  # as of _batch
+    count: int
+    after = 0  # see _batch
 
-    def __init__(self, tokens, length, seed):
+    def __init__(self, tokens: Tokens, length: int, seed: int) -> None:
         self.chunks, self.length, self.seed = tokens.chunks, length, seed
 
-    def batch(self, step, rows, noise=0.0, n_vocab=None):
-        """The Batch of [rows, length] of step 0, 1, ...
+    def spans(self, step: int, number: int, random: np.random.Generator) -> Iterator[Span]:
+        """Yield the spans of the `number` rows of a step."""
+        raise NotImplementedError
+
+    def batch(self, step: int, rows: int, noise: float = 0.0, n_vocab: int = 0) -> Batch:
+        """Return the batch [rows, length] of step 0, 1, ...
 
         Args:
-            noise: share of the inputs that become any of the n_vocab ids; targets stay.
+            step: number of the step.
+            rows: number of rows.
+            noise: share of the inputs that are replaced by random ids; targets stay.
+            n_vocab: the random ids are below it; needed with noise.
         """
         random = _generator(self.seed, step)
         spans = self.spans(step, rows, random)
@@ -124,91 +152,100 @@ class _Sampler:
             batch = batch._replace(inputs=np.where(wrong, other, batch.inputs))
         return batch
 
-    def origin(self, step, rows):
-        """Where the rows of a batch come from: (chunk, start, stop) of each, in tokens."""
+    def origin(self, step: int, rows: int) -> list[Span]:
+        """Return the place of each row of a batch in the corpus."""
         return list(self.spans(step, rows, _generator(self.seed, step)))
 
 
-class RandomWindows(_Sampler):
-    """Windows that begin anywhere.
+class RandomWindows(Sampler):
+    """Windows that start anywhere.
 
-    Each place at which length + 1 tokens of one chunk begin is equally likely, those at the end of
-    the chunk included; a chunk with fewer tokens counts as one place.
+    Each place where length + 1 tokens of one chunk start is equally likely, up to the last one in
+    the chunk; a chunk with fewer tokens counts as one place.
     """
 
-    def __init__(self, tokens, length, seed):
+    def __init__(self, tokens: Tokens, length: int, seed: int) -> None:
         super().__init__(tokens, length, seed)
-        self.count = -(-tokens.total // length)
+        self.count = math.ceil(tokens.total / length)
         self.places = np.cumsum(np.where(tokens.sizes < 2, 0, np.maximum(tokens.sizes - length, 1)))
 
-    def spans(self, step, number, random):
+    def spans(self, step: int, number: int, random: np.random.Generator) -> Iterator[Span]:
         for place in random.integers(self.places[-1], size=number):
             chunk, start = _locate(self.places, place)
             yield chunk, start, min(start + self.length + 1, len(self.chunks[chunk]))
 
 
-class SequentialWindows(_Sampler):
-    """Windows one after the other from start to end of the text, and then from the start again.
+class SequentialWindows(Sampler):
+    """Windows one after the other from start to end of the text, and then again from the start.
 
-    Within a chunk each begins with the last token of the one before, so that a pass predicts every
-    token but a chunk's first once; the last window of a chunk may be short.
+    Within a chunk each window starts with the last token of the one before, so that a pass predicts
+    every token of a chunk but the first once; the last window of a chunk may be short.
     """
 
-    def __init__(self, tokens, length, seed):
+    def __init__(self, tokens: Tokens, length: int, seed: int) -> None:
         super().__init__(tokens, length, seed)
-        self.places = np.cumsum(-(-np.maximum(tokens.sizes - 1, 0) // length))
+        self.places = np.cumsum(_divided_up(np.maximum(tokens.sizes - 1, 0), length))
         self.count = int(self.places[-1])
 
-    def spans(self, step, number, random):
+    def spans(self, step: int, number: int, random: np.random.Generator) -> Iterator[Span]:
         for row in range(step * number, (step + 1) * number):
             chunk, window = _locate(self.places, row % self.count)
             start = window * self.length
             yield chunk, start, min(start + self.length + 1, len(self.chunks[chunk]))
 
 
-def _locate(bounds, place):
-    """The number of the chunk in which a place lies, and the place in it; `bounds` are all ends."""
+def _divided_up(numbers: np.ndarray, divisor: int) -> np.ndarray:
+    """Divide whole numbers exactly, rounding up."""
+    return (numbers + divisor - 1) // divisor
+
+
+def _locate(bounds: np.ndarray, place: int) -> tuple[int, int]:
+    """Return (chunk, place in it) of a place in the corpus; `bounds` are the ends of chunks."""
     chunk = int(np.searchsorted(bounds, place, side="right"))
     return chunk, int(place - (bounds[chunk - 1] if chunk else 0))
 
 
-class DocumentPieces(_Sampler):
+class DocumentPieces(Sampler):
     """Pieces of up to length + 1 tokens of one document, in a new order each pass.
 
-    A document ends after each `end` id and where a chunk ends. Its pieces follow each other without
-    overlap, so the first token of a later one is never predicted (UER-py uer/utils/dataset.py:
-    455-467); a piece of one token is left out.
+    A document ends after each `end` id and at the end of its chunk. Its pieces follow each other
+    without overlap, so the first token of a later piece is never predicted (UER-py uer/utils/
+    dataset.py:455-467); a piece of one token is left out.
 
-    With `uer_compat` the padding that follows a short piece is predicted once, and a piece of one
-    token is kept for that (uer/utils/dataloader.py:174-179).
+    With `uer_compat` the padding after a short piece is predicted once, and a piece of one token is
+    kept for that (uer/utils/dataloader.py:174-179).
 
     Attributes:
-        starts: int64 [count], where each piece begins in the chunks laid end to end.
-        sizes: uint16 or int32 [count], its tokens.
+        starts: int64 [count], the start of each piece in the concatenated chunks.
+        sizes: uint16 or int32 [count], the number of tokens in each piece.
     """
 
-    def __init__(self, tokens, length, seed, end=None, uer_compat=False):
+    def __init__(
+        self, tokens: Tokens, length: int, seed: int, end: int | None, uer_compat: bool
+    ) -> None:
         super().__init__(tokens, length, seed)
-        self.after = int(uer_compat)
+        self.after = 1 if uer_compat else 0
         self.bounds = np.cumsum(tokens.sizes)
         size_type = np.uint16 if length < 2**16 - 1 else np.int32
+        smallest = 1 if uer_compat else 2
         starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, size_type)]
         for chunk, bound in zip(self.chunks, self.bounds, strict=True):
             for first, ends in _document_ends(chunk, end):
                 start, size = _cut(first, ends, length + 1)
-                kept = size > (0 if uer_compat else 1)
+                kept = size >= smallest
                 starts.append(start[kept] + (bound - len(chunk)))
                 sizes.append(size[kept].astype(size_type))
         self.starts, self.sizes = np.concatenate(starts), np.concatenate(sizes)
         self.count = len(self.starts)
         if not self.count:
             raise UserError(
-                f"no document of {tokens.path} has two tokens, and it takes 2 to predict one. "
+                f"no document in {tokens.path} has two tokens, but it takes 2 to predict one. "
                 "Is it the right file?"
             )
-        self._order = None, None  # a pass and its order
+        self._pass: int | None = None  # the pass whose order is kept
+        self._order: np.ndarray = np.zeros(0, np.int32)
 
-    def spans(self, step, number, random):
+    def spans(self, step: int, number: int, random: np.random.Generator) -> Iterator[Span]:
         row, stop = step * number, (step + 1) * number
         while row < stop:
             number_of_pass, place = divmod(row, self.count)
@@ -216,49 +253,50 @@ class DocumentPieces(_Sampler):
             yield from map(self.piece, pieces)
             row += len(pieces)
 
-    def order(self, number):
-        """The order of pass `number`, [count]: a permutation that seed and number determine."""
-        if self._order[0] != number:
-            self._order = None, None  # not two at a time
+    def order(self, number: int) -> np.ndarray:
+        """Return the order of pass `number`, [count]: a permutation from seed and number alone."""
+        if self._pass != number:
+            self._order = np.zeros(0, np.int32)  # frees the old order before the new one is made
             order = np.arange(self.count, dtype=np.int32 if self.count < 2**31 else np.int64)
             # the top bit, which no seed has, keeps this apart from the generator of a step
             _generator(self.seed | 2**63, number).shuffle(order)
-            self._order = number, order
-        return self._order[1]
+            self._pass, self._order = number, order
+        return self._order
 
-    def piece(self, number):
-        """The (chunk, start, stop) of a piece."""
+    def piece(self, number: int) -> Span:
+        """Return the span of a piece."""
         chunk, start = _locate(self.bounds, self.starts[number])
         return chunk, start, start + int(self.sizes[number])
 
 
-def _document_ends(chunk, end):
-    """Yields (start of a document, array of the ends of it and of those after it), in places.
+def _document_ends(chunk: np.ndarray, end: int | None) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (start of a document, int64 array of its end and the ends of those after it).
 
-    A part of the chunk at a time, which may be a mapped file; ends are one past the last token.
+    The chunk may be a mapped file, so a part of it is read at a time. An end is one past the last
+    token.
     """
     first = 0
     for start in range(0, len(chunk), 2**22):
         block = chunk[start : start + 2**22]
-        found = [] if end is None else np.flatnonzero(block == end) + (start + 1)
         stop = start + len(block)
+        found = np.zeros(0, np.int64) if end is None else np.flatnonzero(block == end) + (start + 1)
         if stop == len(chunk) and (not len(found) or found[-1] != stop):
             found = np.append(found, stop)
         if len(found):
-            found = np.asarray(found, np.int64)
             yield first, found
-            first = found[-1]
+            first = int(found[-1])
 
 
-def _cut(first, ends, size):
-    """Documents -> (starts, sizes) of their pieces of up to `size` tokens, int64 arrays.
+def _cut(first: int, ends: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (starts, sizes), int64, of the pieces of up to `size` tokens of documents.
 
     Args:
-        first: where the first document begins; each other begins where the one before ends.
+        first: start of the first document; each other one starts at the end of the one before.
         ends: int64 array.
+        size: tokens in a whole piece.
     """
     begins = np.concatenate(([first], ends[:-1]))
-    pieces = -(-(ends - begins) // size)  # of each document
+    pieces = _divided_up(ends - begins, size)  # of each document
     number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     starts = np.repeat(begins, pieces) + number * size
     return starts, np.minimum(np.repeat(ends, pieces) - starts, size)

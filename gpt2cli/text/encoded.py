@@ -8,60 +8,76 @@ import os
 import shutil
 import tempfile
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
+from gpt2cli.options import TextOptions
 from gpt2cli.text import corpus
 from gpt2cli.text.batches import Tokens
-from gpt2cli.text.corpus import ENCODED
+from gpt2cli.text.corpus import ENCODED, Part, Progress
+from gpt2cli.text.encoder import Encoder
 
-BOMB = 2**30  # bytes to which anything may unpack
-SPOOL = 2**25  # bytes of a chunk that wait for its end in memory
-SEPARATOR_LENGTH = len("<|endoftext|>")  # counts for --combine as in nshepperd/gpt-2
+BOMB = 2**30  # bytes to which any array may unpack
+SPOOL = 2**25  # bytes of a chunk that wait in memory until its end is known
+SEPARATOR_LENGTH = len("<|endoftext|>")  # counts for --combine, as in nshepperd/gpt-2
+
+Ids = tuple[np.ndarray, bool]  # some ids of a chunk, and whether the chunk ends with them
+LAST: Ids = (np.empty(0, np.int32), True)  # ends the last chunk where no other ids do
+Group = list[Part | None] | np.ndarray  # parts with None where a chunk ends, or a whole chunk
+Seen = Callable[[str, np.ndarray, bool], None]
 
 
-def dtype_of(n_vocab):
-    """The smaller of two integer types that holds all ids."""
+def dtype_of(n_vocab: int) -> np.dtype:
+    """Return uint16 if all ids fit into it, else int32."""
     return np.dtype(np.uint16 if n_vocab <= 2**16 else np.int32)
 
 
-def encode(paths, encoder, settings, n_vocab=None, progress=lambda size: None, seen=None):
-    """Files -> token ids, after each document the real end token (WordPiece: [CLS] ... [SEP]).
+def encode(
+    paths: Iterable[Path],
+    encoder: Encoder | None,
+    options: TextOptions,
+    n_vocab: int,
+    progress: Progress = lambda size: None,
+    seen: Seen | None = None,
+) -> Iterator[Ids]:
+    """Encode files, with the real end token after each document (WordPiece: [CLS] ... [SEP]).
 
-    Files shorter than `settings.combine` characters share a chunk with those after them; the
-    chunks of an encoded file are taken as they are.
+    Files shorter than `options.combine` characters share a chunk with those after them. The chunks
+    of an encoded file stay as they are.
 
     Args:
-        paths: from `find`.
-        encoder: from encoder.load, or None if no path is text.
-        settings: a TextOptions.
-        n_vocab: ids must be below it; the encoder's if not given.
-        progress: is told the bytes that were read.
-        seen: is given each text, its ids without separators and whether a document ends with it,
-            from several threads.
+        paths: from `corpus.find`.
+        encoder: the vocabulary, or None if no path is text.
+        options: how to read text.
+        n_vocab: the model's; every id must be below it.
+        progress: called with the number of bytes just read.
+        seen: called with each text, its ids without separators and whether a document ends with
+            it, from several threads.
 
     Yields:
         (1-D array, whether it ends a chunk): long chunks come in parts. The array's type is
-        dtype_of(n_vocab), or, of a mapped .npy, what it is in the file.
+        `dtype_of(n_vocab)`; a mapped .npy keeps the type of its file.
 
     Raises:
-        UserError: a file cannot be read, is not text in that encoding, or holds wrong ids.
+        UserError: a file cannot be read, is not text in that encoding, or contains wrong ids.
     """
-    n_vocab = n_vocab or encoder.n_vocab
     dtype = dtype_of(n_vocab)
 
-    def encode_group(group):
+    def encode_group(group: Group) -> list[Ids]:
         if isinstance(group, np.memmap):
             return [(group, True)]
         if isinstance(group, np.ndarray):
             return [(group.astype(dtype), True)]
+        assert encoder is not None
         documents = [part for part in group if part]
         texts = [part.text for part in documents]
-        arrays = encoder.arrays(texts, special=settings.special == "token") if texts else []
+        arrays = encoder.arrays(texts, special=options.special == "token") if texts else []
         if seen:
             for part, ids in zip(documents, arrays, strict=True):
                 seen(part.text, ids, part.closes)
@@ -70,31 +86,43 @@ def encode(paths, encoder, settings, n_vocab=None, progress=lambda size: None, s
             _check_range(ids, n_vocab, "the text in this folder's vocabulary")
         return [(ids.astype(dtype), ends) for ids, ends in parts]
 
-    groups = _groups(paths, encoder, settings, n_vocab, progress)
+    groups = _groups(paths, encoder, options, n_vocab, progress)
     with _no_threads_inside():
-        for parts in _in_order(encode_group, groups, settings.workers):
+        for parts in _in_order(encode_group, groups, options.workers):
             yield from parts
 
 
-def load(path, encoder, settings, n_vocab):
-    """The tokens of a text, .csv, .jsonl, .npz or .npy file, folder or glob, as `Tokens`.
-
-    Args:
-        encoder: from encoder.load, or None if the model folder has no vocabulary.
-        settings: a TextOptions.
-        n_vocab: of the model; every id must be below it.
+def load(path: str | Path, encoder: Encoder | None, options: TextOptions, n_vocab: int) -> Tokens:
+    """Return the tokens of a text, .csv, .jsonl, .npz or .npy file, a folder or a glob.
 
     Raises:
-        UserError: nothing there, not readable, not for this model, or fewer than 2 tokens.
+        UserError: see `corpus.find` and `encode`; or there are fewer than 2 tokens.
     """
-    parts = encode(corpus.find(path), encoder, settings, n_vocab)
-    chunks = [c[0] if len(c) == 1 else np.concatenate(c) for c in _chunks(parts)]
-    return Tokens(chunks, path)
+    return Tokens(list(chunks(encode(corpus.find(path), encoder, options, n_vocab))), path)
 
 
-def _groups(paths, encoder, settings, n_vocab, progress):
-    """Work for the threads: lists of Part with None where a chunk ends, or chunks read ready."""
-    group, size, length = [], 0, 0
+def chunks(parts: Iterable[Ids]) -> Iterator[np.ndarray]:
+    """Join the output of `encode` to one array per chunk; empty chunks are left out."""
+    chunk: list[np.ndarray] = []
+    for ids, ends in itertools.chain(parts, [LAST]):
+        if len(ids):
+            chunk.append(ids)
+        if ends and chunk:
+            yield chunk[0] if len(chunk) == 1 else np.concatenate(chunk)
+            chunk = []
+
+
+def _groups(
+    paths: Iterable[Path],
+    encoder: Encoder | None,
+    options: TextOptions,
+    n_vocab: int,
+    progress: Progress,
+) -> Iterator[Group]:
+    """Yield the work of one thread at a time."""
+    group: list[Part | None] = []
+    size = 0  # characters in the group
+    length = 0  # characters in the chunk, with its separators
     for path in paths:
         if path.suffix.lower() in ENCODED:
             if group or length:
@@ -105,18 +133,18 @@ def _groups(paths, encoder, settings, n_vocab, progress):
             continue
         if encoder is None:
             raise UserError(
-                f"{path} is text, and this model folder has no vocabulary to read it with. Copy "
-                "the vocabulary files into it, or give an encoded .npz or .npy"
+                f"{path} is text, but the model folder has no vocabulary to read it with. Copy "
+                "the vocabulary files into it, or use an encoded .npz or .npy"
             )
-        for part in corpus.parts_of(path, encoder.CUT, settings, progress):
+        for part in corpus.parts_of(path, encoder.CUT, options, progress):
             group.append(part)
             size += len(part.text) + 1  # blank lines take memory too
-            length += len(part.text) + SEPARATOR_LENGTH * part.closes
+            length += len(part.text) + (SEPARATOR_LENGTH if part.closes else 0)
             if size >= corpus.BLOCK:
                 yield group
                 group, size = [], 0
-        # nshepperd/gpt-2 load_dataset.py asks for the length without the last separator.
-        if length - SEPARATOR_LENGTH >= settings.combine:
+        # nshepperd/gpt-2 load_dataset.py compares the length without the last separator.
+        if length - SEPARATOR_LENGTH >= options.combine:
             group.append(None)
             length = 0
     if length:
@@ -125,18 +153,20 @@ def _groups(paths, encoder, settings, n_vocab, progress):
         yield group
 
 
-def _in_order(function, items, workers):
-    """map() in so many threads, 0 for one a core; a few items ahead of the consumer at most.
+def _in_order(
+    encode_group: Callable[[Group], list[Ids]], groups: Iterable[Group], workers: int
+) -> Iterator[list[Ids]]:
+    """Encode groups in N threads (0: one per core), at most a few ahead of the consumer.
 
-    Threads and not processes: tiktoken and tokenizers let go of the interpreter lock while they
-    encode, and threads need neither a copy of the vocabulary each nor a pipe for the ids.
+    Threads and not processes: tiktoken and tokenizers release the interpreter lock while they
+    encode, and threads share the vocabulary and need no pipe for the ids.
     """
     workers = workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
-    waiting = collections.deque()
+    waiting: collections.deque[Future[list[Ids]]] = collections.deque()
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        for group in groups:
+            waiting.append(pool.submit(encode_group, group))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -146,10 +176,10 @@ def _in_order(function, items, workers):
 
 
 @contextlib.contextmanager
-def _no_threads_inside():
-    """Let a call of `tokenizers` run in its caller's thread alone; a user's own choice stays.
+def _no_threads_inside() -> Iterator[None]:
+    """Keep `tokenizers` from spreading each call over all cores, unless the user set it to.
 
-    By itself it spreads every call over all cores, whatever --workers says.
+    It would do so whatever --workers says.
     """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
@@ -161,8 +191,10 @@ def _no_threads_inside():
             os.environ.pop(name, None)
 
 
-def _assemble(group, arrays, encoder):
-    """Put separators around the ids of a group's documents: yields what `encode` yields."""
+def _assemble(
+    group: Iterable[Part | None], arrays: Iterator[np.ndarray], encoder: Encoder
+) -> Iterator[Ids]:
+    """Put separators around the ids of a group's documents; yield as `encode` does."""
     before = np.array(encoder.prefix, np.int32)
     after = np.array([] if encoder.end is None else [encoder.end], np.int32)
     found = [before[:0]]
@@ -170,25 +202,33 @@ def _assemble(group, arrays, encoder):
         if part is None:
             yield np.concatenate(found), True
             found = [before[:0]]
-        else:
-            found += [before] * part.opens + [next(arrays)] + [after] * part.closes
+            continue
+        if part.opens:
+            found.append(before)
+        found.append(next(arrays))
+        if part.closes:
+            found.append(after)
     yield np.concatenate(found), False
 
 
-def save_npz(path, parts):
-    """Write what `encode` yields as nshepperd/gpt-2's encode.py does: a chunk each is arr_0, ...
+def save_npz(path: str | Path, parts: Iterable[Ids]) -> None:
+    """Write the output of `encode` as nshepperd/gpt-2's encode.py does: chunks as arr_0, arr_1, ...
 
-    A long chunk waits on the disk for its end: its length stands before it. UserError if the file
-    cannot be written.
+    An array's length comes before its ids, so a long chunk waits on the disk for its end.
+
+    Raises:
+        UserError: the file cannot be written.
     """
-    end = [(np.empty(0, np.int32), True)]  # of the last chunk, where nothing says so
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(files.replacing(path))
-        chunk = stack.enter_context(tempfile.SpooledTemporaryFile(SPOOL, dir=Path(path).parent))
+        chunk = stack.enter_context(
+            tempfile.SpooledTemporaryFile(SPOOL, dir=str(Path(path).parent))
+        )
         # The fastest level: encoding should not wait for the compressor.
-        kind = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 1}
-        archive = stack.enter_context(zipfile.ZipFile(file, "w", **kind))
-        for ids, ends in itertools.chain(parts, end):
+        archive = stack.enter_context(
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+        )
+        for ids, ends in itertools.chain(parts, [LAST]):
             if len(ids):
                 chunk.write(ids.data)
                 dtype = ids.dtype
@@ -198,64 +238,57 @@ def save_npz(path, parts):
                 chunk.truncate()
 
 
-def _add_member(archive, chunk, dtype):
+def _add_member(archive: zipfile.ZipFile, chunk: IO[bytes], dtype: np.dtype) -> None:
     """Write a file of ids into a zip archive as its next array."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-    header["shape"] = (chunk.tell() // dtype.itemsize,)
+    header = _header(dtype, chunk.tell() // dtype.itemsize)
     with archive.open(f"arr_{len(archive.filelist)}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array_header_1_0(member, header)
         chunk.seek(0)
         shutil.copyfileobj(chunk, member)
 
 
-def save_npy(path, parts, dtype):
-    """Write what `encode` yields as one 1-D array that np.load can map; nothing stays in memory.
+def _header(dtype: np.dtype, length: int) -> dict[str, Any]:
+    """Return the NumPy header of a 1-D array."""
+    descr = np.lib.format.dtype_to_descr(dtype)
+    return {"descr": descr, "fortran_order": False, "shape": (length,)}
 
-    UserError if the file cannot be written.
+
+def save_npy(path: str | Path, parts: Iterable[Ids], dtype: np.dtype) -> None:
+    """Write the output of `encode` as one 1-D array that np.load can map, in bounded memory.
+
+    Raises:
+        UserError: the file cannot be written.
     """
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
     total = 0
     with files.replacing(path) as file:
         # NumPy pads the header so that a longer shape fits into the same place.
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
+        np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
         start = file.tell()
         for ids, _ in parts:
             file.write(ids.astype(dtype, copy=False).data)
             total += len(ids)
         file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (total,)})
+        np.lib.format.write_array_header_1_0(file, _header(dtype, total))
         assert file.tell() == start, (file.tell(), start)
 
 
-def _chunks(parts):
-    """What `encode` yields -> lists of the arrays of one chunk, empty chunks left out."""
-    chunk = []
-    for ids, ends in parts:
-        if len(ids):
-            chunk.append(ids)
-        if ends and chunk:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _check_range(ids, n_vocab, where):
-    """UserError if an id is not in [0, n_vocab)."""
+def _check_range(ids: np.ndarray, n_vocab: int, where: str) -> None:
+    """Raise UserError if an id is not in [0, n_vocab)."""
     for start in range(0, len(ids), 2**24):  # bounded memory for a mapped file
         block = ids[start : start + 2**24]
         for value in (int(block.min()), int(block.max())):
             if not 0 <= value < n_vocab:
                 raise UserError(
-                    f"{where} has token {value}, and this model knows 0 to {n_vocab - 1}. "
-                    "Encode the text with the vocabulary of the model that you use"
+                    f"{where} has token {value}, but the model knows only 0 to {n_vocab - 1}. "
+                    "Encode the text with the vocabulary of this model"
                 )
 
 
-def _read_encoded(path, n_vocab):
-    """The chunks of an .npz (of any program) or .npy, checked; an .npy is mapped, not read.
+def _read_encoded(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
+    """Yield the checked chunks of an .npz (of any program) or .npy, which is mapped, not read.
 
-    UserError for a file that is damaged or holds something else than ids.
+    Raises:
+        UserError: the file is damaged or does not contain ids.
     """
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -274,11 +307,15 @@ def _read_encoded(path, n_vocab):
         ) from None
 
 
-def _check_member(archive, name, path):
-    """Refuse an array that would take far more memory than its file, before it is read.
+def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
+    """Reject an array that would take far more memory than its file, before it is read.
 
-    ValueError where its header promises more than it holds, UserError where that is made to
-    unpack to what no text does: 2 bytes a token compress to a tenth, the same token to a 500th.
+    Real text is never that small: 2 bytes per token compress to a tenth, and the same token again
+    and again to a 500th.
+
+    Raises:
+        ValueError: the array is shorter than its header says.
+        UserError: the array would unpack to far more than any text.
     """
     if name not in archive.namelist():
         raise ValueError(f"{name} is not in it")
@@ -286,24 +323,23 @@ def _check_member(archive, name, path):
     if member.file_size > max(BOMB, 200 * member.compress_size):
         raise UserError(
             f"{path}: {name} would unpack from {member.compress_size:,} to {member.file_size:,} "
-            "bytes, which looks like an attack. If it is yours, encode it to a .npy"
+            "bytes, which looks like an attack. If the file is yours, encode the text to a .npy"
         )
     with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-            version, np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     if math.prod(shape) * dtype.itemsize > member.file_size:
         raise ValueError(f"{name} is shorter than its header says")
 
 
-def _checked(ids, n_vocab, where):
-    """The array, if it is a 1-D one of ids below n_vocab."""
+def _checked(ids: Any, n_vocab: int, where: str) -> np.ndarray:
+    """Return an array of ids; UserError if it is not a 1-D one of ids below n_vocab."""
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-        what = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "no array"
+        kind = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "no array"
         raise UserError(
-            f"{where} is {what}, not one row of whole numbers. Make it with: gpt2cli encode"
+            f"{where} is {kind}, not one row of whole numbers. Make it with: gpt2cli encode"
         )
     _check_range(ids, n_vocab, where)
     return ids

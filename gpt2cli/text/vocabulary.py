@@ -3,29 +3,35 @@
 import collections
 import contextlib
 import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from gpt2cli import files
 from gpt2cli.storage import folders
 from gpt2cli.text.bpe import END
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # [PAD] is id 0, as in BERT's
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # [PAD] is id 0, as in BERT
 SMALLEST = {"bpe": 257, "wordpiece": len(SPECIAL) + 1}  # 256 bytes and the end token
 
 
-def train_bpe(texts, size, min_frequency=2):
-    """Texts -> a byte-pair vocabulary as {file name: text}: bytes, merges, the end token last.
+def train_bpe(texts: Iterable[str], size: int, min_frequency: int = 2) -> dict[str, str]:
+    """Train a byte-pair vocabulary: 256 bytes, merges, the end token last.
 
     The same texts give the same files.
 
     Args:
-        texts: iterable of str; only its distinct words are held.
-        size: tokens, fewer if the texts have no more pairs.
-        min_frequency: a pair that occurs less often is not merged.
+        texts: the corpus; only its distinct words stay in memory.
+        size: number of tokens, fewer if the texts have no more pairs.
+        min_frequency: number of times a pair must occur to be merged.
+
+    Returns:
+        file name -> content.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # splits words as bpe.SPLIT does, and that is how GPT-2 encodes
+    # splits words as bpe.SPLIT does, which is how GPT-2 encodes
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=size - 1,
@@ -41,43 +47,40 @@ def train_bpe(texts, size, min_frequency=2):
     return {"encoder.json": json.dumps(vocab), "vocab.bpe": "\n".join(lines)}
 
 
-def train_wordpiece(texts, size, min_frequency=2, lower_case=True):
-    """Texts -> a WordPiece vocabulary as {file name: text}: special tokens, characters, pieces.
+def train_wordpiece(
+    texts: Callable[[], Iterable[str]],
+    size: int,
+    min_frequency: int = 2,
+    lower_case: bool = True,
+) -> dict[str, str]:
+    """Train a WordPiece vocabulary: special tokens, characters, pieces.
 
-    The characters come first, the most frequent ones where not all have room, each with its ##
-    form if it occurs inside words; Chinese ones never do, since BERT makes each a word. What room
-    is left is for pieces. The same texts give the same files.
+    Characters come first, the most frequent ones if not all fit. Each has its ## form if it occurs
+    inside words, which Chinese ones never do: BERT makes each a word. Pieces fill the rest. The
+    same texts give the same files.
 
     Args:
-        texts: function that gives the texts from their start; they are read twice.
-        size: tokens, fewer if the texts have no more pairs.
-        min_frequency: what occurs less often makes no token.
+        texts: function that yields the corpus from its start; it is called twice.
+        size: see `train_bpe`.
+        min_frequency: number of times a character or pair must occur to become a token.
         lower_case: whether texts are read in lower case and without accents.
+
+    Returns:
+        file name -> content.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import normalizers
 
     normalizer = normalizers.BertNormalizer(lowercase=lower_case)
+    raw: collections.Counter[str] = collections.Counter()
 
-    def train(texts, **options):
-        """What WordPieceTrainer learns, in the order of its ids."""
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizer
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(show_progress=False, **options)
-        tokenizer.train_from_iterator(texts, trainer)
-        vocab = tokenizer.get_vocab()
-        return sorted(vocab, key=vocab.get)
-
-    raw = collections.Counter()
-
-    def counted():
+    def watched() -> Iterator[str]:
         for text in texts():
             raw.update(text)
             yield text
 
-    # the characters and ## forms that occur, and not one merge
-    found = set(train(counted(), vocab_size=1))
-    times = collections.Counter()
+    # a size of 1 has no room for merges: only the characters and ## forms that occur
+    found = set(_train_pieces(watched(), normalizer, vocab_size=1))
+    times: collections.Counter[str] = collections.Counter()
     for char, number in raw.items():
         for part in normalizer.normalize_str(char):
             times[part] += number
@@ -90,8 +93,9 @@ def train_wordpiece(texts, size, min_frequency=2, lower_case=True):
         inner += forms
         room -= 1 + len(forms)
     first = [*SPECIAL, *sorted(inner)]
-    trained = train(
+    trained = _train_pieces(
         texts(),
+        normalizer,
         vocab_size=size,
         min_frequency=min_frequency,
         # The trainer would number the ## forms in the random order of a hash table, and that order
@@ -109,10 +113,26 @@ def train_wordpiece(texts, size, min_frequency=2, lower_case=True):
     return made
 
 
-def write(folder, made):
-    """Write {file name: text} into a folder and remove what it has of another vocabulary.
+def _train_pieces(texts: Iterable[str], normalizer: Any, **options: Any) -> list[str]:
+    """Return the tokens that WordPieceTrainer learns, in the order of their ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    All is on disk before the first file is renamed. UserError if the folder cannot be written to.
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(show_progress=False, **options)
+    tokenizer.train_from_iterator(texts, trainer)
+    vocab = tokenizer.get_vocab()
+    return sorted(vocab, key=vocab.__getitem__)
+
+
+def write(folder: Path, made: Mapping[str, str]) -> None:
+    """Write vocabulary files into a folder and remove the files of its old vocabulary.
+
+    `made` is file name -> content. All files are on disk before the first one is renamed.
+
+    Raises:
+        UserError: the folder cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         for name, text in made.items():

@@ -1,4 +1,4 @@
-"""gpt2cli encode as a command: files, standard error, refusals."""
+"""gpt2cli encode as a command: files, standard error, rejected input."""
 
 import json
 
@@ -30,17 +30,13 @@ def models_dir(tmp_path_factory):
     return folder
 
 
-def run(models_dir, in_text, out, **settings):
-    settings.setdefault("model_name", "english")
-    encode.run(
-        EncodeOptions(
-            in_text=str(in_text), out_npz=str(out), models_dir=str(models_dir), **settings
-        )
-    )
+def run(models_dir, in_text, out, **options):
+    paths = {"in_text": str(in_text), "out_npz": str(out), "models_dir": str(models_dir)}
+    encode.run(EncodeOptions(**paths, **{"model_name": "english", **options}))
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
-def test_encode_writes_the_ids_and_says_what_it_did_on_stderr(tmp_path, models_dir, capsys, suffix):
+def test_encode_writes_the_ids_and_a_summary_on_stderr(tmp_path, models_dir, capsys, suffix):
     text = tmp_path / "a.txt"
     text.write_text(f"the kettle{END}clicked off\n")
     out = tmp_path / "deep" / "er" / f"out{suffix}"
@@ -55,7 +51,7 @@ def test_encode_writes_the_ids_and_says_what_it_did_on_stderr(tmp_path, models_d
     per_token = len(text.read_bytes()) / len(expected)
     assert f"{per_token:.2f} bytes of text per token" in stderr
     assert f"{out.stat().st_size:,} bytes written" in stderr
-    assert "\r" not in stderr  # no bar where no terminal is
+    assert "\r" not in stderr  # no bar without a terminal
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
@@ -83,7 +79,7 @@ def test_a_run_folder_has_the_vocabulary_too(tmp_path, models_dir):
     assert (tmp_path / "out.npz").exists()
 
 
-def test_chinese_characters_that_the_vocabulary_lacks_are_named(tmp_path, models_dir, capsys):
+def test_chinese_characters_that_the_vocabulary_lacks_are_listed(tmp_path, models_dir, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "今天龙龙凤"}), encoding="utf-8")
     run(models_dir, path, tmp_path / "out.npz", model_name="chinese")
@@ -96,30 +92,30 @@ def test_chinese_characters_that_the_vocabulary_lacks_are_named(tmp_path, models
     assert "UNK" not in capsys.readouterr().err
 
 
-def test_an_output_among_the_input_is_not_read(tmp_path, models_dir, capsys):
+def test_an_output_in_the_input_folder_is_not_read(tmp_path, models_dir, capsys):
     (tmp_path / "a.txt").write_text("the kettle")
     run(models_dir, tmp_path, tmp_path / "out.npz")
     first = (tmp_path / "out.npz").stat().st_size
     run(models_dir, tmp_path, tmp_path / "out.npz")
     assert (tmp_path / "out.npz").stat().st_size == first
-    assert "out.npz lies among the input and is not read" in capsys.readouterr().err
+    assert "out.npz is in the input folder; it is not read" in capsys.readouterr().err
 
 
-def test_an_output_that_is_the_input_is_refused(tmp_path, models_dir):
+def test_an_output_that_is_the_input_is_rejected(tmp_path, models_dir):
     out = tmp_path / "out.npz"
     np.savez(out, [1, 2])
     before = out.read_bytes()
-    with pytest.raises(UserError, match="over its own input"):
+    with pytest.raises(UserError, match="would replace its own input"):
         run(models_dir, out, tmp_path / "." / "out.npz")
     assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     "content, message",
-    [(b"", "holds no text"), (b"\0\1", "not a text file"), (b"a\xff", "byte 1 is not utf-8")],
+    [(b"", "contains no text"), (b"\0\1", "not a text file"), (b"a\xff", "byte 1 is not utf-8")],
 )
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
-def test_bad_input_leaves_the_old_output_as_it_was(tmp_path, models_dir, content, message, suffix):
+def test_bad_input_leaves_the_old_output_unchanged(tmp_path, models_dir, content, message, suffix):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_bytes(content)
     out = tmp_path / f"out{suffix}"
@@ -130,16 +126,16 @@ def test_bad_input_leaves_the_old_output_as_it_was(tmp_path, models_dir, content
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", out.name]
 
 
-def test_missing_input_and_missing_vocabulary_are_named(tmp_path, models_dir):
+def test_missing_input_and_missing_vocabulary_are_reported(tmp_path, models_dir):
     with pytest.raises(UserError, match=f"no file matches: {tmp_path}/nothing.txt"):
         run(models_dir, tmp_path / "nothing.txt", tmp_path / "out.npz")
     with pytest.raises(UserError, match=f"no vocabulary in {models_dir}/bare"):
         run(models_dir, tmp_path, tmp_path / "out.npz", model_name="bare")
 
 
-def test_an_output_that_cannot_be_written_is_named(tmp_path, models_dir):
+def test_an_output_that_cannot_be_written_is_reported(tmp_path, models_dir):
     (tmp_path / "a.txt").write_text("the kettle")
-    with pytest.raises(UserError, match="cannot write .*a.txt/out.npz"):
+    with pytest.raises(UserError, match=r"cannot write .*a\.txt/out\.npz"):
         run(models_dir, tmp_path / "a.txt", tmp_path / "a.txt" / "out.npz")
 
 

@@ -1,4 +1,4 @@
-"""gpt2cli init as a command: a model that trains, the same for the same seed, refusals."""
+"""gpt2cli init as a command: a model that trains, reproducible weights, rejected input."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from gpt2cli.model import network as model
+from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.text import encoder
@@ -20,7 +20,7 @@ CHINESE = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n今\n天\nA\n"
 
 @pytest.fixture
 def chinese(workdir):
-    """vocab/vocab.txt, which keeps case."""
+    """Write vocab/vocab.txt, which keeps case."""
     (workdir / "vocab").mkdir()
     (workdir / "vocab/vocab.txt").write_text(CHINESE, encoding="utf-8")
     (workdir / "vocab/tokenizer_config.json").write_text('{"do_lower_case": false}')
@@ -53,14 +53,14 @@ def test_a_new_model_has_sizes_vocabulary_and_random_weights(cli, workdir):
     assert folders.read_config(folder) == sizes
     for name in ("encoder.json", "vocab.bpe"):
         assert (folder / name).read_bytes() == (TINY / name).read_bytes()
-    n_weights = sum(np.prod(shape) for shape in model.weight_shapes(sizes).values())
-    assert f"{n_weights:,} parameters, random (seed 0), {4 * n_weights:,} bytes" in result.stderr
+    n_weights = sum(np.prod(shape) for shape in weight_shapes(sizes).values())
+    assert f"{n_weights:,} random parameters (seed 0), {4 * n_weights:,} bytes" in result.stderr
     assert "n_layer 2, n_head 2, n_embd 16, n_ctx 32, n_vocab 2048" in result.stderr
     assert "gpt2cli train --dataset FILE --model_name new" in result.stderr
     assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
 
 
-def test_weights_deviate_as_openais_initial_ones_do(cli, workdir):
+def test_weights_have_the_deviations_of_openais_initial_ones(cli, workdir):
     flags = ("--n_layer", 2, "--n_head", 2, "--n_embd", 128, "--n_ctx", 256)
     assert cli("init", "new", "--vocab", "models/tiny", *flags).returncode == 0
     found = weights(workdir / "models/new")
@@ -103,7 +103,7 @@ def test_train_starts_from_a_new_model(cli, workdir, chinese):
     assert not encoder.load(run).lower_case and encoder.load(run).n_vocab == 7
 
 
-def test_sizes_come_from_a_preset_and_single_flags_change_them(cli, workdir):
+def test_sizes_come_from_a_preset_and_single_flags_override_them(cli, workdir):
     flags = ("--size", "tiny", "--n_layer", 1, "--n_ctx", 8, "--n_vocab", 2100)
     assert cli("init", "new", "--vocab", "models/tiny", *flags).returncode == 0
     expected = ModelConfig(n_vocab=2100, n_ctx=8, n_embd=160, n_head=5, n_layer=1)
@@ -112,8 +112,8 @@ def test_sizes_come_from_a_preset_and_single_flags_change_them(cli, workdir):
 
 
 @pytest.mark.parametrize("given", ["folder", "vocab.txt", "any_name.txt", "config"])
-def test_a_wordpiece_vocabulary_comes_as_folder_or_file(cli, workdir, chinese, given):
-    kept_case = given != "any_name.txt"  # nothing beside such a file is known to belong to it
+def test_a_wordpiece_vocabulary_is_given_as_folder_or_file(cli, workdir, chinese, given):
+    kept_case = given != "any_name.txt"  # other files beside it may not belong to it
     if given == "any_name.txt":
         (chinese / "vocab.txt").rename(chinese / given)
     if given == "config":
@@ -134,7 +134,7 @@ def test_a_wordpiece_vocabulary_comes_as_folder_or_file(cli, workdir, chinese, g
 
 
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
-def test_one_file_of_a_bpe_brings_the_other(cli, workdir, names):
+def test_one_file_of_a_bpe_stands_for_both(cli, workdir, names):
     (workdir / "bpe").mkdir()
     for source, name in zip(("encoder.json", "vocab.bpe"), names, strict=True):
         shutil.copy(TINY / source, workdir / "bpe" / name)
@@ -156,11 +156,11 @@ def test_one_file_of_a_bpe_brings_the_other(cli, workdir, names):
         (("--n_vocab", 2047), 1, "--n_vocab 2047 is less than the 2048 tokens of models/tiny"),
         (("--vocab", "nothing"), 1, "no vocabulary at "),
         (("--vocab", "text.txt"), 1, "text.txt lacks [UNK], [CLS], [SEP]"),
-        (("--vocab", "models"), 1, "/models: it takes encoder.json and vocab.bpe"),
+        (("--vocab", "models"), 1, "/models: it needs encoder.json and vocab.bpe"),
         (("--models_dir", "text.txt"), 1, "cannot write text.txt/new"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, workdir, flags, status, message):
+def test_unfit_input_is_rejected_and_leaves_nothing(cli, workdir, flags, status, message):
     (workdir / "text.txt").write_text("just\ntext\n")
     flags = flags if "--vocab" in flags else ("--vocab", "models/tiny", *flags)
     result = cli("init", "new", *flags)
@@ -172,12 +172,12 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, workdir, flags, st
 def test_an_existing_model_is_replaced_only_on_request(cli, workdir):
     new = workdir / "models/new"
     assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
-    (new / "notes.txt").write_text("of the old model")
+    (new / "notes.txt").write_text("the old model's")
     before = contents(new)
     result = cli("init", "new", "--vocab", "models/tiny", *SMALL, "--seed", 3)
-    assert result.returncode == 1 and "models/new exists already" in result.stderr
+    assert result.returncode == 1 and "models/new exists" in result.stderr
     assert contents(new) == before
-    # its own vocabulary may be the one that is kept
+    # the new model may keep the vocabulary of the one it replaces
     result = cli("init", "new", "--vocab", "models/new", *SMALL, "--seed", 3, "--overwrite")
     assert result.returncode == 0, result.stderr
     after = contents(new)
@@ -186,7 +186,7 @@ def test_an_existing_model_is_replaced_only_on_request(cli, workdir):
     assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
 
 
-def test_a_failure_on_the_way_leaves_the_old_model(cli, workdir, monkeypatch):
+def test_an_interruption_leaves_the_old_model(cli, workdir, monkeypatch):
     assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
     before = contents(workdir / "models/new")
 
@@ -200,9 +200,7 @@ def test_a_failure_on_the_way_leaves_the_old_model(cli, workdir, monkeypatch):
     assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
 
 
-def test_an_interruption_between_the_two_renames_brings_the_old_model_back(
-    cli, workdir, monkeypatch
-):
+def test_an_interruption_between_the_two_renames_restores_the_old_model(cli, workdir, monkeypatch):
     assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
     before = contents(workdir / "models/new")
     rename = os.rename
@@ -219,15 +217,15 @@ def test_an_interruption_between_the_two_renames_brings_the_old_model_back(
     assert sorted(p.name for p in (workdir / "models").iterdir()) == ["new", "tiny"]
 
 
-def test_a_full_disk_is_noticed_before_the_work(cli, workdir, monkeypatch):
+def test_a_full_disk_is_reported_before_the_work(cli, workdir, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     monkeypatch.setattr(checkpoint, "save", None)
     result = cli("init", "new", "--vocab", "models/tiny", "--size", "1558M")
     assert result.returncode == 1
     # 1,557,611,200 of the release, less the embeddings of 48,209 tokens
     needed = 4 * (1_557_611_200 - 1600 * (50257 - 2048))
-    assert f"cannot write models/new/model.ckpt: it takes {needed:,} bytes" in result.stderr
-    assert "1,000,000 are free" in result.stderr
+    assert f"cannot write models/new/model.ckpt: it needs {needed:,} bytes" in result.stderr
+    assert "the disk has 1,000,000 free" in result.stderr
     assert [p.name for p in (workdir / "models").iterdir()] == ["tiny"]
 
 

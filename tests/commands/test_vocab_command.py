@@ -1,4 +1,4 @@
-"""gpt2cli vocab as a command: what its files hold, who reads them, refusals."""
+"""gpt2cli vocab as a command: its files, other programs that read them, rejected input."""
 
 import collections
 import json
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(corpus, tmp_path_factory):
-    """Folders with a BPE of 700 tokens and a WordPiece of 400, trained on the corpus."""
+    """Make folders with a BPE of 700 tokens and a WordPiece of 400, trained on the corpus."""
     folder = tmp_path_factory.mktemp("made")
     texts = [ENGLISH, CHINESE]
     vocabulary.write(folder / "bpe", vocabulary.train_bpe(texts, 700))
@@ -90,22 +90,20 @@ def test_case_and_accents_are_kept_on_request(cli, corpus, tmp_path):
     assert bert.decode(bert.encode("Café Tomorrow")) == "Café Tomorrow"
 
 
-def test_where_room_is_short_the_most_frequent_characters_come_first(tmp_path):
+def test_a_small_size_takes_the_most_frequent_characters_first(tmp_path):
     texts = ["今今今今天天天气气散", "ab ab ab ab ab"]
     made = vocabulary.train_wordpiece(lambda: texts, 10)["vocab.txt"].split()
-    # b takes two places, the second for its form inside words; 气 and 散 find none
+    # b takes two places, the second for its ## form; 气 and 散 do not fit
     assert made == [*vocabulary.SPECIAL, "a", "b", "今", "天", "##b"]
     rare = vocabulary.train_wordpiece(lambda: texts, 100, min_frequency=2)["vocab.txt"].split()
     assert "气" in rare and "散" not in rare and "ab" in rare
-    all_of_them = vocabulary.train_wordpiece(lambda: texts, 100, min_frequency=1)[
-        "vocab.txt"
-    ].split()
-    assert "散" in all_of_them
+    every = vocabulary.train_wordpiece(lambda: texts, 100, min_frequency=1)["vocab.txt"].split()
+    assert "散" in every
 
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.sampled_from("the walk in's 1今天，é\n \tABſΣ\u2028\x85\u3000🙂")))
-def test_tokenizers_reads_the_files_to_the_same_ids(made, text):
+def test_tokenizers_reads_the_files_and_encodes_to_the_same_ids(made, text):
     theirs = ByteLevelBPETokenizer(str(made / "bpe/encoder.json"), str(made / "bpe/vocab.bpe"))
     assert theirs.encode(text).ids == encoder.load(made / "bpe").encode(text)
     model = models.WordPiece.from_file(str(made / "wordpiece/vocab.txt"), unk_token="[UNK]")
@@ -118,7 +116,7 @@ def test_tokenizers_reads_the_files_to_the_same_ids(made, text):
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.sampled_from("the'sll 12今é。\n \t\r\u2028\x85\u3000🙂_-")))
 def test_training_splits_words_as_encoding_does(text):
-    """GPT-2's regex in tokenizers (whose words are trained on) and bpe.SPLIT."""
+    """Compare bpe.SPLIT with GPT-2's regex in tokenizers, which trains on its words."""
     import regex
 
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -128,7 +126,7 @@ def test_training_splits_words_as_encoding_does(text):
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_the_same_corpus_gives_the_same_files(corpus, tmp_path, kind):
-    """In processes of their own: hash tables are in another order in each."""
+    """Train in two processes, because each orders its hash tables differently."""
     for name in ("a", "b"):
         subprocess.run(
             [sys.executable, "-m", "gpt2cli", "vocab", corpus, tmp_path / name]
@@ -162,7 +160,7 @@ def test_a_corpus_may_be_records_lines_or_another_encoding(cli, tmp_path, kind):
 
 
 def test_the_literal_end_token_and_half_characters_make_no_token(cli, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps(f"kettle{END}off \ud83d\n") * 1)
+    (tmp_path / "a.jsonl").write_text(json.dumps(f"kettle{END}off \ud83d\n"))
     for kind in ("bpe", "wordpiece"):
         out = tmp_path / kind
         flags = ("--kind", kind, "--size", 300, "--min_frequency", 1)
@@ -175,11 +173,11 @@ def test_the_literal_end_token_and_half_characters_make_no_token(cli, tmp_path):
     assert "endoftext" in json.loads((tmp_path / "bpe/encoder.json").read_text())
 
 
-def test_a_small_corpus_gives_what_it_has_and_says_so(cli, tmp_path):
+def test_a_small_corpus_yields_fewer_tokens_with_a_message(cli, tmp_path):
     (tmp_path / "a.txt").write_text("the the the")
     result = cli("vocab", tmp_path / "a.txt", tmp_path / "out", "--size", 5000)
     assert result.returncode == 0
-    assert "makes only 260 tokens of the 5,000 that --size asks for" in result.stderr
+    assert "yields only 260 of the 5,000 tokens that --size requests" in result.stderr
     assert encoder.load(tmp_path / "out").n_vocab == 260  # th, the, " the"
 
 
@@ -189,7 +187,7 @@ def test_a_vocabulary_is_replaced_only_on_request_and_as_a_whole(cli, corpus, tm
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     again = cli(*command, "--kind", "wordpiece")
     assert again.returncode == 1
-    assert "has a vocabulary already (encoder.json, vocab.bpe)" in again.stderr
+    assert "already has a vocabulary (encoder.json, vocab.bpe)" in again.stderr
     assert "--overwrite" in again.stderr
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert cli(*command, "--kind", "wordpiece", "--overwrite").returncode == 0
@@ -201,7 +199,9 @@ def test_a_model_with_fewer_tokens_keeps_its_vocabulary(cli, corpus, workdir):
     before = {p.name: p.read_bytes() for p in tiny.iterdir()}
     result = cli("vocab", corpus, tiny, "--size", 2049, "--overwrite")
     assert result.returncode == 1
-    assert f"{tiny} is a model of 2048 tokens" in result.stderr and "gpt2cli init" in result.stderr
+    assert (
+        f"{tiny} is a model with 2048 tokens" in result.stderr and "gpt2cli init" in result.stderr
+    )
     assert before == {p.name: p.read_bytes() for p in tiny.iterdir()}
 
 
@@ -209,26 +209,26 @@ def test_a_model_with_fewer_tokens_keeps_its_vocabulary(cli, corpus, workdir):
     "content, flags, status, message",
     [
         (b"text", ("--size", 256), 2, "--size must be at least 257 with --kind bpe, got 256"),
-        (b"", (), 1, "holds no text"),
-        (b" \n", ("--kind", "wordpiece"), 1, "holds no text"),
+        (b"", (), 1, "contains no text"),
+        (b" \n", ("--kind", "wordpiece"), 1, "contains no text"),
         (b"text \xff", (), 1, "byte 5 is not utf-8"),
         (b"text " * 2**19 + b"\xff", (), 1, "is not utf-8"),  # found while training
         (b"text \0", (), 1, "not a text file"),
     ],
 )
-def test_bad_input_is_refused_and_writes_nothing(cli, tmp_path, content, flags, status, message):
+def test_bad_input_is_rejected_and_writes_nothing(cli, tmp_path, content, flags, status, message):
     (tmp_path / "a.txt").write_bytes(content)
     result = cli("vocab", tmp_path / "a.txt", tmp_path / "out", *flags)
     assert result.returncode == status and message in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_and_encoded_input_and_a_bad_output_are_named(cli, tmp_path):
+def test_missing_or_encoded_input_and_a_bad_output_are_reported(cli, tmp_path):
     result = cli("vocab", tmp_path / "nothing.txt", tmp_path / "out")
     assert result.returncode == 1 and "no file matches" in result.stderr
     (tmp_path / "a.npz").write_bytes(b"")
     result = cli("vocab", tmp_path, tmp_path / "out")
-    assert result.returncode == 1 and "a.npz holds token ids, not text" in result.stderr
+    assert result.returncode == 1 and "a.npz contains token ids, not text" in result.stderr
     (tmp_path / "a.npz").unlink()
     (tmp_path / "a.txt").write_text("text")
     result = cli("vocab", tmp_path / "a.txt", tmp_path / "a.txt")

@@ -1,4 +1,4 @@
-"""Checkpoints under OpenAI's names, and what is said of damaged or foreign ones."""
+"""Checkpoints under OpenAI's names, and the messages about damaged and foreign ones."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def equal(a, b):
     return all(np.array_equal(a.weights[n], b.weights[n]) for n in a.weights)
 
 
-def test_what_is_saved_is_loaded_bit_for_bit(network, folder):
+def test_saved_weights_load_bit_for_bit(network, folder):
     assert equal(network, checkpoint.load(folder))
     assert sorted(p.name for p in folder.iterdir()) == [
         "SHA256SUMS",
@@ -42,7 +42,7 @@ def test_a_folder_a_prefix_and_an_index_file_mean_the_same_checkpoint(network, f
 
 
 def test_the_files_are_those_of_a_tf1_saver(network, folder, tmp_path):
-    """tf.compat.v1.train.Saver reads ours, and we read its own."""
+    """tf.compat.v1.train.Saver reads our files, and we read its files."""
     fresh = lively(network.config, seed=9)
     saver = tf.compat.v1.train.Saver(fresh.weights)
     saver.restore(None, str(folder / "model.ckpt"))
@@ -68,7 +68,7 @@ def test_the_old_way_of_renaming_a_runs_checkpoint_works(network, folder):
     assert equal(network, checkpoint.load(folder))
 
 
-def test_a_run_keeps_the_newest_checkpoints_and_what_lies_beside_them(network, folder):
+def test_a_run_keeps_the_newest_checkpoints_with_their_states(network, folder):
     run = folder.parent / "run"
     folders.copy_description(folder, run)
     for step in (1, 2, 10, 9):
@@ -93,13 +93,13 @@ def test_a_checkpoint_file_leads_nowhere_else(network, folder):
     assert folders.find_checkpoint(folder).parent == folder
 
 
-def refusal(folder):
+def rejection(folder):
     with pytest.raises(UserError) as error:
         checkpoint.load(folder)
     return str(error.value)
 
 
-def test_missing_files_are_named(folder):
+def test_missing_files_are_reported(folder):
     shutil.copytree(folder, folder.parent / "whole")
     for name, words in (
         ("hparams.json", "hparams.json"),
@@ -107,42 +107,42 @@ def test_missing_files_are_named(folder):
         ("model.ckpt.data-00000-of-00001", "model.ckpt.data-00000-of-00001"),
     ):
         (folder / name).unlink()
-        assert words in refusal(folder)
+        assert words in rejection(folder)
         shutil.copy(folder.parent / "whole" / name, folder)
     checkpoint.load(folder)
 
 
-def test_a_truncated_file_is_named_by_loading_and_by_verifying(folder):
+def test_a_truncated_file_is_reported_by_load_and_verify(folder):
     for ending in (".data-00000-of-00001", ".index"):
         path = folder / f"model.ckpt{ending}"
         whole = path.read_bytes()
         for size in (0, 1, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:size])
-            assert "model.ckpt" in refusal(folder)
-            with pytest.raises(UserError, match="model.ckpt"):
+            assert "model.ckpt" in rejection(folder)
+            with pytest.raises(UserError, match=r"model\.ckpt"):
                 checkpoint.verify(folder)
         path.write_bytes(whole)
     checkpoint.verify(folder)
 
 
-def test_an_error_page_in_place_of_a_file_is_named(folder):
+def test_an_error_page_instead_of_a_file_is_reported(folder):
     for ending in (".data-00000-of-00001", ".index"):
         path = folder / f"model.ckpt{ending}"
         whole = path.read_bytes()
         path.write_bytes(b"<?xml version='1.0'?><Error>" * 40)
-        assert "model.ckpt" in refusal(folder)
+        assert "model.ckpt" in rejection(folder)
         path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("key", ["n_vocab", "n_ctx", "n_embd", "n_layer"])
 @pytest.mark.parametrize("factor", [2, 0.5])
-def test_a_checkpoint_of_another_size_is_refused_with_what_differs(folder, key, factor):
+def test_a_checkpoint_of_another_size_is_rejected_with_the_difference(folder, key, factor):
     path = folder / "hparams.json"
     sizes = json.loads(path.read_text())
     path.write_text(json.dumps({**sizes, key: max(1, int(sizes[key] * factor))}))
-    assert "hparams.json is not the file that was written" in refusal(folder)
+    assert "hparams.json differs from its checksum" in rejection(folder)
     (folder / "SHA256SUMS").unlink()
-    text = refusal(folder)
+    text = rejection(folder)
     assert "model/" in text and "hparams.json" in text
 
 
@@ -150,12 +150,12 @@ def test_numbers_that_are_not_finite_are_found(network, folder):
     weights = {n: v.numpy() for n, v in network.weights.items()}
     weights["model/h1/attn/c_proj/w"][0, 3, 4] = np.nan
     checkpoint.write(folder / "model.ckpt", weights)
-    assert "model/h1/attn/c_proj/w" in refusal(folder)
+    assert "model/h1/attn/c_proj/w" in rejection(folder)
 
 
-def test_a_foreign_checkpoint_is_refused(folder):
+def test_a_foreign_checkpoint_is_rejected(folder):
     checkpoint.write(folder / "model.ckpt", {"bert/embeddings": tf.zeros([3])})
-    assert "lacks" in refusal(folder)
+    assert "lacks" in rejection(folder)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,9 @@ def test_a_foreign_checkpoint_is_refused(folder):
     ["", "[]", "{}", '{"n_vocab": 5}', "not json", '{"n_vocab": "many", "n_ctx": 1, "n_embd": 1, '
      '"n_head": 1, "n_layer": 1}', "[" * 100000],
 )  # fmt: skip
-def test_a_bad_hparams_file_is_named(folder, text):
+def test_a_bad_hparams_file_is_reported(folder, text):
     (folder / "hparams.json").write_text(text)
-    assert "hparams.json" in refusal(folder)
+    assert "hparams.json" in rejection(folder)
 
 
 def test_unknown_keys_of_hparams_are_kept():
@@ -176,13 +176,13 @@ def test_unknown_keys_of_hparams_are_kept():
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_named(network, folder):
+def test_a_read_only_folder_is_reported(network, folder):
     folder.chmod(0o500)
     with pytest.raises(UserError, match="cannot write"):
         checkpoint.save(network, folder)
 
 
-def test_a_failed_write_leaves_the_old_checkpoint_and_no_rest(network, folder, monkeypatch):
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(network, folder, monkeypatch):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def full(*_, **__):
@@ -195,9 +195,9 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_rest(network, folder, m
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("place", range(0, 12))
-def test_a_step_that_is_written_again_is_the_old_or_the_new(network, folder, monkeypatch, place):
-    """Whichever rename a process dies at: never a mixture, and never neither."""
+@pytest.mark.parametrize("place", range(12))
+def test_a_step_written_again_is_either_the_old_or_the_new_one(network, folder, monkeypatch, place):
+    """At whichever rename the process dies, the step is neither mixed nor lost."""
     run = folder.parent / "run"
     folders.copy_description(folder, run)
     checkpoint.save_run(run, network, {"slot": tf.zeros([9])}, {"step": 4})
@@ -226,15 +226,15 @@ def test_a_step_that_is_written_again_is_the_old_or_the_new(network, folder, mon
     )  # fmt: skip
 
 
-def test_paths_that_tensorflow_cannot_read_are_said(network, tmp_path):
+def test_paths_that_tensorflow_cannot_read_are_reported(network, tmp_path):
     checkpoint.save(network, tmp_path / "a[1]")
-    assert "[ or ]" in refusal(tmp_path / "a[1]")
+    assert "[ or ]" in rejection(tmp_path / "a[1]")
 
 
-def test_tensors_of_another_kind_are_refused(network, folder):
+def test_tensors_of_another_type_are_rejected(network, folder):
     weights = {n: tf.cast(v, tf.int32) for n, v in network.weights.items()}
     checkpoint.write(folder / "model.ckpt", weights)
-    assert "int32" in refusal(folder)
+    assert "int32" in rejection(folder)
 
 
 def test_a_save_that_fails_leaves_nothing_of_its_step(network, folder, monkeypatch):

@@ -1,6 +1,8 @@
-"""Text files -> ids -> batches: against nshepperd/gpt-2's .npz files, and by hand."""
+"""Text files -> ids -> batches, compared with nshepperd/gpt-2's .npz files and references here."""
 
+import itertools
 import json
+import math
 import os
 import pickle
 import struct
@@ -20,8 +22,8 @@ from tokenizers import ByteLevelBPETokenizer
 
 from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
-from gpt2cli.text import batches as windows
 from gpt2cli.text import corpus, encoded, encoder
+from gpt2cli.text.batches import Tokens
 from gpt2cli.text.bpe import END
 
 DEFAULTS = TextOptions()
@@ -46,10 +48,14 @@ def wordpiece(tmp_path_factory):
     return encoder.load(folder)
 
 
-def chunks_of(paths, vocabulary, settings=DEFAULTS):
-    """The chunks that the files become, as lists."""
-    parts = encoded.encode([Path(path) for path in paths], vocabulary, settings)
-    return [np.concatenate(chunk).tolist() for chunk in encoded._chunks(parts)]
+def chunks_of(paths, vocabulary, options=DEFAULTS):
+    """Return the chunks of the encoded files as lists."""
+    parts = encoded.encode(map(Path, paths), vocabulary, options, vocabulary.n_vocab)
+    return [chunk.tolist() for chunk in encoded.chunks(parts)]
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
 
 
 def write(path, content):
@@ -59,7 +65,7 @@ def write(path, content):
 
 
 def nshepperds_files(folder):
-    """Each .npz file that nshepperd's encode.py wrote: (path, description)."""
+    """Return (path, description) of each .npz file that nshepperd's encode.py wrote."""
     described = json.loads((folder / "expected.json").read_text())
     assert len(described) >= 2
     return [(folder / name, expected) for name, expected in described.items()]
@@ -84,7 +90,7 @@ def test_texts_encode_like_nshepperd_except_for_his_spelled_separator(results, g
             again = []
             for index in our_chunk:
                 again += spelled if index == gpt2.end else [index]
-            # He leaves the separator out after the file that completes a chunk; we never do.
+            # He omits the separator after the file that completes a chunk; we never do.
             assert again in (his_chunk, his_chunk + spelled)
 
 
@@ -104,7 +110,7 @@ def test_texts_with_a_spelled_separator_encode_exactly_like_nshepperd(results, g
 
 
 def draw(tokens, step, rows, length, seed, **noise):
-    """A batch of random windows."""
+    """Return a batch of random windows."""
     return tokens.sampler("random", length, seed).batch(step, rows, **noise)
 
 
@@ -121,14 +127,14 @@ def test_a_text_is_followed_by_the_end_token_and_short_files_share_a_chunk(tmp_p
     assert chunks_of(paths, bpe, TextOptions(combine=17)) == [[*x, 0, *yy, 0, *z, 0]]
 
 
-def test_the_literal_end_token_means_the_token_unless_it_is_to_be_text(tmp_path, bpe):
+def test_a_literal_end_token_is_the_token_unless_special_is_text(tmp_path, bpe):
     path = write(tmp_path / "a.txt", f"x{END}y")
     assert chunks_of([path], bpe) == [[*bpe.encode("x"), 0, *bpe.encode("y"), 0]]
     as_text = chunks_of([path], bpe, TextOptions(special="text"))
     assert as_text == [[*bpe.encode(f"x{END}y"), 0]]
 
 
-def test_wordpiece_documents_stand_between_cls_and_sep(tmp_path, wordpiece):
+def test_wordpiece_documents_are_between_cls_and_sep(tmp_path, wordpiece):
     paths = [write(tmp_path / "a.txt", "今天\n"), write(tmp_path / "b.jsonl", '"天"\n"气"')]
     assert chunks_of(paths, wordpiece) == [[1, 3, 4, 2, 1, 4, 2, 1, 5, 2]]
 
@@ -144,11 +150,11 @@ def test_a_streamed_file_gives_the_ids_of_the_whole_text(tmp_path, bpe, monkeypa
 
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(st.text(st.sampled_from("ab \nthe'é。1")), min_size=1, max_size=9))
-def test_jsonl_records_are_documents_whatever_is_in_them(tmp_path_factory, bpe, texts):
+def test_jsonl_records_are_documents_with_any_content(tmp_path_factory, bpe, texts):
     lines = [json.dumps(t if i % 2 else {"text": t, "n": i}) for i, t in enumerate(texts)]
     path = write(tmp_path_factory.mktemp("jsonl") / "a.jsonl", "\n\n".join(lines))
-    expected = sum(([*bpe.encode(text), 0] for text in texts if text), [])
-    assert sum(chunks_of([path], bpe), []) == expected
+    expected = joined([*bpe.encode(text), 0] for text in texts if text)
+    assert joined(chunks_of([path], bpe)) == expected
 
 
 DOCUMENTS = ["the kettle", " clicked off", "今天", "'s é。1", "\u2028 the \x85 kettle"]
@@ -156,18 +162,18 @@ DOCUMENTS = ["the kettle", " clicked off", "今天", "'s é。1", "\u2028 the \x
 
 @pytest.mark.parametrize("block", [1, 5, 1 << 18])
 @pytest.mark.parametrize("last", ["", "\n", "\r\n\n"])
-def test_lines_are_documents_as_records_of_jsonl_are(tmp_path, bpe, monkeypatch, block, last):
+def test_lines_are_documents_like_jsonl_records(tmp_path, bpe, monkeypatch, block, last):
     monkeypatch.setattr(corpus, "BLOCK", block)
     lines = write(tmp_path / "a.txt", "\n" + "\n \t \n\r\n".join(DOCUMENTS) + last)
     records = write(tmp_path / "a.jsonl", "\n".join(json.dumps(text) for text in DOCUMENTS))
-    expected = sum(([*bpe.encode(text), 0] for text in DOCUMENTS), [])
+    expected = joined([*bpe.encode(text), 0] for text in DOCUMENTS)
     for workers in (0, 1):
         by_line = TextOptions(lines=True, workers=workers)
         assert chunks_of([lines], bpe, by_line) == [expected]
         assert chunks_of([records], bpe, by_line) == [expected]
 
 
-def test_lines_share_chunks_by_their_length_as_files_do(tmp_path, bpe):
+def test_files_of_lines_share_chunks_by_their_length(tmp_path, bpe):
     paths = [write(tmp_path / name, "x\ny\n") for name in "abc"]
     # two characters and the 13 of one separator between them
     together = chunks_of(paths, bpe, TextOptions(lines=True, combine=16))
@@ -189,12 +195,12 @@ def test_lines_share_chunks_by_their_length_as_files_do(tmp_path, bpe):
         ("", []),
     ],
 )
-def test_uer_reads_blank_lines_and_loses_an_unterminated_last_one(
+def test_uer_compat_keeps_blank_lines_and_loses_an_unterminated_last_one(
     tmp_path, wordpiece, monkeypatch, block, text, documents
 ):
     monkeypatch.setattr(corpus, "BLOCK", block)
     path = write(tmp_path / "a.txt", text)
-    expected = sum(([1, *wordpiece.encode(text), 2] for text in documents), [])
+    expected = joined([1, *wordpiece.encode(text), 2] for text in documents)
     ids = chunks_of([path], wordpiece, TextOptions(uer_compat=True))
     assert ids == ([expected] if expected else [])
 
@@ -220,7 +226,7 @@ def test_the_number_of_workers_changes_no_id(tmp_path, wordpiece, monkeypatch):
     assert one == two == many
 
 
-def test_workers_are_so_many_threads_and_tokenizers_adds_none(tmp_path, monkeypatch):
+def test_n_workers_are_n_threads_and_tokenizers_adds_none(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "BLOCK", 64)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     path = write(tmp_path / "a.txt", "the kettle clicked off\n" * 200)
@@ -241,7 +247,7 @@ def test_workers_are_so_many_threads_and_tokenizers_adds_none(tmp_path, monkeypa
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
-def test_texts_gives_what_is_in_the_files_and_refuses_ids(tmp_path):
+def test_texts_yields_the_content_of_files_and_rejects_ids(tmp_path):
     write(tmp_path / "a.txt", "the kettle\n\nclicked\n")
     write(tmp_path / "b.jsonl", '"off"')
     paths, cut = corpus.find(tmp_path), encoder.BPE.CUT
@@ -249,16 +255,16 @@ def test_texts_gives_what_is_in_the_files_and_refuses_ids(tmp_path):
     lines = list(corpus.texts(paths, cut, TextOptions(lines=True)))
     assert lines == ["the kettle", "clicked", "off"]
     np.save(tmp_path / "c.npy", [1])
-    with pytest.raises(UserError, match="c.npy holds token ids, not text"):
+    with pytest.raises(UserError, match=r"c.npy contains token ids, not text"):
         list(corpus.texts(corpus.find(tmp_path), cut, DEFAULTS))
 
 
-def test_csv_records_are_documents_and_the_heading_is_left_out(tmp_path, bpe):
+def test_csv_records_are_documents_and_the_header_is_left_out(tmp_path, bpe):
     path = write(tmp_path / "a.csv", 'text\r\n"x, ""y"""\r\n\r\n"two\r\nlines\u2028"\r\nlast')
     head, *records = (bpe.encode(t) + [0] for t in ("text", 'x, "y"', "two\nlines\u2028", "last"))
-    assert chunks_of([path], bpe) == [sum(records, [])]
+    assert chunks_of([path], bpe) == [joined(records)]
     with_head = chunks_of([path], bpe, TextOptions(csv_header=False))
-    assert with_head == [sum(records, head)]
+    assert with_head == [joined([head, *records])]
 
 
 @pytest.mark.parametrize(
@@ -275,14 +281,14 @@ def test_csv_records_are_documents_and_the_heading_is_left_out(tmp_path, bpe):
         ("a.txt", b"text\0text", r"a.txt is not a text file"),
     ],
 )
-def test_a_spoilt_file_is_named_with_the_place(tmp_path, bpe, name, content, message):
+def test_a_damaged_file_is_reported_with_the_place(tmp_path, bpe, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(UserError, match=message):
         chunks_of([path], bpe)
 
 
 @pytest.mark.parametrize("at", [5, 2**18 - 1, 2**18, 3 * 2**18 + 1])
-def test_the_byte_offset_is_right_in_every_block(tmp_path, bpe, at):
+def test_the_reported_byte_offset_is_right_in_every_block(tmp_path, bpe, at):
     path = write(
         tmp_path / "a.txt", b"ab \n" * (at // 4) + b"c" * (at % 4) + "é".encode()[:1] + b"x"
     )
@@ -297,7 +303,7 @@ def test_other_encodings_and_replacement_are_read(tmp_path, bpe):
     assert replaced == [[*bpe.encode("caf\ufffd"), 0]]
     wide = write(tmp_path / "wide.txt", "東京".encode("utf-16"))
     assert chunks_of([wide], bpe, TextOptions(encoding="utf-16")) == [[*bpe.encode("東京"), 0]]
-    with pytest.raises(UserError, match="wide.txt"):
+    with pytest.raises(UserError, match=r"wide.txt"):
         chunks_of([wide], bpe)
 
 
@@ -313,32 +319,32 @@ def test_a_path_is_a_file_a_folder_or_a_glob(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"no file matches: {tmp_path}/nothing"):
         corpus.find("nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="the folder holds no file"):
+    with pytest.raises(UserError, match="the folder contains no files"):
         corpus.find("empty")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
-def test_what_is_saved_loads_as_it_was(tmp_path, bpe, suffix):
+def test_saved_tokens_load_unchanged(tmp_path, bpe, suffix):
     paths = [write(tmp_path / "in" / name, f"the kettle {name}") for name in "abc"]
-    settings = TextOptions(combine=1)
+    options = TextOptions(combine=1)
     out = tmp_path / f"out{suffix}"
-    parts = encoded.encode(paths, bpe, settings)
+    parts = encoded.encode(paths, bpe, options, bpe.n_vocab)
     if suffix == ".npz":
         encoded.save_npz(out, parts)
         with np.load(out) as archive:  # nshepperd/gpt-2 load_dataset.py
             assert archive.files == ["arr_0", "arr_1", "arr_2"]
-            assert [archive[n].tolist() for n in archive.files] == chunks_of(paths, bpe, settings)
+            assert [archive[n].tolist() for n in archive.files] == chunks_of(paths, bpe, options)
     else:
-        encoded.save_npy(out, parts, np.uint16)
+        encoded.save_npy(out, parts, encoded.dtype_of(bpe.n_vocab))
         assert np.load(out, mmap_mode="r").dtype == np.uint16
     loaded = encoded.load(out, None, DEFAULTS, bpe.n_vocab)
-    direct = encoded.load(tmp_path / "in", bpe, settings, bpe.n_vocab)
+    direct = encoded.load(tmp_path / "in", bpe, options, bpe.n_vocab)
     assert loaded.whole().tolist() == direct.whole().tolist()
     assert loaded.total == direct.total == len(direct.whole())
     assert isinstance(loaded.chunks[0], np.memmap) == (suffix == ".npy")
 
 
-def test_a_chunk_larger_than_memory_is_saved_and_the_next_after_it(tmp_path, monkeypatch):
+def test_a_chunk_larger_than_memory_and_the_next_one_are_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(encoded, "SPOOL", 2**20)
     blocks = [np.full(2**19, number, np.uint16) for number in range(32)]  # 32 MB
     parts = [*((block, False) for block in blocks), (blocks[1][:3], True), (blocks[2][:5], True)]
@@ -354,7 +360,7 @@ def test_a_chunk_larger_than_memory_is_saved_and_the_next_after_it(tmp_path, mon
     assert os.listdir(tmp_path) == ["out.npz"]
 
 
-def test_a_vocabulary_above_16_bits_is_kept_in_32(tmp_path):
+def test_ids_above_16_bits_are_stored_in_32(tmp_path):
     ids = np.array([70000, 65535, 3], np.int32)
     np.savez(tmp_path / "a.npz", ids)
     loaded = encoded.load(tmp_path / "a.npz", None, DEFAULTS, 70001)
@@ -389,22 +395,22 @@ def save_pickle(path):
         ("a.npz", lambda p: p.write_bytes(pickle.dumps([1, 2])), "damaged or not"),
         ("a.npz", lambda p: p.write_bytes(b""), "damaged or not"),
         ("a.npz", lambda p: p.write_text("<html>"), "damaged or not"),
-        ("a.npz", lambda p: np.savez(p), "holds 0 tokens"),
-        ("a.npz", lambda p: np.savez(p, [7]), "holds 1 token;"),
+        ("a.npz", lambda p: np.savez(p), "contains 0 tokens,"),
+        ("a.npz", lambda p: np.savez(p, [7]), "contains 1 token,"),
         ("a.npy", lambda p: np.save(p, [1, 2, 999]), "the array has token 999"),
         ("a.npy", lambda p: np.save(p, [[1, 2]]), r"is int64 of shape \(1, 2\)"),
-        ("a.npy", lambda p: np.save(p, np.zeros(0, np.uint16)), "holds 0 tokens"),
-        ("a.txt", lambda p: p.write_text(""), "a.txt holds 0 tokens"),
+        ("a.npy", lambda p: np.save(p, np.zeros(0, np.uint16)), "contains 0 tokens"),
+        ("a.txt", lambda p: p.write_text(""), "a.txt contains 0 tokens"),
     ],
 )
-def test_data_that_cannot_be_used_is_refused(tmp_path, bpe, name, make, message):
+def test_unusable_data_is_rejected(tmp_path, bpe, name, make, message):
     make(tmp_path / name)
     with pytest.raises(UserError, match=message):
         encoded.load(tmp_path / name, bpe, DEFAULTS, 300)
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.npy"])
-def test_a_file_that_ends_early_is_refused(tmp_path, name):
+def test_a_file_that_ends_early_is_rejected(tmp_path, name):
     path = tmp_path / name
     ids = np.random.default_rng(1).integers(0, 300, 5000)
     np.savez_compressed(path, ids) if name == "a.npz" else np.save(path, ids)
@@ -423,12 +429,12 @@ def test_a_flipped_bit_in_an_npz_is_found(tmp_path):
         encoded.load(path, None, DEFAULTS, 300)
 
 
-def test_an_npz_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+def test_an_npz_that_would_fill_the_memory_is_rejected_before_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, np.zeros(5_000_000, np.int64))
     assert encoded.load(path, None, DEFAULTS, 300).total == 5_000_000
     monkeypatch.setattr(encoded, "BOMB", 2**20)
-    with pytest.raises(UserError, match="arr_0.npy would unpack from .* to 40,000,128 bytes"):
+    with pytest.raises(UserError, match=r"arr_0.npy would unpack from .* to 40,000,128 bytes"):
         encoded.load(path, None, DEFAULTS, 300)
 
 
@@ -437,7 +443,7 @@ def test_an_npz_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path
     "shape",
     ["(10**13,)", "(10000000000000,)", "(-1,)", "(0, 1" + "0" * 30 + ")", "((", "'''", "\n 1"],
 )
-def test_a_header_that_lies_is_refused(tmp_path, shape, ending):
+def test_a_false_header_is_rejected(tmp_path, shape, ending):
     path = tmp_path / f"a{ending}"
     header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}, }}".encode()
     content = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + b"\1\0" * 50
@@ -446,11 +452,11 @@ def test_a_header_that_lies_is_refused(tmp_path, shape, ending):
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("arr_0.npy", content)
-    with pytest.raises(UserError, match="damaged or not|not one row|holds 0 tokens"):
+    with pytest.raises(UserError, match=r"damaged or not|not one row|contains 0 tokens"):
         encoded.load(path, None, DEFAULTS, 300)
 
 
-def test_links_that_lead_in_a_circle_are_not_followed(tmp_path):
+def test_circular_links_are_not_followed(tmp_path):
     write(tmp_path / "a" / "one.txt", "x")
     for name in ("up", "again"):  # two of them: 2 ** 40 paths
         (tmp_path / "a" / name).symlink_to(tmp_path / "a")
@@ -462,22 +468,20 @@ def test_links_that_lead_in_a_circle_are_not_followed(tmp_path):
         corpus.find(tmp_path / "a" / "pipe.txt")
 
 
-def test_text_without_a_vocabulary_is_refused_in_words(tmp_path):
+def test_text_without_a_vocabulary_is_rejected(tmp_path):
     path = write(tmp_path / "a.txt", "text")
-    with pytest.raises(UserError, match="a.txt is text, and this model folder has no vocabulary"):
+    with pytest.raises(UserError, match=r"a.txt is text, but the model folder has no vocabulary"):
         encoded.load(path, None, DEFAULTS, 300)
 
 
-def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, bpe):
+def test_a_vocabulary_larger_than_the_model_is_rejected(tmp_path, bpe):
     path = write(tmp_path / "a.txt", "the kettle")
-    with pytest.raises(UserError, match="this model knows 0 to 9"):
+    with pytest.raises(UserError, match="the model knows only 0 to 9"):
         encoded.load(path, bpe, DEFAULTS, 10)
 
 
 def test_every_place_of_every_chunk_is_drawn_equally_often():
-    tokens = windows.Tokens(
-        [np.arange(10, 16), np.arange(20, 22), np.arange(30, 31), np.arange(40, 44)]
-    )
+    tokens = Tokens([np.arange(10, 16), np.arange(20, 22), np.arange(30, 31), np.arange(40, 44)])
     drawn = {}
     for step in range(40):
         for row in draw(tokens, step, 100, 3, seed=1).inputs:
@@ -490,7 +494,7 @@ def test_every_place_of_every_chunk_is_drawn_equally_often():
 
 
 def test_a_window_is_inputs_and_the_tokens_that_follow_them():
-    batch = draw(windows.Tokens([np.arange(100, 200)]), 0, 8, 5, seed=3)
+    batch = draw(Tokens([np.arange(100, 200)]), 0, 8, 5, seed=3)
     assert batch.inputs.dtype == batch.targets.dtype == np.int32
     assert batch.mask.dtype == np.float32 and batch.mask.min() == 1
     assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (8, 5)
@@ -498,20 +502,20 @@ def test_a_window_is_inputs_and_the_tokens_that_follow_them():
 
 
 def test_a_chunk_shorter_than_the_window_is_padded_and_masked():
-    batch = draw(windows.Tokens([np.array([7, 8, 9])]), 0, 1, 5, seed=3)
+    batch = draw(Tokens([np.array([7, 8, 9])]), 0, 1, 5, seed=3)
     assert batch.inputs.tolist() == [[7, 8, 9, 0, 0]]
     assert batch.targets.tolist() == [[8, 9, 0, 0, 0]]
     assert batch.mask.tolist() == [[1, 1, 0, 0, 0]]
 
 
-def test_the_last_tokens_are_drawn_and_a_chunk_of_just_one_window_works():
-    tokens = windows.Tokens([np.arange(6)])
+def test_the_last_tokens_are_drawn_and_a_chunk_of_exactly_one_window_works():
+    tokens = Tokens([np.arange(6)])
     assert draw(tokens, 0, 1, 5, seed=0).targets.tolist() == [[1, 2, 3, 4, 5]]
     assert draw(tokens, 0, 64, 4, seed=0).targets.max() == 5
 
 
 def test_windows_depend_on_seed_and_step_alone():
-    tokens = windows.Tokens([np.arange(1000)])
+    tokens = Tokens([np.arange(1000)])
     first = draw(tokens, 5, 4, 8, seed=2**63 - 1)
     draw(tokens, 6, 4, 8, seed=1)
     again = draw(tokens, 5, 4, 8, seed=2**63 - 1)
@@ -520,8 +524,8 @@ def test_windows_depend_on_seed_and_step_alone():
     assert not np.array_equal(first.inputs, draw(tokens, 5, 4, 8, seed=1).inputs)
 
 
-def test_noise_replaces_that_share_of_the_inputs_and_no_target():
-    tokens = windows.Tokens([np.arange(1000)])
+def test_noise_replaces_its_share_of_the_inputs_and_no_targets():
+    tokens = Tokens([np.arange(1000)])
     clean = draw(tokens, 1, 16, 500, seed=1)
     noisy = draw(tokens, 1, 16, 500, seed=1, noise=0.25, n_vocab=10_000)
     np.testing.assert_array_equal(clean.targets, noisy.targets)
@@ -541,7 +545,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(sizes, n_ctx, batch_
     if max(sizes) < 2:
         return
     text = np.arange(1, sum(sizes) + 1)
-    tokens = windows.Tokens(np.split(text, np.cumsum(sizes)[:-1]))
+    tokens = Tokens(np.split(text, np.cumsum(sizes)[:-1]))
     inputs, targets = [], []
     for batch in tokens.evaluation_windows(n_ctx, batch_size):
         rows, length = batch.inputs.shape
@@ -552,7 +556,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(sizes, n_ctx, batch_
 
 
 def reference_windows(chunks, step, rows, length, seed):
-    """The draws of --sampling random, spelled out; runs of version 0.1 go on with the same ones."""
+    """Draw as --sampling random does since version 0.1, whose runs resume with the same draws."""
     random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
     places = [
         (chunk, start)
@@ -565,7 +569,7 @@ def reference_windows(chunks, step, rows, length, seed):
 
 
 def rows_of(batch):
-    """The tokens of each row without the padding, where no id is 0."""
+    """Return the tokens of each row without the padding, where no id is 0."""
     whole = np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
     return [row[row > 0].tolist() for row in whole]
 
@@ -581,19 +585,19 @@ SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(lambda s: ma
 @given(SIZES, st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**63 - 1), st.integers(0, 99))
 def test_random_sampling_draws_what_it_always_drew(sizes, length, rows, seed, step):
     chunks = random_corpus(sizes)
-    tokens = windows.Tokens(chunks)
+    tokens = Tokens(chunks)
     sampler = tokens.sampler("random", length, seed)
     expected = reference_windows(chunks, step, rows, length, seed)
     assert rows_of(sampler.batch(step, rows)) == expected
     assert rows_of(draw(tokens, step, rows, length, seed)) == expected
-    assert sampler.count == -(-sum(sizes) // length)
+    assert sampler.count == math.ceil(sum(sizes) / length)
 
 
 @settings(max_examples=50, deadline=None)
 @given(SIZES, st.integers(1, 8), st.integers(1, 7))
 def test_sequential_sampling_predicts_each_token_once_a_pass_in_order(sizes, length, rows):
     chunks = random_corpus(sizes)
-    sampler = windows.Tokens(chunks).sampler("sequential", length, seed=1)
+    sampler = Tokens(chunks).sampler("sequential", length, seed=1)
     found = []
     for step in range(3 * sampler.count // rows + 1):
         batch = sampler.batch(step, rows)
@@ -602,12 +606,12 @@ def test_sequential_sampling_predicts_each_token_once_a_pass_in_order(sizes, len
     first = found[: sampler.count]
     assert [token for row in first for token in row[1:]] == [t for c in chunks for t in c[1:]]
     assert all(len(row) <= length + 1 for row in first)
-    again = found[sampler.count : 2 * sampler.count]  # a batch goes on from the start of the text
+    again = found[sampler.count : 2 * sampler.count]  # a batch continues from the start of the text
     assert again == first[: len(again)]
 
 
 def pieces_by_hand(chunks, length, end, uer_compat):
-    """UER-py's way of cutting (UER-py uer/utils/dataset.py:455-467), token by token."""
+    """Cut documents as UER-py does (uer/utils/dataset.py:455-467), token by token."""
     pieces = []
     for chunk in chunks:
         piece = []
@@ -635,9 +639,9 @@ def test_documents_are_cut_into_pieces_and_each_comes_once_a_pass(
     expected = pieces_by_hand(chunks, length, end, uer_compat)
     if max(map(len, chunks)) < 2:
         return
-    tokens = windows.Tokens(chunks, "corpus.txt")
+    tokens = Tokens(chunks, "corpus.txt")
     if not expected:
-        with pytest.raises(UserError, match="no document of corpus.txt has two tokens"):
+        with pytest.raises(UserError, match=r"no document in corpus.txt has two tokens"):
             tokens.sampler("documents", length, 1, end)
         return
     sampler = tokens.sampler("documents", length, 1, end, uer_compat)
@@ -659,11 +663,11 @@ def piece(sampler, number):
     return sampler.chunks[chunk][start:stop].tolist()
 
 
-def test_pieces_are_found_across_the_parts_in_which_a_corpus_is_read(monkeypatch):
+def test_pieces_cross_the_borders_between_the_blocks_of_a_corpus(monkeypatch):
     ids = np.random.default_rng(1).integers(1, 50, 2**22 + 1000).astype(np.uint16)
-    ids[2**22 - 3 : 2**22 + 200] = 7  # no end here, so that a document lies across
+    ids[2**22 - 3 : 2**22 + 200] = 7  # no end here, so that a document crosses the border
     for chunk in (ids, ids[: 2**22], np.append(ids[: 2**22 - 1], np.uint16(1))):
-        sampler = windows.Tokens([ids[:9], chunk]).sampler("documents", 16, 1, end=1)
+        sampler = Tokens([ids[:9], chunk]).sampler("documents", 16, 1, end=1)
         assert sampler.starts.nbytes + sampler.sizes.nbytes == 10 * sampler.count
         expected = pieces_by_hand([ids[:9], chunk], 16, 1, False)
         assert sampler.sizes.tolist() == [len(piece) for piece in expected]
@@ -673,7 +677,7 @@ def test_pieces_are_found_across_the_parts_in_which_a_corpus_is_read(monkeypatch
 
 @pytest.mark.parametrize("sampling", ["random", "sequential", "documents"])
 def test_a_batch_depends_on_seed_and_step_alone(sampling):
-    tokens = windows.Tokens([np.random.default_rng(1).integers(1, 9, 500)])
+    tokens = Tokens([np.random.default_rng(1).integers(1, 9, 500)])
 
     def batches(steps, seed=5):
         sampler = tokens.sampler(sampling, 6, seed, end=1)
@@ -690,8 +694,8 @@ def test_a_batch_depends_on_seed_and_step_alone(sampling):
     assert (onward[3].inputs != other.inputs).any()
 
 
-def test_each_pass_over_the_documents_has_an_order_of_its_own():
-    tokens = windows.Tokens([np.arange(1000)])
+def test_each_pass_over_the_documents_has_its_own_order():
+    tokens = Tokens([np.arange(1000)])
     sampler = tokens.sampler("documents", 9, 1)
     passes = [sampler.order(number).tolist() for number in (0, 1, 2)]
     passes += [tokens.sampler("documents", 9, 2).order(0).tolist()]
@@ -700,11 +704,11 @@ def test_each_pass_over_the_documents_has_an_order_of_its_own():
     assert sampler.order(1).tolist() == passes[1]
     # a batch larger than the corpus takes several passes
     batch = tokens.sampler("documents", 9, 1).batch(0, 300)
-    assert [row[0] // 10 for row in batch.inputs] == sum(passes[:3], [])
+    assert [row[0] // 10 for row in batch.inputs] == joined(passes[:3])
 
 
-def test_many_small_chunks_are_sampled_in_no_time():
-    tokens = windows.Tokens([np.arange(1, 4)] * 100_000)
+def test_many_small_chunks_are_sampled_quickly():
+    tokens = Tokens([np.arange(1, 4)] * 100_000)
     for sampling in ("random", "sequential", "documents"):
         sampler = tokens.sampler(sampling, 8, 1, end=3)
         began = time.perf_counter()
@@ -721,8 +725,9 @@ def test_documents_equal_the_instances_of_uers_lm_processor(
     bert, folder = google_zh, results / "uer/lm_data"
     everything = json.loads((folder / "instances.json").read_text())
     expected = everything[variant][str(seq_length)]
-    corpus = (folder / "corpus.txt").read_bytes() + b"\n" * (variant != "as_written")
-    path = write(tmp_path / "corpus.txt", corpus)
+    content = (folder / "corpus.txt").read_bytes()
+    ending = b"" if variant == "as_written" else b"\n"
+    path = write(tmp_path / "corpus.txt", content + ending)
 
     tokens = encoded.load(path, bert, TextOptions(uer_compat=True), bert.n_vocab)
     sampler = tokens.sampler("documents", seq_length, 1, bert.end, uer_compat=True)
@@ -733,7 +738,7 @@ def test_documents_equal_the_instances_of_uers_lm_processor(
     assert batch.targets[in_order].tolist() == [i["tgt"] for i in expected["instances"]]
     assert batch.mask.sum() == expected["loss_positions"]
 
-    # Without his defects: the last line counts either way, and no padding is predicted.
+    # Without UER's defects the last line always counts, and no padding is predicted.
     expected = everything["with_final_newline"][str(seq_length)]
     tokens = encoded.load(path, bert, TextOptions(lines=True), bert.n_vocab)
     sampler = tokens.sampler("documents", seq_length, 1, bert.end)
@@ -745,8 +750,8 @@ def test_documents_equal_the_instances_of_uers_lm_processor(
 
 @pytest.mark.parametrize("flags", ["", "lines=True"])
 def test_memory_does_not_grow_with_the_file(tmp_path, flags):
-    """Peak of a process that encodes 40 MB to .npy: the text alone, held whole, would show."""
-    # as one document, and as one line: neither may be held whole
+    """Encode 40 MB to .npy; the whole text in memory would show in the process's peak."""
+    # as one document, and as one line: neither may be in memory as a whole
     line = b"the kettle clicked off at half past six" + (b" " if flags else b"\n")
     path = write(tmp_path / "a.txt", line * 1_000_000)
     code = (
@@ -759,7 +764,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
         "    def arrays(self, texts, special):\n"
         "        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "encoded.save_npy(out, encoded.encode([path], Fast(), TextOptions(FLAGS)), np.uint16)\n"
+        "parts = encoded.encode([path], Fast(), TextOptions(FLAGS), 256)\n"
+        "encoded.save_npy(out, parts, encoded.dtype_of(256))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     result = subprocess.run(
