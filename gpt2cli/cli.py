@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.errno is None:
             raise
         console.say(f"gpt2cli: {error.filename or 'standard output'}: {error.strerror}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # flushing the rest would fail again
         sys.exit(1)
     except Exception as error:
         # TensorFlow's class by name: importing it here would cost every command two seconds

@@ -208,7 +208,7 @@ def _open_lock(path: Path, work: str, target: str | Path) -> IO[str] | None:
             file.seek(0)
             holder = file.read(200).strip()
             raise BusyError(
-                f"another {work} is writing {target}{f' ({holder})' if holder else ''}. "
+                f"another gpt2cli {work} is writing {target}{f' ({holder})' if holder else ''}. "
                 "Wait for it to end, or choose another name"
             ) from None
         except OSError as error:  # a file system without locks

@@ -151,9 +151,10 @@ class Run:
         vocabulary = self.model.encoder
         end = vocabulary.end if vocabulary else None
 
-        def sampler(text: Tokens, seed: int | None) -> Any:
+        def sampler(text: Tokens, seed: int) -> Any:
             return text.sampler(options.sampling, length, seed, end, options.uer_compat)
 
+        assert options.seed is not None
         given, batches = options, sampler(tokens, options.seed)
         if options.epochs:
             steps = math.ceil(options.epochs * batches.count / rows)

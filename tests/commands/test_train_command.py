@@ -183,7 +183,7 @@ def test_samples_that_cannot_be_written_do_not_end_a_run(cli, text):
 def test_a_run_has_one_writer(cli, text):
     with files.filling("checkpoint/run1", "train"):
         result = cli("train", "text.txt", *FAST, "--steps", 1)
-    assert result.returncode == 75 and "another train is filling" in result.stderr
+    assert result.returncode == 75 and "another gpt2cli train is writing" in result.stderr
     assert re.search(rf"\(process {os.getpid()} on \S+ since \d{{4}}-\d\d-\d\d ", result.stderr)
     # the lock of a dead process does not count
     (text.parent / "checkpoint/run1").mkdir(parents=True)

@@ -613,7 +613,7 @@ def test_a_second_download_into_the_same_folder_is_rejected(fetch, mirror, tmp_p
     first.start()
     while DATA not in [name for name, _, _ in mirror.asked]:
         first.join(0.01)
-    with pytest.raises(UserError, match=r"another download is writing .*own"):
+    with pytest.raises(UserError, match=r"another gpt2cli download is writing .*own"):
         fetch()
     mirror.release.set()
     first.join()
@@ -761,7 +761,7 @@ def test_two_downloads_at_once_do_not_harm_each_other(mirror, tmp_path):
     ]
     said = [process.communicate(timeout=120)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 75], said
-    assert any("another download is writing" in text for text in said)
+    assert any("another gpt2cli download is writing" in text for text in said)
     assert_whole(tmp_path / "own", contents)
 
 
