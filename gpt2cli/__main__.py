@@ -1,4 +1,4 @@
-"""python -m gpt2cli"""
+"""Let `python -m gpt2cli` run the command line."""
 
 from gpt2cli.cli import main
 

@@ -104,7 +104,7 @@ def _open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, closefd=False))
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def options_class(command: str) -> type:
@@ -176,9 +176,9 @@ def _read_flag(
     name = flag.replace("-", "_")
     if f"{name}_" in fields:
         name += "_"
-    if name not in fields and name[:2] == "no" and name[2:] in fields:
-        if fields[name[2:]].hint is bool:
-            name, equals, value = name[2:], "=", "false"
+    negated = fields.get(name[2:]) if name[:2] == "no" and name not in fields else None
+    if negated is not None and negated.hint is bool:
+        name, equals, value = name[2:], "=", "false"
     if name not in fields:
         raise UsageError(
             f"{command} has no flag --{flag}{nearest(name, fields, '--')}; "

@@ -192,7 +192,7 @@ def check(options: Any, **limits: tuple[float | None, float | None]) -> None:
         limits: (lowest, highest) allowed value of a field; None leaves that end open.
 
     Raises:
-        UsageError: a value is of another type or outside its limits.
+        UsageError: a value has the wrong type or is outside its limits.
     """
     for name, flag in fields_of(type(options)).items():
         value = getattr(options, name)

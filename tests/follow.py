@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
+import numpy as np
+import tensorflow as tf
 
 COUNT = int(sys.argv[1])
 # before gpt2cli, whose first operation silences XLA where TensorFlow is older than 2.21

@@ -175,7 +175,7 @@ def test_the_cpu_image_is_built_and_samples_from_tiny_as_its_own_user():
     run("Dockerfile.cpu", tag, timeout=1800)
     try:
         assert run("--run", tag, "id", "-u", timeout=120).strip() == "1000"
-        sample = "gpt2cli sample --model_name tiny --length 20 --seed 1".split()
+        sample = ["gpt2cli", "sample", "--model_name", "tiny", "--length", "20", "--seed", "1"]
         page = run("--run", tag, "gpt2cli", "serve", "--help", timeout=300)
         assert "--max_batch" in page
         text = run("--run", tag, *sample, timeout=300)

@@ -189,7 +189,7 @@ class Attention:
         self.n_head, self.inner, self.outer = n_head, inner, outer
 
     def __call__(self, x, past=None, dropout=None):
-        """x [B, T, E] -> [B, T, E] and the keys and values of x [B, H, T, D].
+        """X [B, T, E] -> [B, T, E] and the keys and values of x [B, H, T, D].
 
         Args:
             past: a Past, for B = 1 only.

@@ -1,6 +1,7 @@
 """GPT-2's byte-level byte-pair encoding, through tiktoken."""
 
 import codecs
+import itertools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -131,7 +132,7 @@ def _between_spaces(text: str) -> list[str]:
     """
     runs = [run.span() for run in regex.finditer(r"\s{9999,}+", text) if run.end() < len(text)]
     cuts = [0, *(cut for start, end in runs for cut in (start, end - 1)), len(text)]
-    return [text[i:j] for i, j in zip(cuts, cuts[1:], strict=False) if i < j]
+    return [text[i:j] for i, j in itertools.pairwise(cuts) if i < j]
 
 
 class BPEStream:

@@ -99,9 +99,10 @@ class Run:
         self.trainer = Trainer(network, self.plan.options, replicas)
         if slots:
             self.trainer.restore(slots)
-        elif options.optimizer == "adafactor_gpt2_ml":
-            if self.trainer.adopt(checkpoint.load_slots(prefix, options.optimizer)):
-                self.say("the optimizer starts with the moments in the checkpoint")
+        elif options.optimizer == "adafactor_gpt2_ml" and self.trainer.adopt(
+            checkpoint.load_slots(prefix, options.optimizer)
+        ):
+            self.say("the optimizer starts with the moments in the checkpoint")
         self.checkpoints = Checkpoints(folder, prefix, self.state.step, resumed)
         self.batch: Batch | None = None  # the last that was learned from
         self.skipped = 0  # steps in a row

@@ -58,7 +58,7 @@ class State:
     validation_loss: float | None = None
 
     @classmethod
-    def read(cls, record: dict[str, Any], val_dataset: str | None) -> "State":
+    def read(cls, record: dict[str, Any], val_dataset: str | None) -> State:
         """Read the JSON object of a state file; --val_dataset decides whether its best counts."""
         is_same = record.get("val_dataset") == val_dataset
         return cls(

@@ -73,7 +73,7 @@ class Children:
 def children(monkeypatch, prompts):
     children = Children()
     monkeypatch.setattr(processes, "run", children.run)
-    monkeypatch.setattr(processes, "gpus", lambda: [])
+    monkeypatch.setattr(processes, "gpus", list)
     monkeypatch.chdir(prompts)
     return children
 

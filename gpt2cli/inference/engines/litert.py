@@ -267,5 +267,5 @@ def _widened(seen, slots):
 
 
 def _mask(looks):
-    """bool -> float32: 0 where one token looks at another, else MASKED."""
+    """Bool -> float32: 0 where one token looks at another, else MASKED."""
     return np.where(looks, 0, kernels.MASKED).astype(np.float32)

@@ -196,7 +196,7 @@ class Graph:
 def cache_sizes(n_ctx):
     """The numbers of slots that caches have, of which each is compiled."""
     sizes = [n_ctx]
-    while SMALLEST_CACHE < sizes[0]:
+    while sizes[0] > SMALLEST_CACHE:
         sizes.insert(0, max(SMALLEST_CACHE, 1 << (sizes[0] - 1).bit_length() - 1))
     return sizes
 
