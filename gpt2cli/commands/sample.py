@@ -172,7 +172,7 @@ def _samples(model, config, prompts, first=0):
     if not config.nsamples:
         return model.samples(prompts, config, first)
     mine = answers.of_shard(config, prompts)
-    return model.answers(((first + i, prompt) for i, prompt in mine), config)
+    return model.answers(((first + i, prompt, None) for i, prompt in mine), config)
 
 
 def out_paths(config):

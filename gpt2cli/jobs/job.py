@@ -285,8 +285,7 @@ def _answered(model, config, group, each, width):
     good, made = [], {}
     for index, prompt in group:
         try:
-            model.check_prompt(prompt)
-            good.append((index, prompt))
+            good.append((index, prompt, model.check_prompt(prompt)))
         except UserError as error:
             wrong = {"prompt": prompt, "error": str(error)}
             made |= {i: {"index": i, **wrong} for i in range(index, index + each)}

@@ -210,7 +210,7 @@ class Logged:
             line += f" {answer.prompt_tokens}+{answer.generated()} tokens"
         line += f" {seconds:.2f} s"
         if answer and self.service.config.log_prompts:
-            line += f" {[text.prompt for text in answer.texts[:: answer.request.n]]!a}"
+            line += f" {[row.text.prompt for row in answer.rows[:: answer.request.n]]!a}"
         print(line, file=sys.stderr, flush=True)
 
 

@@ -11,7 +11,8 @@ import time
 import traceback
 from typing import NamedTuple
 
-from gpt2cli.inference.generator import STREAMED, Batch
+from gpt2cli.inference.generator import STREAMED
+from gpt2cli.inference.rows import Generation
 
 
 class Full(Exception):
@@ -45,7 +46,7 @@ class Job:
 
     Args:
         model: the inference.LanguageModel that its texts are of.
-        texts: Continuations, not yet in any Batch.
+        rows: Rows from `model.begin`, not yet in any Generation.
         tell: function of a list of Pieces, called on the scheduler's thread.
         seconds: that it may take, with its time in the queue.
         streams: tell of texts while they grow, and not only when they are done.
@@ -54,12 +55,12 @@ class Job:
         first: time.monotonic of its first token, or None.
     """
 
-    def __init__(self, model, texts, tell, seconds, streams=False):
-        self.model, self.texts, self.streams, self._tell = model, texts, streams, tell
+    def __init__(self, model, rows, tell, seconds, streams=False):
+        self.model, self.rows, self.streams, self._tell = model, rows, streams, tell
         self.deadline = time.monotonic() + seconds
         self.first = None
-        self._told = [0] * len(texts)  # tokens
-        self._over = [False] * len(texts)  # this and the rows are the scheduler's thread's alone
+        self._told = [0] * len(rows)  # tokens
+        self._over = [False] * len(rows)  # this and the rows are the scheduler's thread's alone
 
     def is_over(self):
         """Whether nothing more is to be told."""
@@ -70,23 +71,23 @@ class Job:
         self.first = self.first or time.monotonic()
         pieces = []
         for number in numbers:
-            text = self.texts[number]
-            begin, end, done = self._told[number], len(text.tokens), text.row.finished
+            row = self.rows[number]
+            begin, end, done = self._told[number], row.generated, row.finished
             if self._over[number] or not (self.streams or done):
                 continue
-            pieces.append(Piece(number, text.fresh(done), begin, end, done))
+            pieces.append(Piece(number, row.text.fresh(done), begin, end, done))
             self._told[number], self._over[number] = end, done
         if pieces:
             self._tell(pieces)
 
     def stop(self, error=None):
         """Take its rows out of the batch; with an error tell of that. Nothing is told any more."""
-        for text in self.texts:
-            text.row.finished = True
+        for row in self.rows:
+            row.finished = True
         if error and not self.is_over():
             left = [number for number, over in enumerate(self._over) if not over]
             self._tell([Piece(number, done=True, error=error) for number in left])
-        self._over = [True] * len(self.texts)
+        self._over = [True] * len(self.rows)
         self._tell = _nobody  # who asked holds the job: a circle would keep the model in memory
 
 
@@ -106,8 +107,8 @@ class Scheduler:
         self.width, self.queue = width, queue
         self._change = threading.Condition()
         self._waiting = collections.deque()  # (Job, number of its text)
-        self._running = {}  # Continuation -> (Job, number, when it began)
-        self._batches = {}  # Model -> Batch
+        self._running = {}  # Row -> (Job, number, when it began)
+        self._batches = {}  # Model -> Generation
         self._cancelled = []
         self._closing = False
         self._pace = 1.0  # seconds that a text takes, of late
@@ -117,10 +118,10 @@ class Scheduler:
     def submit(self, job):
         """Let a Job begin as soon as there are places; Full if too many wait."""
         with self._change:
-            total = len(self._waiting) + len(self._running) + len(job.texts)
+            total = len(self._waiting) + len(self._running) + len(job.rows)
             if total > self.width + self.queue:
                 raise Full(max(1, round(self._pace * len(self._waiting) / self.width)))
-            self._waiting.extend((job, number) for number in range(len(job.texts)))
+            self._waiting.extend((job, number) for number in range(len(job.rows)))
             self._change.notify()
 
     def cancel(self, job):
@@ -160,8 +161,10 @@ class Scheduler:
             if not (self._waiting or self._running or self._cancelled):
                 return False
             begun = self._admit()
-        for model, texts in begun.items():
-            self._batches.setdefault(model, Batch(model.network, self.width)).add(texts)
+        for model, rows in begun.items():
+            if model not in self._batches:
+                self._batches[model] = Generation(model.network, width=self.width)
+            self._batches[model].add(rows)
         for model, batch in list(self._batches.items()):
             try:
                 grown = batch.step(STREAMED)
@@ -177,7 +180,7 @@ class Scheduler:
         return True
 
     def _admit(self):
-        """Move what waits to the places that are free; {Model: Continuations}."""
+        """Move what waits to the places that are free; {Model: Rows}."""
         now, begun = time.monotonic(), {}
         while self._cancelled:
             self._cancelled.pop().stop()
@@ -187,16 +190,16 @@ class Scheduler:
         self._waiting = collections.deque(pair for pair in self._waiting if not pair[0].is_over())
         while self._waiting and len(self._running) < self.width:
             job, number = self._waiting.popleft()
-            text = job.texts[number]
-            self._running[text] = job, number, now
-            begun.setdefault(job.model, []).append(text)
+            row = job.rows[number]
+            self._running[row] = job, number, now
+            begun.setdefault(job.model, []).append(row)
         return begun
 
     def _tell(self, grown):
-        """Tell whose Continuations these are."""
+        """Tell whose Rows these are."""
         told = {}
-        for text in grown:
-            job, number, _ = self._running[text]
+        for row in grown:
+            job, number, _ = self._running[row]
             told.setdefault(job, []).append(number)
         for job, numbers in told.items():
             job.grown(numbers)
@@ -204,6 +207,6 @@ class Scheduler:
     def _forget_finished(self):
         now = time.monotonic()
         with self._change:
-            for text in [text for text in self._running if text.row.finished]:
-                *_, began = self._running.pop(text)
+            for row in [row for row in self._running if row.finished]:
+                *_, began = self._running.pop(row)
                 self._pace += 0.1 * (now - began - self._pace)

@@ -165,8 +165,8 @@ class Service:
         """The Answer, its prompts encoded and, for echo with logprobs, looked at."""
         answer = await asyncio.to_thread(Answer, self, model, request, prompts, streams)
         if request.echo and request.logprobs is not None:
-            for text in answer.texts[:: request.n]:
-                prompt = text.row.tokens[: text.row.prompt_length]
+            for row in answer.rows[:: request.n]:
+                prompt = row.tokens[: row.prompt_length]
                 async with self._scores:
                     try:
                         found = await asyncio.to_thread(model.logprobs, prompt)
@@ -213,7 +213,7 @@ class Answer:
         settings = request.settings()
         seed = new_seed() if request.seed is None else request.seed % 2**63
         most = service.config.max_prompt or model.config.n_ctx
-        self.texts = []
+        self.rows = []
         for prompt in prompts:
             try:
                 ids = model.check_prompt(prompt)
@@ -224,26 +224,26 @@ class Answer:
                         "prompt",
                         "context_length_exceeded",
                     )
-                self.texts += [
+                self.rows += [
                     model.begin(index, prompt, settings, seed, ids) for index in range(request.n)
                 ]
             except UserError as error:
                 raise completions.refused(error, "prompt") from None
-        self.prompt_tokens = sum(text.row.prompt_length for text in self.texts[:: request.n])
+        self.prompt_tokens = sum(row.prompt_length for row in self.rows[:: request.n])
         self._closed = False
         self.scores = []  # of each prompt what Model.logprobs says, for echo with logprobs
         self._loop, self._news = service.loop, asyncio.Queue()
-        self.job = scheduler.Job(model, self.texts, self._tell, service.config.max_time, streams)
-        shown = [self._prompt_text(text) for text in self.texts]
+        self.job = scheduler.Job(model, self.rows, self._tell, service.config.max_time, streams)
+        shown = [self._prompt_text(row.text.prompt) for row in self.rows]
         # of each text the decoder and the place of the next token of which logprobs are told
         self._streams = [None if request.echo else model.encoder.stream() for _ in shown]
         self._places = [0 if request.echo else len(text) for text in shown]
         self.echoes = shown if request.echo else [""] * len(shown)
 
-    def _prompt_text(self, text):
-        if text.prompt is None or isinstance(text.prompt, str):
-            return text.prompt or ""
-        return self.model.encoder.decode(text.prompt)
+    def _prompt_text(self, prompt):
+        if prompt is None or isinstance(prompt, str):
+            return prompt or ""
+        return self.model.encoder.decode(prompt)
 
     def _tell(self, pieces):
         with contextlib.suppress(RuntimeError):  # the server has left
@@ -251,7 +251,7 @@ class Answer:
 
     async def pieces(self):
         """The Pieces of all texts, as they come; Refused where it broke off."""
-        left = len(self.texts) if self.request.max_tokens else 0
+        left = len(self.rows) if self.request.max_tokens else 0
         while left:
             for piece in await self._news.get():
                 if piece.error == "timeout":
@@ -265,7 +265,8 @@ class Answer:
         """The logprobs object of tokens of a text; the first time with its prompt's, for echo."""
         if self.request.logprobs is None:
             return None
-        row, tokens = self.texts[number].row, self.texts[number].tokens[begin:end]
+        row = self.rows[number]
+        tokens = row.continuation[begin:end]
         found = list(zip(row.logprobs, row.likeliest, strict=False))[begin:end]
         if self.scores and self._streams[number] is None:
             begin = row.prompt_length - self._told_length(number)
@@ -280,7 +281,8 @@ class Answer:
 
     def _told_length(self, number):
         """Tokens of a prompt, without those that the model puts before every text."""
-        prompt, row = self.texts[number].prompt, self.texts[number].row
+        row = self.rows[number]
+        prompt = row.text.prompt
         if prompt is None or isinstance(prompt, str):
             return len(self.model.encoder.encode(prompt or ""))
         return row.prompt_length
@@ -289,11 +291,11 @@ class Answer:
         """Why a text ended."""
         if not self.request.max_tokens:
             return "length"
-        return self.model.sample(self.texts[number], 0).finish_reason
+        return self.model.sample(self.rows[number], 0).finish_reason
 
     def generated(self):
         """Tokens generated so far."""
-        return sum(len(text.tokens) for text in self.texts)
+        return sum(row.generated for row in self.rows)
 
     def as_json(self, choices, **more):
         """The object that carries choices."""
@@ -320,11 +322,11 @@ class Answer:
             [
                 completions.choice(
                     number,
-                    self.echoes[number] + text.text * bool(self.request.max_tokens),
+                    self.echoes[number] + row.text.so_far * bool(self.request.max_tokens),
                     self.reason(number),
-                    self.logprobs(number, 0, len(text.tokens)),
+                    self.logprobs(number, 0, row.generated),
                 )
-                for number, text in enumerate(self.texts)
+                for number, row in enumerate(self.rows)
             ],
             usage=self.usage(),
         )

@@ -19,7 +19,7 @@ from gpt2cli import files, machine
 from gpt2cli import tensorflow as engine
 from gpt2cli.errors import UserError
 from gpt2cli.inference import generator as inference
-from gpt2cli.inference.engines import xla as graph
+from gpt2cli.inference.engines.xla import XlaEngine
 from gpt2cli.options import GenerateOptions, new_seed
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.text import batches as windows
@@ -51,7 +51,7 @@ class Run:
         self.say(memory_line(training.memory_needed(folders.read_config(prefix.parent), config)))
         with self.replicas.strategy.scope():
             network = checkpoint.load(prefix, config.precision, weights_precision="float32")
-        self.model = inference.LanguageModel(graph.Graph(network), vocabulary)
+        self.model = inference.LanguageModel(XlaEngine(network), vocabulary)
         tensors, state = {}, None
         if resumed and config.restore_from == "weights":
             state = checkpoint.load_state(prefix)

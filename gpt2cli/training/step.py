@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2cli.errors import UserError
+from gpt2cli.inference.score import Score
 from gpt2cli.model.network import IN_LAYER, LOGIT_ROWS, MATRIX, Dropout, weight_shapes
 from gpt2cli.tensorflow import tf
 from gpt2cli.training.devices import Replicas
@@ -468,21 +469,3 @@ def _only(parts, trained):
         both = [(v, g) for v, g in zip(variables, gradients, strict=True) if id(v) in trained]
         if both:
             yield tuple(zip(*both, strict=True))
-
-
-class Score(NamedTuple):
-    """How well a text is predicted: mean loss in nats a token, share of hits, tokens predicted."""
-
-    loss: float
-    accuracy: float
-    tokens: int
-
-
-def score(network, batches):
-    """What a graph.Graph or lite.Lite makes of batches of windows.Batch: a Score."""
-    loss, hits, count = 0.0, 0.0, 0
-    for batch in batches:
-        more = network.sums(*batch)
-        loss, hits = loss + float(more[0]), hits + float(more[1])
-        count += int(batch.mask.sum())
-    return Score(loss / max(count, 1), hits / max(count, 1), count)

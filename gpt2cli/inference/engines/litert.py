@@ -197,9 +197,9 @@ class LitertEngine:
                 length = lengths[place]
                 memory[place, :, :length] = added[half][sources[place] - count, :, :length]
 
-    def run(self, *arguments: Any) -> Chosen:
+    def run(self, *arguments: Any, **more: Any) -> Chosen:
         """Generate tokens, as `sampling.run`."""
-        return sampling.run(self, *arguments)
+        return sampling.run(self, *arguments, **more)
 
     def _embed(self, tokens: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Return the sums of token and position embeddings: [N], [N] -> [1, N, E]."""
