@@ -5,9 +5,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 SERVE = [
-    "starlette>=0.49.1,<2",  # requests, answers, streams; before it Range could cost much
-    "uvicorn>=0.30,<1",  # the server
-    "h11>=0.16",  # HTTP/1.1; before it a request could be smuggled in another
+    "starlette>=0.49.1,<2",  # routes, responses, streams; older ones let Range cost much time
+    # The HTTP server. connections.py overrides private methods, so only versions that were tried:
+    # 0.34 and 0.54. With 0.30, a stream continues after its client has disconnected.
+    "uvicorn>=0.34,<0.55",
+    "h11>=0.16",  # HTTP/1.1; older ones let one request be smuggled in another
+    "pydantic>=2.8,<3",  # checks requests and writes their JSON schema; tried: 2.8 and 2.14
     "jinja2>=3.1",  # the page, with everything escaped
     "prometheus-client>=0.20",  # /metrics
 ]
@@ -20,7 +23,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["gpt2cli", "gpt2cli.*"]),
-    package_data={"gpt2cli.serving": ["web/*.html", "web/static/*"]},  # the page of `serve`
+    package_data={
+        "gpt2cli": ["py.typed", "*.pyi"],  # types of the Python functions, for editors
+        "gpt2cli.serving": ["web/*.html", "web/static/*"],  # the page of `serve`
+    },
     python_requires=">=3.10,<3.14",  # the Pythons that TensorFlow has wheels for
     install_requires=[
         "tensorflow>=2.18,<2.22",  # the graph; the suite was run on both ends
@@ -47,7 +53,8 @@ setup(
             "pytest-xdist>=3.5",  # two tests at a time
             "hypothesis>=6.100",  # texts nobody would think of
             "pexpect>=4.9",  # `interactive` on a terminal
-            "ruff>=0.6,<0.18",  # a newer one may format otherwise
+            "ruff>=0.6,<0.18",  # a newer one may format differently
+            "mypy>=1.11,<3",  # types
         ],
         # make serve-proof: the page in a browser, requests made from the OpenAPI document
         "browser": ["playwright>=1.45", "schemathesis>=4,<5"],

@@ -1,9 +1,9 @@
 """What a training step costs on many devices: a model of it, and a check on this machine.
 
-    benchmarks/scaling.py table                # the tables of docs/SCALING.md
+    benchmarks/scaling.py table                # the tables of docs/scaling.md
     benchmarks/scaling.py check MODEL_FOLDER   # 1 to 4 processes of this machine beside the model
 
-The formulas are explained in docs/SCALING.md.
+The formulas are explained in docs/scaling.md.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ def share(size, link, batches, count):
 
 
 def table():
-    """The tables of docs/SCALING.md, and by how much the second differs between the sizes."""
+    """The tables of docs/scaling.md, and by how much the second differs between the sizes."""
     print("| size | weights, millions | FLOP a step | to send (64 devices), MB | memory, GB |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for size in SIZES:

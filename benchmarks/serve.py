@@ -1,10 +1,10 @@
-"""Load on `gpt2cli serve`, beside `sample --batch_size 16` on the same model in the same run.
+"""Measure `gpt2cli serve` under load, beside `sample --batch_size 16` on the same model.
 
     benchmarks/serve.py MODEL_FOLDER [--precision int8] [--clients 32] [--requests 2000]
 
-Every client sends a request, reads the stream to its end, and sends the next. Prompts have 4 to 64
-tokens and ask for 8 to 64, drawn once; `sample` gets the first eighth of them and the mean length,
-before and after. Twenty of the answers are asked for again alone and must be the same.
+Each client sends a request, reads the stream to its end, and sends the next. Prompts have 4 to 64
+tokens and ask for 8 to 64, drawn once. `sample` gets the first eighth of the prompts and the mean
+length, before and after. Twenty requests are repeated alone and must give the same text.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CLI = [sys.executable, "-m", "gpt2cli"]
 
 
 def requests(count, n_vocab):
-    """The bodies: prompts of ids, lengths, seeds."""
+    """Yield request bodies: prompts of ids, lengths, seeds."""
     draw = random.Random(1)
     for number in range(count):
         prompt = [draw.randrange(n_vocab) for _ in range(draw.randint(4, 64))]
@@ -38,7 +38,11 @@ def requests(count, n_vocab):
 
 
 def ask(connection, body):
-    """One request; seconds to the first piece, tokens, text. RuntimeError for any other answer."""
+    """Send one request; return (seconds to the first piece, tokens, text).
+
+    Raises:
+        RuntimeError: the response is an error.
+    """
     began = time.monotonic()
     headers = {"Content-Type": "application/json"}
     options = {"include_usage": True}
@@ -61,7 +65,7 @@ def ask(connection, body):
 
 
 def clients(port, count, bodies):
-    """Answers in the order of the bodies, and the seconds that all took."""
+    """Send all bodies from several clients; return the answers in order, and the seconds."""
     waiting, found = queue.SimpleQueue(), {}
     for pair in enumerate(bodies):
         waiting.put(pair)
@@ -83,12 +87,12 @@ def clients(port, count, bodies):
 
 
 def memory(pid):
-    """Resident megabytes of a process."""
+    """Return the resident memory of a process in megabytes."""
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
 class Served:
-    """A server, while the block runs."""
+    """A server that runs as long as the block."""
 
     def __init__(self, folder, *words):
         words = ["--models_dir", folder.parent, "--model_name", folder.name, *words]
@@ -96,16 +100,16 @@ class Served:
         self.process = subprocess.Popen(
             command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, bufsize=1
         )
-        said = ""
+        log = ""
         for line in self.process.stderr:
-            said += line
+            log += line
             if found := re.search(r"http://127.0.0.1:(\d+)", line):
                 self.port = int(found[1])
-            if "is served" in line:
+            if line.startswith("serving "):
                 break
         else:
-            raise SystemExit(said)
-        # a line for each request, which must not fill the pipe
+            raise SystemExit(log)
+        # the server logs a line for each request, which must not fill the pipe
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
 
     def __enter__(self):
@@ -117,7 +121,7 @@ class Served:
 
 
 def sampled(folder, bodies, precision, batch_size):
-    """Tokens a second of `sample --prompts` with the mean length, as its last line says."""
+    """Return tokens/s of `sample --prompts` with the mean length, read from its last line."""
     length = round(sum(body["max_tokens"] for body in bodies) / len(bodies))
     with tempfile.TemporaryDirectory() as place:
         prompts = Path(place) / "prompts.jsonl"
@@ -132,7 +136,7 @@ def sampled(folder, bodies, precision, batch_size):
 
 
 def percentile(values, share):
-    """The value below which a share of them is."""
+    """Return the value below which this share of the values lies."""
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 

@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "download": ("model",),
     "encode": ("in_text", "out_npz"),
     "train": ("dataset",),
-    "sample": (),
+    "sample": ("prompt",),
     "interactive": (),
     "serve": (),
     "evaluate": ("dataset",),

@@ -1,5 +1,9 @@
 """Errors the user can fix. Any other exception is a bug."""
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """An error the user can fix: the text says what happened, where, and what to do now."""
@@ -11,3 +15,13 @@ class UsageError(UserError):
 
 class BusyError(UserError):
     """Another process is doing the same work, or stopped it: retrying later may succeed."""
+
+
+@contextlib.contextmanager
+def names_without_dashes() -> Iterator[None]:
+    """Name settings as Python does in the messages of errors: `top_p`, not `--top_p`."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (re.sub(r"--(?=[a-z])", "", str(error)),)
+        raise

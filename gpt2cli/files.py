@@ -18,7 +18,7 @@ from gpt2cli.errors import BusyError, UserError
 try:
     import fcntl
 except ImportError:  # Windows: two processes in one folder go unnoticed there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # its users ask for it first
 
 SPARE = 2**20  # bytes that should be left on a disk when a large file has been written
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from gpt2cli.errors import UsageError
 
 NOT_FIELDS = ("Environment", "Examples")  # sections that describe something else
+LAST = ("Folders and messages", "Messages")  # sections of nearly every command
 
 
 class Flag(typing.NamedTuple):
@@ -60,7 +61,7 @@ def examples_of(cls: type) -> list[str]:
 
 
 def sections_of(cls: type) -> dict[str, list[str]]:
-    """Return the titles of the sections, a class's own before inherited ones, with their fields."""
+    """Return the fields of each section: a class's own before inherited ones, LAST at the end."""
     order = {field.name: place for place, field in enumerate(dataclasses.fields(cls))}
     placed: dict[str, str] = {}
     titles: list[str] = []
@@ -71,6 +72,7 @@ def sections_of(cls: type) -> dict[str, list[str]]:
             for name in texts:
                 if title not in NOT_FIELDS:
                     placed.setdefault(name, title)
+    titles.sort(key=LAST.__contains__)
     members = {
         title: [n for n, t in placed.items() if t == title and n in order] for title in titles
     }
@@ -150,7 +152,9 @@ def _accepted(hint: Any, value: Any) -> Any:
             raise TypeError
         return value
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if not math.isfinite(value) or (value and not 1e-37 < abs(value) < 1e38):  # of float32
+        if not math.isfinite(value) or (
+            value and not 1e-37 < abs(float(value)) < 1e38
+        ):  # of float32
             raise ValueError
         return float(value)
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):

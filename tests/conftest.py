@@ -1,6 +1,7 @@
 """Small models and vocabularies that every test can use; nothing is fetched."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -21,21 +22,123 @@ os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache" / "home")
 SHARED = ROOT.parent / "shared"
 TINY = ROOT / "models" / "tiny"
 
+# Results of the original programs: a subset that is always here, and the full set. A test never
+# skips the subset: without one of its files it fails.
+GOLDEN = Path(__file__).parent / "golden"
+FULL = SHARED / "golden"
+FULL_DATA = SHARED / "data"
+needs_full = pytest.mark.skipif(
+    not (FULL.is_dir() and FULL_DATA.is_dir()),
+    reason="no full set of results in ../shared; tests/golden is compared",
+)
+GOLDEN_MODELS = {
+    "gpt2-openai": ("a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601"),
+    "gpt2_ml": ("a-clue-l2-h3-e24-p80", "a-bert-l3-h2-e16-p64"),
+    "uer": ("a-l2-h3-e24-c128",),
+}
+FULL_VOCABULARIES = {
+    "a-clue-l2-h3-e24-p80": "clue-vocab.txt",
+    "a-bert-l3-h2-e16-p64": "google_zh_vocab.txt",
+    "a-l2-h3-e24-c128": "google_zh_vocab.txt",
+}
+
+
+def golden_models(program):
+    """Parameters: the folder of each model of a program, the first also from the subset."""
+    names = GOLDEN_MODELS[program]
+    subset = pytest.param(GOLDEN / program / names[0], id=f"subset-{names[0]}")
+    full = [
+        pytest.param(FULL / program / name, id=f"full-{name}", marks=needs_full) for name in names
+    ]
+    return [subset, *full]
+
+
+def golden_vocabulary(folder):
+    """The vocab.txt of a golden Chinese model."""
+    if GOLDEN in folder.parents:
+        return folder.parent / "vocab.txt"
+    return FULL_DATA / "bert-zh" / FULL_VOCABULARIES[folder.name]
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(GOLDEN, id="subset"), pytest.param(FULL, id="full", marks=needs_full)],
+)
+def results(request):
+    """The folder of the original programs' results: the subset, then the full set."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def gpt2(results):
+    """GPT-2's vocabulary; beside the subset, the tokens that its texts can need."""
+    from gpt2cli.text import encoder
+
+    return encoder.load(FULL_DATA / "gpt2" if results == FULL else GOLDEN / "bpe")
+
+
+@pytest.fixture(scope="session")
+def google_zh(results, tmp_path_factory):
+    """BERT's Chinese vocabulary; beside the subset, the tokens that its texts can need."""
+    from gpt2cli.text import encoder
+
+    folder = tmp_path_factory.mktemp("google_zh")
+    if results == FULL:
+        shutil.copy(FULL_DATA / "bert-zh" / "google_zh_vocab.txt", folder / "vocab.txt")
+    else:
+        ids = json.loads((GOLDEN / "wordpiece" / "vocab.json").read_text(encoding="utf-8"))
+        tokens = [f"[not in the subset {index}]" for index in range(max(ids.values()) + 1)]
+        for token, index in ids.items():
+            tokens[index] = token
+        (folder / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
+    return encoder.load(folder)
+
 
 @pytest.fixture(scope="session")
 def golden():
-    """The folder of the original programs' results, where this machine has it."""
-    if not (SHARED / "golden").is_dir():
-        pytest.skip("../shared/golden is not on this machine")
-    return SHARED / "golden"
+    """The folder of the original programs' full results; without it the test is skipped."""
+    if not FULL.is_dir():
+        pytest.skip("needs the full set of results in ../shared/golden")
+    return FULL
 
 
 @pytest.fixture(scope="session")
 def gpt2_vocabulary():
-    """The folder with OpenAI's encoder.json and vocab.bpe, where this machine has it."""
-    if not (SHARED / "data" / "gpt2").is_dir():
-        pytest.skip("../shared/data is not on this machine")
-    return SHARED / "data" / "gpt2"
+    """The folder with OpenAI's encoder.json and vocab.bpe; without it the test is skipped."""
+    if not (FULL_DATA / "gpt2").is_dir():
+        pytest.skip("needs GPT-2's whole vocabulary in ../shared/data/gpt2")
+    return FULL_DATA / "gpt2"
+
+
+def check_golden(network, expected):
+    """Compare logits within 1e-4 and losses within 1e-5 with those of an expected.npz.
+
+    The subset has no losses of GPT2_ML, which depend on every id of the vocabulary, but the logits
+    of the next tokens that they are made of.
+    """
+    from gpt2cli.tensorflow import tf
+
+    count = int(expected["n_seq"])
+    assert count >= 2
+    for i in range(count):
+        tokens = expected[f"seq{i}_tokens"]
+        logits = network(tokens[None])[0].numpy()
+        if f"seq{i}_logits" in expected:
+            np.testing.assert_allclose(logits, expected[f"seq{i}_logits"], atol=1e-4)
+        else:
+            columns = logits[:, expected["cols"]]
+            np.testing.assert_allclose(columns, expected[f"seq{i}_logits_cols"], atol=1e-4)
+        if f"seq{i}_target_logits" in expected:
+            targets = logits[np.arange(len(tokens) - 1), tokens[1:]]
+            np.testing.assert_allclose(targets, expected[f"seq{i}_target_logits"], atol=1e-4)
+            if f"seq{i}_lse" not in expected:
+                continue
+        log_sum = tf.reduce_logsumexp(logits, -1)
+        np.testing.assert_allclose(log_sum, expected[f"seq{i}_lse"], atol=1e-4)
+        if len(tokens) > 1:
+            nats, _ = network.losses(network.hidden(tokens[None, :-1])[0], tokens[None, 1:])
+            loss = float(tf.reduce_mean(nats))
+            assert loss == pytest.approx(float(expected[f"seq{i}_loss"]), abs=1e-5)
 
 
 def lively(config, seed=3):

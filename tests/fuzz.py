@@ -82,7 +82,7 @@ def targets():
             cli.read_command_line(words)
 
     def request(data):
-        with contextlib.suppress(completions.Refused):
+        with contextlib.suppress(completions.RequestError):
             completions.CompletionRequest.parse(data).prompts()
 
     return {

@@ -46,10 +46,13 @@ def test_help_and_refusals_come_without_tensorflow(shell, tmp_path):
 def test_help_works_anywhere_and_names_every_flag(cli, command, flag):
     result = cli(command, "--verbose", flag)
     assert result.returncode == 0 and result.stderr == ""
-    config_class, _ = command_line.COMMANDS[command]
-    for field in dataclasses.fields(config_class):
+    options_class = command_line.options_class(command)
+    fields = dataclasses.fields(options_class)
+    assert fields
+    for field in fields:
         assert f"--{flags.spelled(field.name)} " in result.stdout
-    assert all(text for _, _, text in flags.fields_of(config_class).values())
+    assert all(text for _, _, text in flags.fields_of(options_class).values())
+    assert "Examples:" in result.stdout and f"  gpt2cli {command}" in result.stdout
 
 
 def test_general_help_names_every_command(cli):
@@ -169,7 +172,7 @@ NONSENSE = [
     ("sample", "--run_name", ".."),
     ("sample", "--run_name", ""),
     ("sample", "--model_name", "/etc"),
-    ("sample", "extra"),
+    ("sample", "a text", "extra"),
     ("train",),
     ("train", "d", "--steps", "-5"),
     ("train", "d", "--learning_rate", "0"),
@@ -325,3 +328,20 @@ def test_a_shard_may_come_from_slurm_or_kubernetes(monkeypatch, shard, environme
         return
     found = SampleOptions(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
     assert found.shard == expected and found.out == f"o-{expected.replace('/', '-of-')}.jsonl"
+
+
+@pytest.mark.parametrize("width", [50, 80, 140])
+def test_help_wraps_at_the_width_of_the_terminal(cli, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = cli("train", "--help").stdout.partition("Examples:")[0].splitlines()
+    texts = [line for line in lines if line.startswith("      ")]
+    assert len(texts) > 50 and width - 20 < max(map(len, texts)) <= width
+
+
+def test_every_flag_is_in_one_section_and_common_ones_come_last():
+    for command in command_line.COMMANDS:
+        cls = command_line.options_class(command)
+        sections = flags.sections_of(cls)
+        placed = [name for names in sections.values() for name in names]
+        assert sorted(placed) == sorted(field.name for field in dataclasses.fields(cls)), command
+        assert list(sections)[-1] in ("Folders and messages", "Messages"), command

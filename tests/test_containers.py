@@ -1,4 +1,4 @@
-"""The files of docs/CONTAINERS.md: their commands, and how hosts get to know each other."""
+"""The files in docs/deploy.md: their commands, and how hosts find each other."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import ROOT
 from gpt2cli import cli
 from gpt2cli.training import hosts as cluster
 
-TEXT = (ROOT / "docs" / "CONTAINERS.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
 OBJECTS = [o for kind, text in BLOCKS if kind == "yaml" for o in yaml.safe_load_all(text)]
 JOBS = [o for o in OBJECTS if o.get("kind") == "Job"]
@@ -25,7 +25,7 @@ def commands():
     for block in (text.replace("\\\n", " ") for text in SCRIPTS):
         for line in block.splitlines():
             if found := re.match(
-                r"(?:docker run .*? gpt2cli-gpu|srun gpt2cli|exec gpt2cli) (.*)", line
+                r"(?:docker run .*? gpt2cli-[cg]pu|srun gpt2cli|exec gpt2cli) (.*)", line
             ):
                 yield shlex.split(found[1].rstrip("'"))
     for found in OBJECTS:
@@ -39,7 +39,7 @@ def test_every_command_is_accepted(monkeypatch):
     for name, value in (("ID", 1), ("MIN", 0), ("MAX", 7), ("COUNT", 8)):  # as Slurm does
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     found = list(commands())
-    assert len(found) == 11
+    assert len(found) == 12
     for words in found:
         assert all(isinstance(word, str) for word in words), words
         cli.read_command_line(words)
@@ -70,6 +70,7 @@ def test_the_pods_of_a_job_know_each_other(monkeypatch):
     environment = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
     assert list(environment) == ["INDEX", "TF_CONFIG"]  # a value may name those before it
     count = job["spec"]["completions"]
+    assert count > 1
     names = [f"{name}-{number}.{pod['subdomain']}:2222" for number in range(count)]
     for index, own in enumerate(names):
         monkeypatch.setenv("TF_CONFIG", environment["TF_CONFIG"].replace("$(INDEX)", str(index)))

@@ -49,7 +49,7 @@ def test_gpt_2_simple_reads_our_run_and_we_go_on_from_its(gpt_2_simple, tmp_path
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((TINY / name).read_bytes())
     checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), folder)
-    text = (ROOT / "README.md").read_text() + (ROOT / "gpt2cli" / "config.py").read_text()
+    text = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
     (tmp_path / "text.txt").write_text(text)
 
     flags = ("--model_name", "wide", "--sample_every", 0, "--learning_rate", 0.003)

@@ -11,7 +11,7 @@ from gpt2cli.options import CheckpointOptions, TextOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(CheckpointOptions, TextOptions):
+class EvaluateOptions(TextOptions, CheckpointOptions):
     """Measure how well a model predicts a text: loss (nats per token), perplexity, accuracy.
 
     Data:

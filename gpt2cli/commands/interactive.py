@@ -15,7 +15,7 @@ from gpt2cli.text import encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class InteractiveOptions(CheckpointOptions, GenerateOptions):
+class InteractiveOptions(GenerateOptions, CheckpointOptions):
     """Type a prompt and watch the model continue it; /set changes settings.
 
     Environment:

@@ -18,7 +18,7 @@ from gpt2cli.storage import folders
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(CheckpointOptions, GenerateOptions):
+class SampleOptions(GenerateOptions, CheckpointOptions):
     """Write text: from nothing, or continuing a prompt.
 
     Prompt:

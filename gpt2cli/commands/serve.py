@@ -1,19 +1,26 @@
 """gpt2cli serve: a web page and OpenAI's completions API."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import signal
 import socket
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import MAX_TOKENS, CheckpointOptions
-from gpt2cli.storage import folders
-from gpt2cli.text import encoder
+
+if TYPE_CHECKING:
+    from gpt2cli.inference.generator import LanguageModel
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,81 +87,88 @@ class ServeOptions(CheckpointOptions):
         )
         self._check_source()
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
-            raise UsageError("--api_key must consist of ASCII letters, digits and signs, no spaces")
+            raise UsageError("--api_key must consist of printable ASCII characters without spaces")
 
 
-def run(config):
-    """Serve until SIGTERM or Ctrl-C; what was begun is finished first.
+def run(options: ServeOptions) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish in-flight requests.
 
     Raises:
-        UserError: the extra is not installed, the port is taken, or there is no such model.
+        UserError: the extra `serve` is not installed, the port is in use, or the model is missing.
     """
+    from gpt2cli.storage import folders
+    from gpt2cli.text import encoder
+
     try:
-        from gpt2cli.serving import http as server
+        from gpt2cli.serving import connections, http
     except ImportError as error:
         raise UserError(
-            f"serve needs more packages ({error.name} is missing): pip install 'gpt2cli[serve]', "
-            "or in a clone bin/install serve"
+            f"serve needs the package {error.name}, which is not installed. Install all it needs "
+            'with: pip install ".[serve]" (or bin/install serve in a clone)'
         ) from None
-    if config.api_key is None and os.environ.get("GPT2CLI_API_KEY"):
-        config = dataclasses.replace(config, api_key=os.environ["GPT2CLI_API_KEY"])
-    prefix = folders.source_checkpoint(config)
-    folders.read_config(prefix.parent)
-    if not encoder.exists(prefix.parent):
-        raise UserError(f"{prefix.parent} has no vocabulary, so there is no text to serve")
-    listener = listen(config)
-    if hasattr(signal, "SIGHUP"):  # until it means something it must not end us
+    if options.api_key is None and os.environ.get("GPT2CLI_API_KEY"):
+        options = dataclasses.replace(options, api_key=os.environ["GPT2CLI_API_KEY"])
+    folder = folders.open_source(options)
+    if not encoder.exists(folder.path):
+        raise UserError(f"{folder.path} has no vocabulary; serve needs one to read and write text")
+    listener = listen(options.host, options.port)
+    if hasattr(signal, "SIGHUP"):  # until the server handles it, it must not end the process
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from gpt2cli import tensorflow as engine  # what can be refused was refused before this
-    from gpt2cli.inference import generator as inference
+    from gpt2cli import tensorflow  # slow to import: after all cheap checks
+    from gpt2cli.inference import generator
     from gpt2cli.serving import service
 
-    engine.keep_no_memory()
+    tensorflow.keep_no_memory()
 
-    def load():
-        newest = folders.source_checkpoint(config)
-        model = inference.load_model(newest, config.precision)
+    def load() -> tuple[LanguageModel, str]:
+        newest = folders.open_source(options)
+        assert newest.checkpoint is not None
+        model = generator.load_model(newest, options.precision)
         model.network.read_apart()
-        model.warm(config.max_batch)
-        return model, newest.name
+        model.warm(options.max_batch)
+        return model, newest.checkpoint.name
 
-    def leave():
+    def leave() -> None:
         served.should_exit = True
 
-    shared = service.Service(config, load, leave)
-    allow_connections(config.max_connections)
-    served = server.make_server(shared)
+    shared = service.Service(options, load, leave)
+    allow_connections(options.max_connections)
+    served = connections.make_server(http.make_app(shared), options)
+    log = logging.getLogger("gpt2cli")  # the parent of every module's
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    _say(f"{prefix}: {engine.describe_devices(config.precision)}")
-    _say(f"http://{host}:{port}/ as soon as the model is loaded; Ctrl-C ends it")
+    LOG.info(
+        "loading %s with %s", folder.checkpoint, tensorflow.describe_devices(options.precision)
+    )
+    LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
     with _terminated():
         served.run(sockets=[listener])
     if shared.failure:
         raise shared.failure
 
 
-def listen(config):
-    """The socket of --host and --port; UserError if it cannot be had."""
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket bound to an address; raises UserError if that is impossible."""
     try:
         family, kind, *_, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, UnicodeError) as error:  # the second of a name that no host can have
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host can have such a name
         reason = getattr(error, "strerror", None) or "no such host"
         raise UserError(
-            f"cannot listen on {config.host} port {config.port}: {reason}. Name another with "
-            "--port or --host"
+            f"cannot listen on {host} port {port}: {reason}. Choose another with --port or --host"
         ) from None
     return listener
 
 
-def allow_connections(count):
-    """Let this process have so many connections open, if it may."""
+def allow_connections(count: int) -> None:
+    """Raise this process' limit of open files to hold this many connections, if permitted."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -166,14 +180,11 @@ def allow_connections(count):
 
 
 @contextlib.contextmanager
-def _terminated():
-    """A SIGTERM that was obeyed is no failure: uvicorn raises it anew once all is finished."""
-    before = signal.signal(signal.SIGTERM, lambda *_: _say("terminated; all requests are done"))
+def _terminated() -> Iterator[None]:
+    """Exit with status 0 after SIGTERM: uvicorn raises the signal again once it is finished."""
+    message = "received SIGTERM; all requests are finished"
+    before = signal.signal(signal.SIGTERM, lambda *_: LOG.info(message))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _say(text):
-    print(text, file=sys.stderr, flush=True)

@@ -1,433 +1,383 @@
-"""OpenAI's completions API: what a request may say, and the form of answers and errors.
+"""The HTTP API's requests, responses and errors, in the form of OpenAI's POST /v1/completions.
 
-Names, defaults and shapes are those of OpenAI's reference of POST /v1/completions; top_k,
-repetition_penalty, no_repeat_ngram and min_length are ours.
+Field names and defaults come from OpenAI's API reference. The fields top_k, repetition_penalty,
+no_repeat_ngram and min_length are additions of gpt2cli.
 """
 
+import functools
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from gpt2cli import __version__, flags
-from gpt2cli.errors import UsageError, UserError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+# pydantic requires the TypedDict of typing_extensions before Python 3.12
+from typing_extensions import TypedDict
+
+from gpt2cli import __version__
+from gpt2cli.errors import UserError
 from gpt2cli.options import GenerateOptions
 
-RANGES = {
-    "max_tokens": (0, 2**31 - 1),
-    "temperature": (0, 100),
-    "top_p": (0, 1),
-    "n": (1, 2**31 - 1),
-    "seed": (-(2**63), 2**63 - 1),
-    "logprobs": (0, 5),  # OpenAI's limit
-    "top_k": (0, 2**31 - 1),
-    "min_length": (0, 2**31 - 1),
-    "no_repeat_ngram": (0, 2**31 - 1),
-    "presence_penalty": (0, 0),
-    "frequency_penalty": (0, 0),
-}
-STOPS = 16  # texts in `stop`; each is looked for after every token
-STOP_LENGTH = 1000  # characters
+INT32 = 2**31 - 1
+INT64 = 2**63 - 1
+MAX_LOGPROBS = 5  # OpenAI's limit
+MAX_STOPS = 16  # strings in `stop`; each is searched for after every token
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StreamOption = Literal["include_usage", "include_obfuscation"]
 
-STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second does nothing here
+# fail_fast: a long list with wrong items makes one error, not one for each item.
+NOT_EMPTY = Field(min_length=1, fail_fast=True)
+Texts = Annotated[list[str], NOT_EMPTY]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], NOT_EMPTY]
+Prompt = str | Texts | TokenIds | Annotated[list[TokenIds], NOT_EMPTY]
 
-# The form of what takes more than one type, in OpenAPI's words.
-_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_TEXT = {"type": "string"}
-_STOP = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
-_PROMPT = [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, _TOKENS]
-FORMS = {
-    "prompt": {"anyOf": [*_PROMPT, {"type": "array", "items": _TOKENS, "minItems": 1}]},
-    "stop": {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": STOPS}]},
-    "stream_options": {
-        "type": "object",
-        "properties": {name: {"type": "boolean"} for name in STREAM_OPTIONS},
-        "additionalProperties": False,
-    },
-    "logit_bias": {"type": "object", "maxProperties": 0},
-    "suffix": {"type": "string", "maxLength": 0},
+# Messages for fields that pydantic's own errors describe badly.
+UNSUPPORTED = ("best_of", "presence_penalty", "frequency_penalty", "logit_bias", "suffix")
+MESSAGES = {name: f"{name} is not supported by this server; leave it out" for name in UNSUPPORTED}
+MESSAGES |= {
+    "prompt": (
+        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists; "
+        "lists must not be empty"
+    ),
+    "stop": f"stop must be a string or a list of up to {MAX_STOPS}, each of 1 to 1,000 characters",
+    "stream_options": 'stream_options must be an object such as {"include_usage": true}',
 }
 
 
-class Refused(Exception):
-    """A request that is answered by an error.
+class ErrorDetail(TypedDict):
+    """What went wrong."""
 
-    Args:
-        status: of HTTP.
-        message: what is wrong and what to do.
-        param: the field, or None.
-        code: a word for programs, or None.
-        headers: of the answer.
-    """
-
-    def __init__(self, status, message, param=None, code=None, headers=None):
-        super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
-
-    def as_json(self):
-        """OpenAI's error object."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        default = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = kinds.get(self.status, default)
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+    message: str
+    type: str
+    param: str | None
+    code: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompletionRequest:
-    """The body of POST /v1/completions.
+class Error(TypedDict):
+    """The response to a request that failed."""
 
-    Args:
-        model: the model that is served; any other is refused.
-        prompt: a text, a list of texts, token ids, or a list of lists of token ids; without it,
-            text from nothing.
-        max_tokens: tokens to generate; 0, with echo, only looks at the prompt.
-        temperature: below 1 favours likely tokens, above 1 unlikely ones; 0 always takes the
-            likeliest.
-        top_p: sample from the likeliest tokens that together reach this probability.
-        n: samples of each prompt.
-        seed: the same seed gives the same samples, however busy the server is.
-        stop: a text, or up to 16, that end a sample; not in the answer themselves.
-        echo: give the prompt back before its continuation.
-        logprobs: of each token the log-probability, and those of up to 5 likeliest in its place.
-        stream: send the text while it is generated, as server-sent events.
-        stream_options: include_usage sends the usage in a last event.
-        user: not used.
-        top_k: sample from the k likeliest tokens; 0 from all.
-        repetition_penalty: above 1 makes tokens that already occurred less likely.
-        no_repeat_ngram: never write the same this many tokens in a row twice; 0 allows it.
-        min_length: tokens before which neither the end token nor a stop text ends a sample.
-        best_of: as n, or left out.
-        presence_penalty: 0, or left out; see repetition_penalty.
-        frequency_penalty: 0, or left out; see repetition_penalty.
-        logit_bias: empty, or left out.
-        suffix: empty, or left out.
-    """
+    error: ErrorDetail
+
+
+@dataclass(eq=False)
+class RequestError(Exception):
+    """A request that is answered with an error."""
+
+    status: int  # of HTTP
+    message: str  # names the mistake and its remedy
+    param: str | None = None  # the field at fault
+    code: str | None = None  # a word for programs to test
+    headers: Mapping[str, str] | None = None  # of the response
+
+    def __str__(self) -> str:
+        return self.message
+
+    def as_json(self) -> Error:
+        """Return OpenAI's error object."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "authentication_error" if self.status == 401 else kind
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        }
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Let a JSON schema accept null for every field, as CompletionRequest.checked does."""
+    for field in schema["properties"].values():
+        if "type" in field:
+            field["type"] = [field["type"], "null"]
+        elif {"type": "null"} not in field["anyOf"]:
+            field["anyOf"].append({"type": "null"})
+
+
+class CompletionRequest(BaseModel):
+    """The body of POST /v1/completions. Null in place of a value means the default."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_allow_null,
+    )
 
     model: str | None = None
-    prompt: Any = None
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    n: int = 1
-    seed: int | None = None
-    stop: Any = None
+    """Name of the model being served; any other name is rejected."""
+    prompt: Prompt | None = None
+    """A string, a list of strings, token ids, or a list of such lists; null starts from nothing."""
+    max_tokens: int = Field(16, ge=0, le=INT32)
+    """Number of tokens to generate; 0 is allowed with echo and only scores the prompt."""
+    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    """Below 1 favors likely tokens, above 1 unlikely ones; 0 always takes the most likely token."""
+    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+    """Sample from the most likely tokens that together reach this probability; 0 means all."""
+    n: int = Field(1, ge=1, le=INT32)
+    """Number of samples for each prompt."""
+    seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
+    """The same seed gives the same samples, however busy the server is; null draws one."""
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] = []
+    """Up to 16 strings; a sample ends before the first one it would contain."""
     echo: bool = False
-    logprobs: int | None = None
+    """Return the prompt before its continuation."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Return each token's log-probability, and those of up to 5 most likely tokens in its place."""
     stream: bool = False
-    stream_options: Any = None
+    """Send the text as it is generated, as server-sent events."""
+    stream_options: dict[StreamOption, bool] = Field({}, max_length=2)
+    """include_usage ends a streamed response with its usage; include_obfuscation is ignored."""
     user: str | None = None
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    min_length: int = 0
+    """Accepted and ignored."""
+    top_k: int = Field(0, ge=0, le=INT32)
+    """Sample from the k most likely tokens; 0 means all."""
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Above 1 makes tokens that already occurred less likely."""
+    no_repeat_ngram: int = Field(0, ge=0, le=INT32)
+    """Never generate the same N tokens in a row twice; 0 allows it."""
+    min_length: int = Field(0, ge=0, le=INT32)
+    """Number of tokens before which neither the end token nor a stop string ends a sample."""
     best_of: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Any = None
-    suffix: str | None = None
-
-    def __post_init__(self):
-        flags.check(self, **RANGES)
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        stop = [] if stop is None else stop
-        if not isinstance(stop, list) or len(stop) > STOPS or not all(map(_is_stop, stop)):
-            raise UsageError(
-                f"--stop takes a text or a list of up to {STOPS}, each of 1 to {STOP_LENGTH:,} "
-                "characters"
-            )
-        object.__setattr__(self, "stop", tuple(stop))
-        options = {} if self.stream_options is None else self.stream_options
-        known = isinstance(options, dict) and set(options) <= {*STREAM_OPTIONS}
-        if not known or not all(type(value) is bool for value in options.values()):
-            raise UsageError("--stream_options takes an object with include_usage, true or false")
-        object.__setattr__(self, "stream_options", options)
-        if self.logit_bias not in (None, {}) or self.suffix:
-            name = "suffix" if self.suffix else "logit_bias"
-            raise UsageError(f"--{name} is not supported by this server: leave it out")
-        if self.best_of not in (None, self.n):
-            raise UsageError("--best_of is not supported by this server: leave it out")
-        if self.max_tokens == 0 and not self.echo:
-            raise UsageError("--max_tokens must be at least 1 without echo")
-        if self.max_tokens and self.min_length > self.max_tokens:
-            raise UsageError("--min_length is more than max_tokens")
+    """Not supported: the same as n, or null."""
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    """Not supported: 0. See repetition_penalty."""
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    """Not supported: 0. See repetition_penalty."""
+    logit_bias: dict[str, float] = Field({}, max_length=0)
+    """Not supported: empty."""
+    suffix: str | None = Field(None, max_length=0)
+    """Not supported: empty."""
 
     @classmethod
-    def parse(cls, body):
-        """The request that some bytes are; Refused names the field that is wrong."""
-        try:
-            values = _clean(json.loads(body.decode("utf-8"), parse_constant=_no_number))
-        except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the body is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise Refused(400, "the body must be a JSON object")
-        fields = flags.fields_of(cls)
-        unknown = next((name for name in values if name not in fields), None)
-        if unknown is not None:
-            known = ", ".join(fields)
-            message = f"{unknown:.50} is not a field of this API; the fields are {known}"
-            raise Refused(400, message, unknown[:50])
-        return checked({name: value for name, value in values.items() if value is not None})
+    def parse(cls, body: bytes) -> "CompletionRequest":
+        """Read a request from JSON.
 
-    def settings(self):
-        """The GenerateOptions of one of its samples."""
+        Raises:
+            RequestError: the body is not a JSON object, or a field is wrong.
+        """
+        try:
+            values = _without_surrogates(json.loads(body.decode("utf-8"), parse_constant=_reject))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(400, f"the body is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise RequestError(400, "the body must be a JSON object")
+        return cls.checked(values)
+
+    @classmethod
+    def checked(cls, values: dict[str, Any], strict: bool = True) -> "CompletionRequest":
+        """Build a request from its fields.
+
+        Args:
+            values: None stands for the default.
+            strict: reject text in place of a number; a form has nothing but text.
+
+        Raises:
+            RequestError: names the first field that is wrong.
+        """
+        unknown = next((name for name in values if name not in cls.model_fields), None)
+        if unknown is not None:
+            known = ", ".join(cls.model_fields)
+            message = f"unknown field {unknown:.50}; the fields are {known}"
+            raise RequestError(400, message, unknown[:50])
+        given = {name: value for name, value in values.items() if value is not None}
+        try:
+            request = cls.model_validate(given, strict=strict)
+            request.settings()  # checks the rules that all commands share
+        except ValidationError as error:
+            raise _from_validation(error) from None
+        except UserError as error:
+            raise from_user_error(error) from None
+        if request.best_of not in (None, request.n):
+            raise RequestError(400, MESSAGES["best_of"], "best_of")
+        if request.max_tokens == 0 and not request.echo:
+            message = "max_tokens must be at least 1, or 0 with echo"
+            raise RequestError(400, message, "max_tokens")
+        return request
+
+    def settings(self) -> GenerateOptions:
+        """Return the settings of one sample.
+
+        Raises:
+            UsageError: the fields break a rule that all commands share.
+        """
         return GenerateOptions(
-            **{name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "stop")},
             length=max(1, self.max_tokens),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             min_length=self.min_length,
             repetition_penalty=self.repetition_penalty,
             no_repeat_ngram=self.no_repeat_ngram,
             logprobs=self.logprobs is not None,
         )
 
-    def prompts(self):
-        """The prompts as a list of texts, lists of ids, or None."""
-        prompt = self.prompt
-        if prompt is None or isinstance(prompt, str):
-            return [prompt]
-        if isinstance(prompt, list) and prompt:
-            if all(type(item) is int for item in prompt):
-                return [prompt]
-            if all(isinstance(item, str) for item in prompt) or all(map(_is_ids, prompt)):
-                return prompt
-        raise Refused(
-            400,
-            "prompt takes a text, a list of texts, a list of token ids, or a list of such lists; "
-            "none of the lists may be empty",
-            "prompt",
-        )
+    def prompts(self) -> Sequence[str | list[int] | None]:
+        """Return the prompts one by one; None stands for text from nothing."""
+        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
+            return self.prompt
+        return [self.prompt]
 
 
-def checked(values):
-    """The CompletionRequest of these fields; Refused names the one that is wrong."""
-    try:
-        request = CompletionRequest(**values)
-        request.settings()  # has rules of its own
-    except UserError as error:
-        raise refused(error) from None
-    return request
-
-
-def _is_stop(value):
-    return isinstance(value, str) and 1 <= len(value) <= STOP_LENGTH
-
-
-def _clean(value):
-    """The same JSON value; half a character, which no UTF-8 can hold, becomes U+FFFD."""
+def _without_surrogates(value: Any) -> Any:
+    """Replace half surrogate pairs in a JSON value by U+FFFD: UTF-8 cannot encode them."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
-        return [_clean(item) for item in value]
+        return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
-        return {_clean(name): _clean(item) for name, item in value.items()}
+        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
     return value
 
 
-def _is_ids(value):
-    return isinstance(value, list) and value != [] and all(type(item) is int for item in value)
+def _reject(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _no_number(name):
-    raise ValueError(f"{name} is no number of JSON")
+def _from_validation(error: ValidationError) -> RequestError:
+    """Turn the first of pydantic's errors into a 400 that names the field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = str(first["loc"][0])
+    # "Input should be a valid integer, unable to parse ..." -> "top_k must be a valid integer"
+    said = first["msg"].partition(",")[0].replace("Input should", f"{param} must", 1)
+    message = MESSAGES.get(param) or f"{said}, got {json.dumps(first['input']):.50}"
+    return RequestError(400, message, param)
 
 
-def refused(error, param=None):
-    """The 400 that an error of the checks which all commands share is, in the API's names."""
+def from_user_error(error: UserError, param: str | None = None) -> RequestError:
+    """Turn an error of the checks that all commands share into a 400 in the API's names."""
     names = {"length": "max_tokens", "nsamples": "n"}
     found = re.search(r"--(\w+)", str(error))
     param = param or (found and names.get(found[1], found[1]))
     text = re.sub(r"--(\w+)", lambda match: names.get(match[1], match[1]), str(error))
-    return Refused(400, text[:500], param)
+    return RequestError(400, text[:500], param)
 
 
-def token_text(vocabulary, token):
-    """A token as the API writes it: its text, or bytes: and its bytes where they are no text."""
-    raw = vocabulary.bytes_of([token])
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+class LogProbs(TypedDict):
+    """Log-probabilities of a choice's tokens, in nats; all lists have one item a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
 
 
-def logprobs_object(vocabulary, tokens, found, count, stream, offset):
-    """OpenAI's logprobs of some tokens.
+class Choice(TypedDict):
+    """One sample, or a piece of it in a stream."""
 
-    Args:
-        tokens: ids.
-        stream: the decoder of the text, which has seen all before.
-        found: of each its log-probability and {id: log-probability} of the likeliest.
-        count: of these so many are told.
-        offset: the characters before the first.
-
-    Returns:
-        The object, and the characters before what follows.
-    """
-    texts = [token_text(vocabulary, token) for token in tokens]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(stream.feed([token]))
-    tops = []
-    for token, (own, likeliest) in zip(tokens, found, strict=True):
-        best = dict(list(likeliest.items())[:count]) | ({} if own is None else {token: own})
-        tops.append({token_text(vocabulary, t): value for t, value in best.items()})
-    return {
-        "tokens": texts,
-        "token_logprobs": [own for own, _ in found],
-        "top_logprobs": [top or None for top in tops] if count else None,
-        "text_offset": offsets,
-    }, offset
+    text: str
+    index: int
+    logprobs: LogProbs | None
+    finish_reason: Literal["stop", "length"] | None
 
 
-def choice(index, text, reason=None, logprobs=None):
-    """One of an answer's choices; no reason while it is not done."""
-    reason = "stop" if reason == "end" else reason  # OpenAI's word for both
-    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+class Usage(TypedDict):
+    """Number of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
 
 
-def usage(prompt, generated):
-    """The usage object of two numbers of tokens."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-    }
+class Completion(TypedDict):
+    """The response to a CompletionRequest."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
 
 
-KINDS = {int: "integer", float: "number", bool: "boolean", str: "string"}
+class Model(TypedDict):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
 
 
-def describe(name):
-    """A field's type in a word or two."""
-    form = _form(name)
-    return form.get("type") or " or ".join(part["type"] for part in form["anyOf"][:2])
+class ModelList(TypedDict):
+    """The models that are served: one."""
+
+    object: Literal["list"]
+    data: list[Model]
 
 
-def _form(name):
-    """The JSON schema of a field, without its description."""
-    hint, default, _ = flags.fields_of(CompletionRequest)[name]
-    types = getattr(hint, "__args__", (hint,))
-    form = dict(FORMS.get(name) or {"type": next(KINDS[kind] for kind in types if kind in KINDS)})
-    low, high = RANGES.get(name, (None, None))
-    form |= {k: v for k, v in (("minimum", low), ("maximum", high)) if v is not None}
-    if name == "repetition_penalty":
-        form["exclusiveMinimum"] = 0
-    return form if default is None else form | {"default": default}
+class Health(TypedDict):
+    """The state of a server that is ready."""
+
+    status: Literal["ok"]
+    model: str
+    checkpoint: str
+    running: int
+    waiting: int
 
 
-def schema():
-    """CompletionRequest as a JSON schema, from its fields, defaults and help."""
-    properties = {
-        name: _form(name) | {"description": text}
-        for name, (_, _, text) in flags.fields_of(CompletionRequest).items()
-    }
-    return {
-        "type": "object",
-        "description": CompletionRequest.__doc__.partition("\n")[0],
-        "properties": properties,
-        "additionalProperties": False,
-    }
-
-
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-_CHOICE = {
-    "type": "object",
-    "required": ["text", "index", "logprobs", "finish_reason"],
-    "properties": {
-        "text": {"type": "string"},
-        "index": {"type": "integer"},
-        "logprobs": {"type": ["object", "null"]},
-        "finish_reason": {"type": ["string", "null"], "enum": ["stop", "length", None]},
-    },
-}
-_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
-_ANSWER = {
-    "type": "object",
-    "required": ["id", "object", "created", "model", "choices", "usage"],
-    "properties": {
-        "id": {"type": "string"},
-        "object": {"const": "text_completion"},
-        "created": {"type": "integer"},
-        "model": {"type": "string"},
-        "choices": {"type": "array", "items": _CHOICE},
-        "usage": {
-            "type": "object",
-            "required": list(_COUNTS),
-            "properties": {name: {"type": "integer"} for name in _COUNTS},
-        },
-    },
-}
-_MODEL = {"type": "object", "required": ["id", "object", "created", "owned_by"]}
-_MODELS = {
-    "type": "object",
-    "required": ["object", "data"],
-    "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": _MODEL}},
-}
-# of each status that a request may be answered with, what it means
-REFUSALS = {
+# What each error status of POST /v1/completions means.
+STATUSES = {
     400: "a field is wrong; param names it",
-    401: "the key is wrong",
+    401: "the API key is missing or wrong",
     404: "no such model",
-    408: "the request did not come in time",
-    413: "the request is too large",
-    415: "not JSON",
-    503: "the queue is full, or the model is being loaded; see Retry-After",
-    504: "not done in time",
+    408: "the request body did not arrive in time",
+    413: "the request body is too large",
+    415: "the Content-Type is not application/json",
+    503: "the queue is full, or the model is loading; see Retry-After",
+    504: "the request took too long",
 }
 
 
-def openapi_document(has_key=False):
-    """The API in OpenAPI's form."""
+def _content(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
 
-    def answers(good, statuses):
-        content = {"application/json": {"schema": good}}
-        found = {"200": {"description": "done", "content": content}}
-        for status in statuses:
-            wrong = {"application/json": {"schema": _ERROR}}
-            found[str(status)] = {"description": REFUSALS[status], "content": wrong}
-        return found
 
-    def get(text, good, statuses=(), **more):
-        return {"get": {"summary": text, "responses": answers(good, statuses), **more}}
+def _operation(
+    name: str, summary: str, returns: str, errors: Sequence[int], **more: Any
+) -> dict[str, Any]:
+    """Describe a route: the type of its response, and the statuses of its errors."""
+    responses = {"200": {"description": "success", "content": _content(returns)}}
+    responses |= {
+        str(status): {"description": STATUSES[status], "content": _content("Error")}
+        for status in errors
+    }
+    return {"operationId": name, "summary": summary, "responses": responses, **more}
 
+
+@functools.cache
+def openapi_document(has_key: bool = False) -> dict[str, Any]:
+    """Return the API's OpenAPI document; with has_key, it says that an API key is required."""
+    types = (CompletionRequest, Completion, Error, Health, Model, ModelList)
+    adapters = [(one.__name__, "validation", TypeAdapter(one)) for one in types]
+    _, schemas = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")  # type: ignore
     keys = [401] if has_key else []
-    streamed = {"type": "string", "description": "with stream: events of such objects, [DONE]"}
+    every = [status for status in STATUSES if status != 401 or has_key]
+    body = {"required": True, "content": _content("CompletionRequest")}
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-    body = {"application/json": {"schema": schema()}}
-    document = {
+    complete = _operation(
+        "createCompletion", "Continue a text", "Completion", every, requestBody=body
+    )
+    success = complete["responses"]["200"]
+    success["description"] = "success; with stream, server-sent events that end with [DONE]"
+    success["content"]["text/event-stream"] = {}
+    models = _operation("listModels", "List the model being served", "ModelList", keys)
+    model = _operation(
+        "retrieveModel", "Describe a model", "Model", [404, *keys], parameters=[name]
+    )
+    health = _operation("getHealth", "Report whether the server is ready", "Health", [503])
+    document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "gpt2cli serve", "version": __version__},
         "paths": {
-            "/v1/completions": {
-                "post": {
-                    "summary": "continue a text",
-                    "requestBody": {"required": True, "content": body},
-                    "responses": answers(_ANSWER, [s for s in REFUSALS if s != 401 or has_key]),
-                }
-            },
-            "/v1/models": get("the model that is served", _MODELS, keys),
-            "/v1/models/{model}": get("the same", _MODEL, [404, *keys], parameters=[name]),
-            "/health": get("whether it is ready", {"type": "object"}, [503]),
+            "/v1/completions": {"post": complete},
+            "/v1/models": {"get": models},
+            "/v1/models/{model}": {"get": model},
+            "/health": {"get": health | {"security": []}},
         },
+        "components": {"schemas": schemas["$defs"]},
     }
-    good = document["paths"]["/v1/completions"]["post"]["responses"]["200"]
-    good["content"]["text/event-stream"] = {"schema": streamed}
     if has_key:
-        key = {"type": "http", "scheme": "bearer"}
-        document |= {"components": {"securitySchemes": {"key": key}}, "security": [{"key": []}]}
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
     return document

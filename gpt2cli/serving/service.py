@@ -1,154 +1,171 @@
-"""What `serve` does with a request, whichever way it came: the model, its queue, answers.
+"""The model being served, its queue, and the answers to requests.
 
-The loop of asyncio only waits; vocabulary and model work in threads.
+The event loop only waits; tokenization and the model run in threads.
 """
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
-import sys
+import logging
 import threading
 import time
 import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 
 from gpt2cli.errors import UserError
+from gpt2cli.inference.generator import LanguageModel
+from gpt2cli.inference.rows import Row
+from gpt2cli.inference.text import Prompt
 from gpt2cli.options import new_seed
-from gpt2cli.serving import api as completions
-from gpt2cli.serving import scheduler
-from gpt2cli.serving.api import Refused
+from gpt2cli.serving import api, scheduler
+from gpt2cli.serving.api import CompletionRequest, RequestError
 from gpt2cli.storage import folders
+from gpt2cli.text.encoder import Encoder
+
+if TYPE_CHECKING:
+    from gpt2cli.commands.serve import ServeOptions
+
+LOG = logging.getLogger(__name__)
 
 
 class Metrics:
-    """What /metrics tells, in Prometheus' form."""
+    """The numbers of /metrics, in Prometheus' form."""
 
-    def __init__(self, service):
+    def __init__(self, service: Service) -> None:
         self.registry = registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=registry)
-        self.requests = prometheus_client.Counter(
-            "gpt2cli_requests", "requests answered", ["route", "status"], registry=registry
-        )
-        self.prompt_tokens = prometheus_client.Counter(
-            "gpt2cli_prompt_tokens", "tokens of prompts", registry=registry
-        )
-        self.generated = prometheus_client.Counter(
-            "gpt2cli_generated_tokens", "tokens of samples", registry=registry
-        )
+        counter = functools.partial(prometheus_client.Counter, registry=registry)
+        self.requests = counter("gpt2cli_requests", "requests answered", ["route", "status"])
+        self.prompt_tokens = counter("gpt2cli_prompt_tokens", "tokens of prompts")
+        self.generated = counter("gpt2cli_generated_tokens", "tokens of samples")
         self.first = prometheus_client.Histogram(
             "gpt2cli_first_token_seconds",
             "time from a request to its first token",
             buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
             registry=registry,
         )
-
-        def number(name, text, value):
-            prometheus_client.Gauge(name, text, registry=registry).set_function(value)
-
-        number("gpt2cli_samples_running", "samples in the batch", lambda: service.counts()[0])
-        number("gpt2cli_samples_waiting", "samples in the queue", lambda: service.counts()[1])
+        gauge = functools.partial(prometheus_client.Gauge, registry=registry)
+        running = gauge("gpt2cli_samples_running", "samples in the batch")
+        running.set_function(lambda: service.counts()[0])
+        waiting = gauge("gpt2cli_samples_waiting", "samples in the queue")
+        waiting.set_function(lambda: service.counts()[1])
 
 
 class Service:
-    """The model that is served, and what everybody who asks shares.
+    """The model being served, and the state that all requests share.
 
     Args:
-        config: ServeOptions.
-        load: function that gives an inference.LanguageModel, ready, and the name of its checkpoint.
-        leave: function that has the server end.
+        options: the server's options.
+        load: returns a warm LanguageModel and the name of its checkpoint.
+        leave: stops the server.
     """
 
-    def __init__(self, config, load, leave):
-        self.config, self._load, self._leave = config, load, leave
-        self.name = config.run_name or config.model_name or folders.DEFAULT_MODEL
-        self.loop = None  # of asyncio, once it runs
-        self.model, self.checkpoint, self.failure = None, None, None
+    def __init__(
+        self,
+        options: ServeOptions,
+        load: Callable[[], tuple[LanguageModel, str]],
+        leave: Callable[[], None],
+    ) -> None:
+        self.options, self._load, self._leave = options, load, leave
+        self.name = options.run_name or options.model_name or folders.DEFAULT_MODEL
+        self.loop: asyncio.AbstractEventLoop  # set when the server starts
+        self.model: LanguageModel | None = None
+        self.checkpoint = ""
+        self.failure: Exception | None = None
         self.began = int(time.time())
-        self.scheduler = scheduler.Scheduler(config.max_batch, config.max_queue)
+        self.scheduler = scheduler.Scheduler(options.max_batch, options.max_queue)
         self.metrics = Metrics(self)
         self._loading = threading.Lock()
         self._again = False
-        self._prepared = 0  # samples whose prompts are encoded, not yet in the queue
-        self._scores = asyncio.Semaphore(1)  # logits of a whole prompt: hundreds of megabytes
+        self._prepared = 0  # samples whose prompts are being encoded, not yet in the queue
+        self._scores = asyncio.Semaphore(1)  # scoring a whole prompt takes hundreds of megabytes
 
-    def counts(self):
-        """Samples that run, and that wait."""
+    def counts(self) -> tuple[int, int]:
+        """Return the number of samples running and waiting."""
         return self.scheduler.counts()
 
-    def described(self):
-        """The model as the API lists it."""
+    def described(self) -> api.Model:
+        """Return the model as the API lists it."""
         return {"id": self.name, "object": "model", "created": self.began, "owned_by": "gpt2cli"}
 
-    def load(self, again=False):
-        """Load the model, or the newest one instead of that which is there; in any thread."""
+    def load(self, again: bool = False) -> None:
+        """Load the model, or replace it by the newest checkpoint; callable from any thread."""
         self._again = again
         while self._loading.acquire(blocking=False):
             try:
                 self._again = False
                 self.model, self.checkpoint = self._load()
-                _say(f"{self.checkpoint} is served")
+                LOG.info("serving %s", self.checkpoint)
             except Exception as error:
                 if self.model is None:
                     self.failure = error
                     self._leave()
                     return
-                _say(f"gpt2cli: {error}. {self.checkpoint} is served on")
+                LOG.warning("%s. Still serving %s", error, self.checkpoint)
             finally:
                 self._loading.release()
-            if not self._again:  # who asked meanwhile found the lock held, and means a newer one
+            if not self._again:  # a call that found the lock held wants a checkpoint newer still
                 return
 
-    def ready(self):
-        """The model; Refused while there is none."""
+    def ready(self) -> LanguageModel:
+        """Return the model; raises RequestError while there is none."""
         if not self.scheduler.is_alive():
-            raise Refused(503, "the server has failed; its log says why", code="failure")
+            raise RequestError(503, "the server failed; see its log", code="failure")
         if self.model is None:
-            raise Refused(
-                503, "the model is being loaded", code="loading", headers={"retry-after": "2"}
-            )
+            headers = {"retry-after": "2"}
+            raise RequestError(503, "the model is loading", code="loading", headers=headers)
         return self.model
 
-    def check_key(self, given):
-        """Refuse who does not know the key."""
-        key = self.config.api_key
+    def check_key(self, given: str) -> None:
+        """Raise RequestError unless this is the API key."""
+        key = self.options.api_key
         if key and not hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()):
-            raise Refused(
+            raise RequestError(
                 401,
-                "this server wants its key: Authorization: Bearer KEY",
+                "an API key is required; send the header Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
 
-    async def begin(self, request, streams):
-        """The Answer to a CompletionRequest, which has a place in the queue; or Refused.
+    def check_model(self, name: str) -> None:
+        """Raise RequestError unless this is the model being served."""
+        if name != self.name:
+            message = f"no model {name:.100} here; this server has {self.name}"
+            raise RequestError(404, message, "model", "model_not_found")
 
-        May be cancelled while it is prepared, which takes no more than --max_time either.
+    async def begin(self, request: CompletionRequest, streams: bool) -> Answer:
+        """Put a request into the queue and return its Answer.
+
+        It may be cancelled while prompts are prepared, and --max_time limits that as well.
+
+        Raises:
+            RequestError: a limit is exceeded, or the queue is full.
         """
-        model, config = self.ready(), self.config
-        if request.model not in (None, self.name):
-            raise Refused(
-                404,
-                f"the model {request.model:.100} is not here; this server has {self.name}",
-                "model",
-                "model_not_found",
-            )
-        prompts = request.prompts()
-        count, most = len(prompts) * request.n, min(config.max_n, self._places())
+        model, options = self.ready(), self.options
+        if request.model is not None:
+            self.check_model(request.model)
+        prompts, most = len(request.prompts()), min(options.max_n, self._places())
+        count = prompts * request.n
         if count > most:
-            message = f"{len(prompts)} prompts x n {request.n} are more samples than a request may"
-            raise Refused(400, f"{message} have here, {most}", "n")
-        longest = config.max_tokens or model.config.n_ctx
+            message = f"{prompts} prompts x n={request.n} exceed this server's limit of {most}"
+            raise RequestError(400, f"{message} samples per request", "n")
+        longest = options.max_tokens or model.config.n_ctx
         if request.max_tokens > longest:
-            message = f"max_tokens {request.max_tokens} is more than this server's {longest}"
-            raise Refused(400, message, "max_tokens")
+            message = f"max_tokens {request.max_tokens} exceeds this server's limit of {longest}"
+            raise RequestError(400, message, "max_tokens")
         if sum(self.counts()) + self._prepared + count > self._places():
             raise self._full(1)
         self._prepared += count
         try:
-            work = self._prepare(model, request, prompts, streams)
-            answer = await asyncio.wait_for(work, config.max_time)
+            work = self._prepare(model, request, streams)
+            answer = await asyncio.wait_for(work, options.max_time)
         except asyncio.TimeoutError:  # noqa: UP041, in Python 3.10 it is not the builtin one
             raise self.late() from None
         finally:
@@ -161,9 +178,11 @@ class Service:
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         return answer
 
-    async def _prepare(self, model, request, prompts, streams):
-        """The Answer, its prompts encoded and, for echo with logprobs, looked at."""
-        answer = await asyncio.to_thread(Answer, self, model, request, prompts, streams)
+    async def _prepare(
+        self, model: LanguageModel, request: CompletionRequest, streams: bool
+    ) -> Answer:
+        """Encode a request's prompts and, for echo with logprobs, score them."""
+        answer = await asyncio.to_thread(Answer, self, model, request, streams)
         if request.echo and request.logprobs is not None:
             for row in answer.rows[:: request.n]:
                 prompt = row.tokens[: row.prompt_length]
@@ -171,134 +190,156 @@ class Service:
                     try:
                         found = await asyncio.to_thread(model.logprobs, prompt)
                     except UserError as error:
-                        raise completions.refused(error, "prompt") from None
+                        raise api.from_user_error(error, "prompt") from None
                 answer.scores.append(found)
         return answer
 
-    def _places(self):
-        """Samples that may run or wait."""
-        return self.config.max_batch + self.config.max_queue
+    def _places(self) -> int:
+        """Return the number of samples that may run or wait."""
+        return self.options.max_batch + self.options.max_queue
 
-    def _full(self, seconds):
-        return Refused(
-            503,
-            f"{sum(self.counts())} samples are at work or wait; try again later",
-            code="queue_full",
-            headers={"retry-after": str(seconds)},
-        )
+    def _full(self, seconds: int) -> RequestError:
+        message = f"{sum(self.counts())} samples are running or waiting; try again later"
+        headers = {"retry-after": str(seconds)}
+        return RequestError(503, message, code="queue_full", headers=headers)
 
-    def late(self):
-        """The refusal of what took too long."""
-        return Refused(504, f"not done within {self.config.max_time:g} seconds", code="timeout")
+    def late(self) -> RequestError:
+        """Return the error of a request that took too long."""
+        limit = f"this server's limit of {self.options.max_time:g} seconds"
+        return RequestError(504, f"the request exceeded {limit}", code="timeout")
 
 
 class Answer:
-    """What is known of a request that is being answered.
+    """A request that is being answered.
 
     Args:
         service: the Service.
-        model: the inference.LanguageModel that answers, whatever is loaded meanwhile.
-        request: CompletionRequest.
-        prompts: its prompts.
-        streams: tell of the text while it grows.
+        model: answers the request, even if another model is loaded meanwhile.
+        request: the request.
+        streams: report text while it grows.
 
     Raises:
-        Refused: a prompt cannot be continued.
+        RequestError: a prompt cannot be continued.
     """
 
-    def __init__(self, service, model, request, prompts, streams):
+    def __init__(
+        self, service: Service, model: LanguageModel, request: CompletionRequest, streams: bool
+    ) -> None:
+        assert model.encoder is not None, "serve rejects folders without a vocabulary"
         self.service, self.model, self.request = service, model, request
+        self.encoder: Encoder = model.encoder
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.asked = time.monotonic()
         settings = request.settings()
         seed = new_seed() if request.seed is None else request.seed % 2**63
-        most = service.config.max_prompt or model.config.n_ctx
-        self.rows = []
-        for prompt in prompts:
+        most = service.options.max_prompt or model.config.n_ctx
+        self.rows: list[Row] = []
+        for prompt in request.prompts():
             try:
                 ids = model.check_prompt(prompt)
                 if len(ids) > most:
-                    raise Refused(
-                        400,
-                        f"the prompt has {len(ids)} tokens, and this server takes up to {most}",
-                        "prompt",
-                        "context_length_exceeded",
-                    )
+                    message = f"the prompt has {len(ids)} tokens; this server accepts up to {most}"
+                    raise RequestError(400, message, "prompt", "context_length_exceeded")
                 self.rows += [
                     model.begin(index, prompt, settings, seed, ids) for index in range(request.n)
                 ]
             except UserError as error:
-                raise completions.refused(error, "prompt") from None
+                raise api.from_user_error(error, "prompt") from None
         self.prompt_tokens = sum(row.prompt_length for row in self.rows[:: request.n])
         self._closed = False
-        self.scores = []  # of each prompt what Model.logprobs says, for echo with logprobs
-        self._loop, self._news = service.loop, asyncio.Queue()
-        self.job = scheduler.Job(model, self.rows, self._tell, service.config.max_time, streams)
+        # for echo with logprobs: LanguageModel.logprobs of each prompt
+        self.scores: list[list[tuple[float | None, dict[int, float]]]] = []
+        self._news: asyncio.Queue[list[scheduler.Piece]] = asyncio.Queue()
+        self.job = scheduler.Job(model, self.rows, self._receive, service.options.max_time, streams)
         shown = [self._prompt_text(row.text.prompt) for row in self.rows]
-        # of each text the decoder and the place of the next token of which logprobs are told
-        self._streams = [None if request.echo else model.encoder.stream() for _ in shown]
-        self._places = [0 if request.echo else len(text) for text in shown]
+        # for the logprobs of each text: its decoder, and the offset of its next token
+        self._streams = [None if request.echo else self.encoder.stream() for _ in shown]
+        self._offsets = [0 if request.echo else len(text) for text in shown]
         self.echoes = shown if request.echo else [""] * len(shown)
 
-    def _prompt_text(self, prompt):
+    def _prompt_text(self, prompt: Prompt) -> str:
         if prompt is None or isinstance(prompt, str):
             return prompt or ""
-        return self.model.encoder.decode(prompt)
+        return self.encoder.decode(prompt)
 
-    def _tell(self, pieces):
-        with contextlib.suppress(RuntimeError):  # the server has left
-            self._loop.call_soon_threadsafe(self._news.put_nowait, pieces)
+    def _receive(self, pieces: list[scheduler.Piece]) -> None:
+        """Hand pieces to the event loop; called on the scheduler's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.service.loop.call_soon_threadsafe(self._news.put_nowait, pieces)
 
-    async def pieces(self):
-        """The Pieces of all texts, as they come; Refused where it broke off."""
+    async def pieces(self) -> AsyncIterator[scheduler.Piece]:
+        """Yield the pieces of all texts as they come.
+
+        Raises:
+            RequestError: the request took too long, or the server failed.
+        """
         left = len(self.rows) if self.request.max_tokens else 0
         while left:
             for piece in await self._news.get():
                 if piece.error == "timeout":
                     raise self.service.late()
                 if piece.error:
-                    raise Refused(500, "the server failed; its log says why", code="failure")
+                    raise RequestError(500, "the server failed; see its log", code="failure")
                 left -= piece.done
                 yield piece
 
-    def logprobs(self, number, begin, end):
-        """The logprobs object of tokens of a text; the first time with its prompt's, for echo."""
+    def logprobs(self, number: int, begin: int, end: int) -> api.LogProbs | None:
+        """Return the logprobs of a text's tokens; the first call includes an echoed prompt's."""
         if self.request.logprobs is None:
             return None
+        vocabulary = self.encoder
         row = self.rows[number]
         tokens = row.continuation[begin:end]
-        found = list(zip(row.logprobs, row.likeliest, strict=False))[begin:end]
+        found: list[tuple[float | None, dict[int, float]]] = []
+        found += list(zip(row.logprobs, row.likeliest, strict=True))[begin:end]
         if self.scores and self._streams[number] is None:
-            begin = row.prompt_length - self._told_length(number)
+            begin = row.prompt_length - self._echoed_length(number)
             tokens = row.tokens[begin : row.prompt_length] + tokens
             found = self.scores[number // self.request.n][begin:] + found
-        self._streams[number] = self._streams[number] or self.model.encoder.stream()
-        made, self._places[number] = completions.logprobs_object(
-            *(self.model.encoder, tokens, found, self.request.logprobs),
-            *(self._streams[number], self._places[number]),
-        )
-        return made
+        stream = self._streams[number] = self._streams[number] or vocabulary.stream()
+        offsets: list[int] = []
+        tops: list[dict[str, float] | None] = []
+        for token, (own, likeliest) in zip(tokens, found, strict=True):
+            offsets.append(self._offsets[number])
+            self._offsets[number] += len(stream.feed([token]))
+            best = dict(list(likeliest.items())[: self.request.logprobs])
+            best |= {} if own is None else {token: own}
+            tops.append({token_text(vocabulary, t): value for t, value in best.items()} or None)
+        return {
+            "tokens": [token_text(vocabulary, token) for token in tokens],
+            "token_logprobs": [own for own, _ in found],
+            "top_logprobs": tops if self.request.logprobs else None,
+            "text_offset": offsets,
+        }
 
-    def _told_length(self, number):
-        """Tokens of a prompt, without those that the model puts before every text."""
+    def _echoed_length(self, number: int) -> int:
+        """Return the tokens of a prompt, without those the model puts before every text."""
         row = self.rows[number]
         prompt = row.text.prompt
         if prompt is None or isinstance(prompt, str):
-            return len(self.model.encoder.encode(prompt or ""))
+            return len(self.encoder.encode(prompt or ""))
         return row.prompt_length
 
-    def reason(self, number):
-        """Why a text ended."""
-        if not self.request.max_tokens:
-            return "length"
-        return self.model.sample(self.rows[number], 0).finish_reason
+    def _choice(self, number: int, text: str, done: bool, begin: int, end: int) -> dict[str, Any]:
+        """Return the Choice of a text, or of a piece of it with these of its tokens."""
+        reason = None
+        if done and not self.request.max_tokens:
+            reason = "length"
+        elif done:
+            reason = self.model.sample(self.rows[number], 0).finish_reason
+        return {
+            "text": text,
+            "index": number,
+            "logprobs": self.logprobs(number, begin, end),
+            "finish_reason": "stop" if reason == "end" else reason,  # OpenAI has one word for both
+        }
 
-    def generated(self):
-        """Tokens generated so far."""
+    def generated(self) -> int:
+        """Return the number of tokens generated so far."""
         return sum(row.generated for row in self.rows)
 
-    def as_json(self, choices, **more):
-        """The object that carries choices."""
+    def as_json(self, choices: list, **more: Any) -> dict[str, Any]:
+        """Return the Completion that carries choices."""
         if self.request.stream_options.get("include_usage"):
             more = {"usage": None} | more
         return {
@@ -310,53 +351,47 @@ class Answer:
             **more,
         }
 
-    def usage(self):
-        """The usage object."""
-        return completions.usage(self.prompt_tokens, self.generated())
+    def usage(self) -> api.Usage:
+        """Return the number of tokens so far."""
+        prompt, generated = self.prompt_tokens, self.generated()
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+        }
 
-    async def whole(self):
-        """The texts, once all are done."""
+    async def whole(self) -> dict[str, Any]:
+        """Return the Completion, once all texts are finished."""
         async for _ in self.pieces():
             pass
-        return self.as_json(
-            [
-                completions.choice(
-                    number,
-                    self.echoes[number] + row.text.so_far * bool(self.request.max_tokens),
-                    self.reason(number),
-                    self.logprobs(number, 0, row.generated),
-                )
-                for number, row in enumerate(self.rows)
-            ],
-            usage=self.usage(),
-        )
+        choices = []
+        for number, (echo, row) in enumerate(zip(self.echoes, self.rows, strict=True)):
+            shown = echo + row.text.so_far if self.request.max_tokens else echo
+            choices.append(self._choice(number, shown, True, 0, row.generated))
+        return self.as_json(choices, usage=self.usage())
 
-    async def events(self):
-        """Server-sent events, the last of which is [DONE]."""
+    async def events(self) -> AsyncIterator[str]:
+        """Yield server-sent events; the last is [DONE], or an error."""
         try:
             for number, echo in enumerate(self.echoes):
                 if echo or not self.request.max_tokens:
-                    reason = None if self.request.max_tokens else "length"
-                    found = self.logprobs(number, 0, 0)
-                    yield _event(self.as_json([completions.choice(number, echo, reason, found)]))
+                    done = not self.request.max_tokens
+                    yield _event(self.as_json([self._choice(number, echo, done, 0, 0)]))
             async for piece in self.pieces():
                 if not (piece.text or piece.done) and self.request.logprobs is None:
                     continue
-                number = piece.number
-                reason = self.reason(number) if piece.done else None
-                found = self.logprobs(number, piece.begin, piece.end)
-                choice = completions.choice(number, piece.text, reason, found)
-                yield _event(self.as_json([choice]))
+                number, text, begin, end, done, _ = piece
+                yield _event(self.as_json([self._choice(number, text, done, begin, end)]))
             if self.request.stream_options.get("include_usage"):
                 yield _event(self.as_json([], usage=self.usage()))
             yield "data: [DONE]\n\n"
-        except Refused as error:
+        except RequestError as error:
             yield _event(error.as_json())
         finally:
             self.close()
 
-    def close(self):
-        """Free the places, whoever went away, and count; any more calls do nothing."""
+    def close(self) -> None:
+        """Free the request's places and count its tokens; further calls do nothing."""
         if self._closed:
             return
         self._closed = True
@@ -366,9 +401,14 @@ class Answer:
         self.service.scheduler.cancel(self.job)
 
 
-def _event(value):
+def token_text(vocabulary: Encoder, token: int) -> str:
+    r"""Return a token's text, or bytes:\xNN... if its bytes are not valid UTF-8."""
+    raw = vocabulary.bytes_of([token])
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def _say(text):
-    print(text, file=sys.stderr, flush=True)

@@ -171,6 +171,12 @@ def open_source(options: CheckpointOptions) -> ModelFolder:
     return open_model(folder / f"{name}.index")
 
 
+def source_checkpoint(options: CheckpointOptions) -> Path:
+    folder = open_source(options)
+    assert folder.checkpoint is not None
+    return folder.checkpoint
+
+
 def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
     """Return the prefix of the checkpoint that `path` means: the newest undamaged one of a run.
 

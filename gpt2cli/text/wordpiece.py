@@ -73,7 +73,7 @@ class WordPiece:
         encoded = iter(self._tokenizer.encode_batch_fast([p for part in parts for p in part]))
         arrays = []
         for part in parts:
-            ids = next(encoded).ids
+            ids: list[int | None] = next(encoded).ids
             for _ in part[1:]:
                 ids += [self.end, *next(encoded).ids]
             arrays.append(np.array(ids, np.int32))

@@ -37,10 +37,9 @@ def test_a_model_goes_to_hugging_faces_form_and_back(cli, hf, tmp_path, tiny):
     assert read.startswith(f"read {hf}, Hugging Face's form: 4 layers, 5 heads, 160 wide, 2,048 t")
     assert "parameters, a vocabulary of 2,048" in read
     assert wrote == f"wrote {tmp_path / 'tiny'}, whose logits are exactly those of {hf}"
-    for name in names(TINY):
-        content = (tmp_path / "tiny" / name).read_bytes()
-        if name in ("encoder.json", "vocab.bpe", "model.ckpt.data-00000-of-00001"):
-            assert content == (TINY / name).read_bytes()
+    assert names(tmp_path / "tiny") == names(TINY)
+    for name in ("encoder.json", "vocab.bpe", "model.ckpt.data-00000-of-00001"):
+        assert (tmp_path / "tiny" / name).read_bytes() == (TINY / name).read_bytes()
     model = gpt2cli.load_model(tmp_path / "tiny")
     np.testing.assert_array_equal(model.logits([5, 77]), tiny.logits([5, 77]))
     assert model.encoder.encode("The import") == tiny.encoder.encode("The import")

@@ -64,6 +64,7 @@ def test_weights_deviate_as_openais_initial_ones_do(cli, workdir):
     flags = ("--n_layer", 2, "--n_head", 2, "--n_embd", 128, "--n_ctx", 256)
     assert cli("init", "new", "--vocab", "models/tiny", *flags).returncode == 0
     found = weights(workdir / "models/new")
+    assert len(found) == 2 * 12 + 4  # twelve a layer, two embeddings, the last norm's two
     for name, value in found.items():
         leaf = name.rsplit("/", 1)[1]
         if value.ndim == 1:

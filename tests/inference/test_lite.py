@@ -168,9 +168,9 @@ def test_memory_stays_flat_over_two_hundred_prompts():
 
 
 def test_int8_and_bfloat16_cost_little_on_a_real_text(cli, tmp_path):
-    """The price that README names: half a per cent of the loss."""
+    """The price that docs/generation.md names: half a per cent of the loss."""
     text = tmp_path / "text.txt"
-    text.write_text((ROOT / "README.md").read_text(encoding="utf-8")[:12000], encoding="utf-8")
+    text.write_text((ROOT / "docs" / "training.md").read_text(encoding="utf-8"), encoding="utf-8")
     losses = {}
     for precision in ("auto", "float32", "bfloat16", "int8"):
         words = ("evaluate", text, "--model_name", "tiny", "--models_dir", TINY.parent)

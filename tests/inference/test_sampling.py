@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import oracle
 import pytest
-from conftest import SHARED, compiled, lively
+from conftest import compiled, golden_models, golden_vocabulary, lively
 
 from gpt2cli.inference import generator as inference
 from gpt2cli.inference import rows as generation
@@ -302,7 +302,9 @@ def test_where_every_token_would_repeat_none_is_banned(plain_model):
 )
 def test_logprobs_are_the_models_own(plain_model, network, settings, window):
     settings = dict(length=45, seed=3, window=window, top_k=30, logprobs=True, **settings)
-    for sample in plain_model.generate(MIXED, batch_size=3, **settings):
+    samples = plain_model.generate(MIXED, batch_size=3, **settings)
+    assert len(samples) == len(MIXED) >= 2
+    for sample in samples:
         assert len(sample.logprobs) == len(sample.tokens) == 45
         row, begin = list(sample.prompt), max(0, len(sample.prompt) - 24)
         for token, logprob in zip(sample.tokens, sample.logprobs, strict=True):
@@ -435,58 +437,51 @@ def test_a_banned_token_is_never_chosen(either):
     assert len(row) == 201 and all(token % 2 for token in row[1:])
 
 
-@pytest.mark.parametrize("name", ["a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601"])
-def test_greedy_ids_are_those_of_the_original_program(golden, name):
+@pytest.mark.parametrize("folder", golden_models("gpt2-openai"))
+def test_greedy_ids_equal_those_of_openai(folder):
     import gpt2cli
 
-    folder = golden / "gpt2-openai" / name
     model, expected = gpt2cli.load_model(folder), np.load(folder / "expected.npz")
     prompts = [expected[f"greedy{j}_prompt"].tolist() for j in range(int(expected["n_greedy"]))]
     samples = model.generate(prompts, length=64, temperature=0, batch_size=4)
+    assert len(samples) == len(prompts) >= 2
     for j, sample in enumerate(samples):
         assert sample.tokens == expected[f"greedy{j}_ids"].tolist()
 
 
-@pytest.mark.parametrize("name", ["a-clue-l2-h3-e24-p80", "a-bert-l3-h2-e16-p64"])
-def test_greedy_ids_are_those_of_gpt2_ml(golden, name):
+@pytest.mark.parametrize("folder", golden_models("gpt2_ml"))
+def test_greedy_ids_equal_those_of_gpt2_ml(folder):
     import gpt2cli
 
-    folder = golden / "gpt2_ml" / name
     model, expected = gpt2cli.load_model(folder), np.load(folder / "expected.npz")
     count = int(expected["n_greedy"])
     prompts = [expected[f"greedy{j}_prompt"].tolist() for j in range(count)]
     ids = [expected[f"greedy{j}_ids_noban"].tolist() for j in range(count)]
+    assert count >= 2
     for prompt, tokens in zip(prompts, ids, strict=True):
         (sample,) = model.generate(prompt, length=len(tokens), temperature=0)
         assert sample.tokens == tokens and sample.finish_reason == "length"
 
 
-GPT2_ML = {
-    "a-clue-l2-h3-e24-p80": "clue-vocab.txt",
-    "a-bert-l3-h2-e16-p64": "google_zh_vocab.txt",
-}
-
-
-@pytest.fixture(params=GPT2_ML)
-def gpt2_ml(golden, request, tmp_path):
+@pytest.fixture(params=golden_models("gpt2_ml"))
+def gpt2_ml(request, tmp_path):
     """A golden GPT2_ML model with its vocabulary beside it, and its results."""
     import gpt2cli
 
-    folder = golden / "gpt2_ml" / request.param
-    vocabulary = SHARED / "data" / "bert-zh" / GPT2_ML[request.param]
-    if not vocabulary.is_file():
-        pytest.skip("../shared/data is not on this machine")
+    folder = request.param
     for path in [*folder.glob("model.ckpt*"), folder / "config.json"]:
         shutil.copy(path, tmp_path / path.name)
-    shutil.copy(vocabulary, tmp_path / "vocab.txt")
+    shutil.copy(golden_vocabulary(folder), tmp_path / "vocab.txt")
     return gpt2cli.load_model(tmp_path), np.load(folder / "expected.npz")
 
 
-def test_greedy_ids_are_those_of_gpt2_ml_where_it_never_writes_padding(gpt2_ml):
-    """With a vocabulary other tokens are banned here as well, which no case needs."""
+def test_greedy_ids_equal_those_of_gpt2_ml_when_padding_is_banned(gpt2_ml):
+    """With a vocabulary, gpt2cli bans more tokens than padding; no case needs those."""
     model, expected = gpt2_ml
     assert model.encoder.end is None and 0 in model.encoder.banned
-    for j in range(int(expected["n_greedy"])):
+    count = int(expected["n_greedy"])
+    assert count >= 2
+    for j in range(count):
         prompt, ids = (expected[f"greedy{j}_{key}"].tolist() for key in ("prompt", "ids_ban0"))
         assert not {*model.encoder.banned, *range(model.encoder.n_vocab, 2**15)} & {*ids}
         (sample,) = model.generate(prompt, length=len(ids), temperature=0)
@@ -494,7 +489,7 @@ def test_greedy_ids_are_those_of_gpt2_ml_where_it_never_writes_padding(gpt2_ml):
 
 
 def test_gpt2_ml_stops_as_the_original_does(gpt2_ml):
-    """At the first eos with which prompt and text together are longer than min_len."""
+    """It stops at the first eos after which prompt and text together exceed min_len."""
     model, expected = gpt2_ml
     prompt, ids = expected["stop_prompt"].tolist(), expected["stop_ids"].tolist()
     eos, least = int(expected["stop_eos"]), int(expected["stop_min_len"]) + 1 - len(prompt)

@@ -3,6 +3,7 @@
 import numpy as np
 import oracle
 import pytest
+from conftest import check_golden, golden_models
 
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
@@ -92,35 +93,9 @@ def test_the_124m_model_has_124_million_weights():
     assert sum(np.prod(s) for s in model.weight_shapes(config).values()) == 124_439_808
 
 
-GOLDEN = [
-    *(f"gpt2-openai/{name}" for name in ("a-l2-h4-e16-c96", "a-l3-h3-e15-c128")),
-    "gpt2-openai/a-l12-h3-e24-c96-v601",
-    *(f"gpt2_ml/{name}" for name in ("a-clue-l2-h3-e24-p80", "a-bert-l3-h2-e16-p64")),
-]
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_logits_and_losses_are_those_of_the_original_program(golden, name):
-    network = checkpoint.load(golden / name)
-    check_golden(network, np.load(golden / name / "expected.npz"))
-
-
-def check_golden(network, expected):
-    """Compare logits within 1e-4 and losses within 1e-5 with those of an expected.npz."""
-    for i in range(int(expected["n_seq"])):
-        tokens = expected[f"seq{i}_tokens"]
-        logits = network(tokens[None])[0].numpy()
-        log_sum = tf.reduce_logsumexp(logits, -1)
-        np.testing.assert_allclose(log_sum, expected[f"seq{i}_lse"], atol=1e-4)
-        if f"seq{i}_logits" in expected:
-            np.testing.assert_allclose(logits, expected[f"seq{i}_logits"], atol=1e-4)
-        else:
-            columns = logits[:, expected["cols"]]
-            np.testing.assert_allclose(columns, expected[f"seq{i}_logits_cols"], atol=1e-4)
-        if len(tokens) > 1:
-            nats, _ = network.losses(network.hidden(tokens[None, :-1])[0], tokens[None, 1:])
-            loss = float(tf.reduce_mean(nats))
-            assert loss == pytest.approx(float(expected[f"seq{i}_loss"]), abs=1e-5)
+@pytest.mark.parametrize("folder", golden_models("gpt2-openai") + golden_models("gpt2_ml"))
+def test_logits_and_losses_equal_the_original_program(folder):
+    check_golden(checkpoint.load(folder), np.load(folder / "expected.npz"))
 
 
 @pytest.mark.parametrize("rows", [1024, 24, 7])

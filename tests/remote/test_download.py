@@ -17,15 +17,14 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, small_disk
+from conftest import GOLDEN, ROOT, TINY, small_disk
 
 from gpt2cli.commands import download
 from gpt2cli.commands.download import DownloadOptions
 from gpt2cli.errors import UserError
 from gpt2cli.remote import released, transfer
 
-GOLDEN = Path(__file__).parents[3] / "shared/golden/gpt2-openai/a-l12-h3-e24-c96-v601"
-VOCABULARY = Path(__file__).parents[3] / "shared/data/gpt2"
+CHECKPOINT = GOLDEN / "gpt2-openai" / "a-l2-h4-e16-c96"
 DATA = "model.ckpt.data-00000-of-00001"
 
 MODEL = {
@@ -583,10 +582,10 @@ def test_the_encoder_of_a_released_model_must_be_that_of_openai(fetch, mirror, t
     assert not (folder_of(tmp_path, "124M") / "encoder.json").exists()
 
 
-@pytest.mark.skipif(not VOCABULARY.is_dir(), reason="needs ../shared")
-def test_the_checksums_are_those_of_the_real_files():
+def test_the_checksums_match_the_real_files(gpt2_vocabulary):
+    assert released.SHA256
     for name, sha256 in released.SHA256.items():
-        assert hashlib.sha256((VOCABULARY / name).read_bytes()).hexdigest() == sha256
+        assert hashlib.sha256((gpt2_vocabulary / name).read_bytes()).hexdigest() == sha256
 
 
 def test_an_unknown_name_is_answered_with_the_names(tmp_path, opened):
@@ -683,7 +682,6 @@ def test_the_module_does_not_bring_tensorflow():
     )
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared")
 @pytest.mark.parametrize(
     "damage",
     [
@@ -693,11 +691,10 @@ def test_the_module_does_not_bring_tensorflow():
         DATA,
     ],
 )
-def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits, tmp_path, damage):
-    pytest.importorskip("gpt2cli.storage.checkpoint")
+def test_a_real_checkpoint_opens_and_a_damaged_one_is_rejected(mirror, waits, tmp_path, damage):
     mirror.contents = {
-        f"/models/own/{name}": (GOLDEN / name).read_bytes()
-        if (GOLDEN / name).exists()
+        f"/models/own/{name}": (CHECKPOINT / name).read_bytes()
+        if (CHECKPOINT / name).exists()
         else MODEL[name]
         for name in MODEL
     }
@@ -720,6 +717,7 @@ def test_a_real_checkpoint_is_opened_and_a_damaged_one_is_refused(mirror, waits,
 def check_kills(mirror, tmp_path, rounds):
     """Kill downloads so often; no file ever has its name before it is whole, and all arrive."""
     contents = {name: (TINY / name).read_bytes() for name in MODEL if (TINY / name).exists()}
+    assert DATA in contents
     mirror.contents = {f"/models/own/{name}": content for name, content in contents.items()}
     mirror.pause, chance, done = 0.005, random.Random(rounds), 0
     command = [sys.executable, "-m", "gpt2cli", "download", "own", "--url", mirror.url]

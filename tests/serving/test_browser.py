@@ -1,6 +1,6 @@
-"""The page of `serve` in a real browser: Debian's chromium, driven by Playwright. Slow.
+"""The page of `serve` in a real browser, Debian's chromium driven by Playwright. Slow.
 
-SCREENSHOTS=FOLDER keeps pictures of it on a wide and on a narrow screen.
+SCREENSHOTS=FOLDER saves a picture of the page on a wide and on a narrow screen.
 """
 
 import os
@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-REFUSED = "the server responded with a status of 400 (Bad Request)"
+REJECTED = "the server responded with a status of 400 (Bad Request)"
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +40,19 @@ def browser():
 
 @pytest.fixture
 def page(served, browser):
-    """The page, opened; whatever it says on the console, or asks of elsewhere, fails the test."""
+    """Open the page; anything on its console, or requested from another site, fails the test."""
     address, made = served
     context = browser.new_context(viewport={"width": 1280, "height": 800})
-    said = []
+    messages = []
     page = context.new_page()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda r: None if r.url.startswith(address) else said.append(r.url))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda r: None if r.url.startswith(address) else messages.append(r.url))
     page.goto(address)
     yield page
     context.close()
-    assert said == getattr(page, "expected", [])
+    assert messages == getattr(page, "expected", [])
     wait_until(lambda: made.counts() == (0, 0))
 
 
@@ -62,7 +62,7 @@ def fill(page, text, **options):
         page.fill(f"[name={name}]", str(value))
 
 
-def test_the_text_appears_while_it_is_generated(tiny, page):
+def test_text_appears_while_it_is_generated(tiny, page):
     fill(page, "The import", max_tokens=600, random_seed=3)
     page.click("#go")
     new, status = page.locator(".new"), page.locator("#status")
@@ -78,7 +78,7 @@ def test_the_text_appears_while_it_is_generated(tiny, page):
     assert page.locator(".prompt").text_content() == "The import"
 
 
-def test_it_stops_by_button_and_by_key_and_keeps_what_came(served, page):
+def test_the_button_and_escape_stop_and_keep_the_text(served, page):
     _, made = served
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
         fill(page, "The", max_tokens=2000, n=3)
@@ -93,7 +93,7 @@ def test_it_stops_by_button_and_by_key_and_keeps_what_came(served, page):
         expect(page.locator("#stop")).to_be_hidden()
 
 
-def test_a_prompt_with_tags_is_a_text(page):
+def test_a_prompt_with_html_tags_stays_text(page):
     text = "<script>alert(1)</script>\n  <img src=x onerror=alert(2)>"
     fill(page, text, max_tokens=10, n=2)
     page.click("#go")
@@ -102,7 +102,7 @@ def test_a_prompt_with_tags_is_a_text(page):
     assert page.locator("article img, article script").count() == 0
 
 
-def test_settings_are_remembered_and_the_prompt_within_a_tab(page):
+def test_settings_are_remembered_and_the_prompt_only_within_a_tab(page):
     fill(page, "The\nimport", max_tokens=7, temperature=0.31, top_k=5, n=2)
     page.click("#go")
     expect(page.locator("#status")).to_have_text(re.compile("done"))
@@ -115,13 +115,13 @@ def test_settings_are_remembered_and_the_prompt_within_a_tab(page):
     expect(again.locator("[name=top_k]")).to_have_value("5")
 
 
-def test_what_is_wrong_is_shown_beside_the_form(page):
+def test_errors_are_shown_below_the_form(page):
     fill(page, "x", max_tokens=99999)
     page.click("#go")
     expect(page.locator("#error")).to_contain_text("max_tokens")
     assert page.locator("article").count() == 0
-    page.expected = [f"Failed to load resource: {REFUSED}"]
-    fill(page, "x", max_tokens=5, temperature=-1)  # which the browser does not let pass
+    page.expected = [f"Failed to load resource: {REJECTED}"]
+    fill(page, "x", max_tokens=5, temperature=-1)  # the browser itself rejects this
     page.click("#go")
     assert page.locator("article").count() == 0
     fill(page, "x", temperature=1)
@@ -130,22 +130,22 @@ def test_what_is_wrong_is_shown_beside_the_form(page):
     expect(page.locator("#error")).to_be_hidden()
 
 
-def test_chinese_and_text_from_right_to_left(page):
+def test_chinese_and_right_to_left_text(page):
     fill(page, "שלום עולם", max_tokens=5)
     page.click("#go")
     expect(page.locator("#status")).to_have_text(re.compile("done"))
     article, prompt = page.locator("article"), page.locator("article .prompt")
     right = article.bounding_box()["x"] + article.bounding_box()["width"]
     box = prompt.bounding_box()
-    assert right - (box["x"] + box["width"]) < 40  # it begins at the right
+    assert right - (box["x"] + box["width"]) < 40  # the text starts at the right edge
     fill(page, "从前有一座山，" * 8, max_tokens=5)
     page.click("#go")
     expect(page.locator("#status")).to_have_text(re.compile("done"))
     assert "从前有一座山" in page.locator(".prompt").text_content()
 
 
-def test_it_works_by_keyboard_alone(page):
-    page.keyboard.type("The")  # the cursor waits in the text
+def test_the_page_works_with_the_keyboard_alone(page):
+    page.keyboard.type("The")  # the prompt has the focus
     for _ in range(8):
         page.keyboard.press("Tab")
     expect(page.locator("#go")).to_be_focused()
@@ -155,7 +155,7 @@ def test_it_works_by_keyboard_alone(page):
     expect(page.locator("#status")).to_have_text(re.compile("done"))
 
 
-def test_without_javascript_it_is_a_form(served, browser):
+def test_without_javascript_the_page_is_a_form(served, browser):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(served[0])
@@ -169,7 +169,7 @@ def test_without_javascript_it_is_a_form(served, browser):
 
 
 @pytest.mark.parametrize("width, height, scheme", [(1280, 800, "light"), (390, 844, "dark")])
-def test_it_fits_a_wide_and_a_narrow_screen_by_day_and_night(
+def test_the_page_fits_wide_and_narrow_screens_in_both_color_schemes(
     served, browser, width, height, scheme
 ):
     context = browser.new_context(
@@ -182,25 +182,25 @@ def test_it_fits_a_wide_and_a_narrow_screen_by_day_and_night(
     expect(page.locator("#status")).to_have_text(re.compile("done"))
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     boxes = [one.bounding_box() for one in page.locator("article").all()]
-    assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 800)  # side by side, or one below another
+    assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 800)  # in columns, or stacked
     shown = [page.locator(name).first for name in ("body", ".prompt", ".new")]
-    colours = [one.evaluate("e => getComputedStyle(e).color") for one in shown]
-    red, green, blue = map(int, re.findall(r"\d+", colours[2]))
-    assert colours[0] == colours[1] != colours[2] and red > green + 60 and red > blue + 60
+    colors = [one.evaluate("e => getComputedStyle(e).color") for one in shown]
+    red, green, blue = map(int, re.findall(r"\d+", colors[2]))
+    assert colors[0] == colors[1] != colors[2] and red > green + 60 and red > blue + 60
     back = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
-    assert all(contrast(colour, back) >= 4.5 for colour in colours)
+    assert all(contrast(color, back) >= 4.5 for color in colors)
     for name in ("#go", "#seed"):
-        assert page.locator(name).bounding_box()["height"] >= 44  # of a finger
+        assert page.locator(name).bounding_box()["height"] >= 44  # large enough for a finger
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=str(Path(folder) / f"page-{width}.png"))
     context.close()
 
 
 def contrast(one, other):
-    """The ratio of WCAG 2 of two colours as rgb(r, g, b)."""
+    """Return the WCAG 2 contrast ratio of two colors given as rgb(r, g, b)."""
 
-    def light(colour):
-        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    def light(color):
+        parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

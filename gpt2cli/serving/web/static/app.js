@@ -1,4 +1,4 @@
-// Shows a completion while it is generated. Without this file the form works as a form.
+// Show a completion while it is generated. Without this file the page still works as a plain form.
 "use strict";
 
 const form = document.getElementById("form");
@@ -9,10 +9,10 @@ const error = document.getElementById("error");
 const samples = document.getElementById("samples");
 const OPTIONS = ["max_tokens", "n", "temperature", "top_k", "top_p", "repetition_penalty", "random_seed"];
 const API_NAME = { random_seed: "seed" };
-const STORE = `gpt2cli ${form.dataset.model}`; // what fits one model may not fit another
+const STORE = `gpt2cli ${form.dataset.model}`; // each model has settings of its own
 let running = null;
 
-// A browser may forbid storage; then nothing is remembered.
+// A browser may forbid storage; then the page remembers nothing.
 function remember() {
   const kept = Object.fromEntries(OPTIONS.map((name) => [name, form.elements[name].value]));
   try {
@@ -31,13 +31,13 @@ function recall() {
   } catch {}
 }
 
-function wanted() {
+function requestBody() {
   const body = { model: form.dataset.model, prompt: form.elements.seed.value, stream: true };
   for (const name of OPTIONS) {
     const text = form.elements[name].value;
     if (text !== "") body[API_NAME[name] || name] = Number(text);
   }
-  body.seed ??= Math.floor(Math.random() * 2 ** 31); // told below, so that it can be had again
+  body.seed ??= Math.floor(Math.random() * 2 ** 31); // shown below, so that the user can repeat it
   return body;
 }
 
@@ -54,13 +54,13 @@ function frames(count, prompt) {
   });
 }
 
-// The objects of a stream of server-sent events.
+// Yield the objects of a stream of server-sent events.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("the server broke off");
+    if (done) throw new Error("the connection to the server was lost");
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
@@ -78,8 +78,8 @@ async function generate(body) {
   const asked = { method: "POST", headers, body: JSON.stringify(body), signal: running.signal };
   const response = await fetch("v1/completions", asked);
   if (!response.ok) {
-    const told = await response.json().catch(() => null);
-    throw new Error(told?.error?.message || `the server answered ${response.status}`);
+    const answer = await response.json().catch(() => null);
+    throw new Error(answer?.error?.message || `the server returned status ${response.status}`);
   }
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
@@ -95,18 +95,18 @@ async function start() {
   status.textContent = "generating …";
   go.disabled = true;
   stop.hidden = false;
-  const body = wanted();
-  let said = `done, seed ${body.seed}`;
+  const body = requestBody();
+  let outcome = `done, seed ${body.seed}`;
   try {
     await generate(body);
   } catch (problem) {
-    said = running.signal.aborted ? "stopped" : "";
-    if (!said) error.textContent = problem.message;
-    // a place in which nothing came says nothing
+    outcome = running.signal.aborted ? "stopped" : "";
+    if (!outcome) error.textContent = problem.message;
+    // remove samples without any text
     for (const place of samples.querySelectorAll(".new:empty")) place.parentElement.remove();
   }
   running = null;
-  status.textContent = said;
+  status.textContent = outcome;
   go.disabled = false;
   stop.hidden = true;
 }

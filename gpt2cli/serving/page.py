@@ -1,0 +1,93 @@
+"""The web page: its templates, and the form that browsers without JavaScript send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+import jinja2
+
+from gpt2cli import __version__
+from gpt2cli.serving.api import CompletionRequest, RequestError
+
+if TYPE_CHECKING:
+    from gpt2cli.serving.service import Service
+
+WEB = Path(__file__).parent / "web"
+PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(WEB), autoescape=True)
+
+# Headers of every response: the page needs nothing from other sites and may send nothing to them.
+POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    b"connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+SECURITY = [
+    (b"content-security-policy", POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+# Fields of the form: the name in the API, and the default. As in gpt-2-flask-api, `seed` is the
+# prompt; the defaults are its lengths and temperatures (deployment/run_server.py).
+FIELDS = {
+    "seed": ("prompt", ""),
+    "max_tokens": ("max_tokens", ""),
+    "temperature": ("temperature", "0.7"),
+    "top_k": ("top_k", "40"),
+    "top_p": ("top_p", "1"),
+    "repetition_penalty": ("repetition_penalty", "1"),
+    "n": ("n", "1"),
+    "random_seed": ("seed", ""),
+}
+MAX_FIELDS = 50  # a form with more is rejected
+
+
+def render(service: Service, name: str, **values: Any) -> str:
+    """Return the HTML of a template of web/."""
+    values |= {"model": service.name, "version": __version__}
+    values |= {"needs_key": bool(service.options.api_key)}
+    return PAGES.get_template(name).render(values)
+
+
+def empty_form(service: Service) -> dict[str, str]:
+    """Return the form's default values."""
+    n_ctx = service.model.config.n_ctx if service.model else 1024
+    form = {field: default for field, (_, default) in FIELDS.items()}
+    return form | {"max_tokens": str(min(n_ctx // 2, service.options.max_tokens or n_ctx))}
+
+
+def read_form(body: bytes) -> dict[str, str]:
+    """Return the fields of a submitted form.
+
+    Raises:
+        RequestError: it is not a form, or has no prompt.
+    """
+    try:
+        pairs = parse_qs(
+            body.decode("utf-8"),
+            keep_blank_values=True,
+            max_num_fields=MAX_FIELDS,
+            errors="strict",
+        )
+    except ValueError:
+        raise RequestError(400, "the request is not a form in UTF-8") from None
+    if "seed" not in pairs:
+        raise RequestError(400, "the form's field seed, the text to continue, is missing", "seed")
+    fields = {name: values[-1] for name, values in pairs.items()}
+    # browsers send line ends as CRLF
+    return fields | {"seed": fields["seed"].replace("\r\n", "\n")}
+
+
+def request_of(form: Mapping[str, str]) -> CompletionRequest:
+    """Return the request that a form makes; raises RequestError for a wrong value."""
+    values = {name: form[field] for field, (name, _) in FIELDS.items() if form[field].strip()}
+    return CompletionRequest.checked(values | {"prompt": form["seed"]}, strict=False)
+
+
+def is_from_this_site(headers: Mapping[str, str]) -> bool:
+    """Return whether a form came from this server's page, or from a program; browsers say which."""
+    if site := headers.get("sec-fetch-site"):
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")  # without TLS, browsers send only this header
+    return origin is None or origin.partition("://")[2] == headers.get("host")
