@@ -438,9 +438,9 @@ def train(
         seed: seed of the data order and the samples (default: drawn and printed).
         model_name: model to start from (default: 124M).
         run_name: name of the run: its folder under checkpoint/ and samples/.
-        restore_from: starting point: latest (the run's newest checkpoint, else the model),
-            weights (the same, with a new optimizer state), fresh (the model), or the path of a
-            checkpoint, run folder or model folder.
+        restore_from: latest (resume the run's newest checkpoint, else start from the model),
+            weights (the same, with the optimizer from scratch), fresh (the model), or the path
+            of a checkpoint, run folder or model folder.
         overwrite: let --restore_from fresh replace the checkpoints of an existing run.
         sample_dir: folder in which samples/RUN_NAME/ is created.
         steps: total number of steps of the run; 0 trains until Ctrl-C.
@@ -519,7 +519,6 @@ def vocab(
     size: int = 50257,
     min_frequency: int = 2,
     lower_case: bool = True,
-    verbose: bool = False,
     combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
@@ -528,6 +527,7 @@ def vocab(
     lines: bool = False,
     uer_compat: bool = False,
     workers: int = 0,
+    verbose: bool = False,
 ) -> None:
     """Train a vocabulary on a corpus and write the vocabulary files of a model folder.
 
@@ -541,7 +541,6 @@ def vocab(
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
-        verbose: show TensorFlow's own messages.
         combine: join files shorter than N characters, with a separator between them.
         encoding: text encoding of the files.
         errors: handling of bytes that are invalid in that encoding: stop (strict) or replace
@@ -554,6 +553,7 @@ def vocab(
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
         workers: encoding threads; 0 starts one per core.
+        verbose: show TensorFlow's own messages.
 
     Raises:
         UserError: the text says what is wrong, where, and what to do.

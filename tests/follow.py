@@ -1,8 +1,8 @@
-"""Trains the same thing on one device and on some logical CPUs: python tests/follow.py COUNT CASES.
+"""Train the same on one device and on logical CPUs: python tests/follow.py COUNT CASES.
 
-A process of its own, because logical devices are made before TensorFlow's first operation. Prints a
-JSON list: for each case, an object of TrainOptions's fields, steps, and the parts in which the one
-device computes a batch, the losses and norms of both.
+It is a process of its own, because logical devices must exist before TensorFlow's first operation.
+A case is a JSON object of TrainOptions's fields, `steps`, and `parts`, into which the one device
+splits a batch. The output is a JSON list with the losses and norms of both for each case.
 """
 
 import json
@@ -32,10 +32,10 @@ ROWS = 12  # of the global batch, which 1, 2, 3 and 4 devices can share
 
 
 def losses(replicas, steps, parts=1, **fields):
-    """Loss and norm of each step, and the loss of a validation after them.
+    """Return loss and norm of each step, and the loss of a validation after them.
 
     Args:
-        parts: in how many parts of a batch the gradients are computed and rounded.
+        parts: the number of parts of a batch; the gradients of each are rounded.
     """
     fields = {"accumulate_gradients": parts} | fields
     config = TrainOptions(**{"dataset": "x", "seed": 3, "learning_rate": 1e-3} | fields)

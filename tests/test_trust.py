@@ -119,7 +119,7 @@ def test_weights_alone_are_gone_on_with_when_asked(cli, mini):
     assert result.returncode == 0 and "as --restore_from weights asks" in result.stderr
     assert runs.steps("checkpoint/run1") == [2, 3] and "[3 |" in result.stderr
     fresh = cli("train", "text.txt", *FLAGS, "--run_name", "new", "--restore_from", "weights")
-    assert fresh.returncode == 1 and "no checkpoint to go on from" in fresh.stderr
+    assert fresh.returncode == 1 and "no checkpoint to resume" in fresh.stderr
 
 
 def test_weights_that_are_whole_are_of_use_without_the_optimizer(cli, mini):
@@ -451,8 +451,8 @@ def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(cli
         for line in process.stderr:
             if ballast is None and line.startswith("[6 |"):
                 ballast = fill(disk, 16384)
-            if "Training goes on" in line:
-                assert "cannot write" in line and "the last checkpoint is that of step" in line
+            if "Training continues" in line:
+                assert "cannot write" in line and "the last checkpoint is of step" in line
                 saved = max(runs.steps(disk / "run1"))
                 assert saved >= 5
                 ballast.unlink()
@@ -469,7 +469,7 @@ def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(cli
         words[words.index(100_000)] = step + 2
         result = cli(*words)
         assert result.returncode == 1, result.stderr
-        assert f"Step {step + 2} is not saved, the last checkpoint is that of step {step}" in (
+        assert f"Step {step + 2} is not saved; the last checkpoint is of step {step}" in (
             result.stderr
         )
         assert runs.newest(disk / "run1") == step

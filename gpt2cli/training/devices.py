@@ -1,45 +1,51 @@
-"""The devices that train together: one, those of this host, or those of several hosts.
+"""The devices that train together: one, all of this host, or those of several hosts.
 
-On tf.distribute: MirroredStrategy, or MultiWorkerMirroredStrategy where TF_CONFIG names the hosts.
-A replica is a device with a copy of the weights; each computes its rows of a batch, and what is
-summed is summed over all of them, so that their weights stay equal.
+They are run by tf.distribute: MirroredStrategy on one host, MultiWorkerMirroredStrategy where
+TF_CONFIG names several. A replica is a device with a copy of the weights. Each replica computes its
+rows of a batch, and all replicas sum their results, so their weights stay equal.
 """
 
 import contextlib
+import hashlib
+import json
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from gpt2cli.errors import UserError
 from gpt2cli.tensorflow import GPUS, tf
-from gpt2cli.training import hosts as cluster
+from gpt2cli.training.hosts import of_strategy
 
-# what TensorFlow makes of a connection that broke, or that nobody answers on
+# TensorFlow's errors for a connection that broke, or on which nobody answers
 GONE = (
-    *(tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError),
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
     tf.errors.DeadlineExceededError,
 )
 
 
 class Replicas:
-    """Who trains.
+    """The devices that train, and how they share their results.
 
     Args:
-        kind: "one", "mirrored", "multiworker", or "auto": the hosts of TF_CONFIG if it names more
+        kind: "one", "mirrored", "multiworker", or "auto": the hosts in TF_CONFIG if it names more
             than one, else all GPUs of this host.
 
     Attributes:
         strategy: the tf.distribute.Strategy; with one device the default, which does nothing.
-        count: replicas on all hosts.
-        hosts: how many there are.
-        is_chief: whether this host is the one that writes files.
+        count: the number of replicas on all hosts.
+        hosts: the number of hosts.
+        is_chief: whether this host writes the files.
 
     Raises:
-        UserError: TF_CONFIG is wrong or missing.
+        UserError: TF_CONFIG is malformed or missing.
     """
 
-    def __init__(self, kind="one"):
-        hosts = cluster.of_strategy(kind)
+    def __init__(self, kind: str = "one") -> None:
+        hosts = of_strategy(kind)
         self.hosts, self.is_chief = hosts.hosts, hosts.is_chief
         if self.hosts > 1 or kind == "multiworker":
             self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -48,77 +54,118 @@ class Replicas:
             self.strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
         else:
             self.strategy = tf.distribute.get_strategy()
-        self.count = self.strategy.num_replicas_in_sync
+        self.count: int = self.strategy.num_replicas_in_sync
 
-    def spread(self, fields, axis):
-        """Arrays of a whole batch -> for each replica its rows, which lie along `axis`."""
+    def spread(self, fields: Sequence[np.ndarray], axis: int) -> list[Any]:
+        """Give each replica its rows, which lie along `axis`, of arrays of a whole batch."""
         if self.count == 1:
-            return fields
+            return list(fields)
 
-        def share(array):
+        def share(array: np.ndarray) -> Any:
             parts = np.split(array, self.count, axis)
-            of = self.strategy.experimental_distribute_values_from_function
-            return of(lambda context: tf.constant(parts[context.replica_id_in_sync_group]))
+            distribute = self.strategy.experimental_distribute_values_from_function
+            return distribute(lambda context: tf.constant(parts[context.replica_id_in_sync_group]))
 
         return [share(array) for array in fields]
 
-    def run(self, function, *arguments):
-        """Call a function on every replica, inside a tf.function; what each of this host gives."""
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function on each replica, inside a tf.function; return this host's results."""
         return self.strategy.run(function, arguments)
 
-    def first(self, values):
-        """Of what was given by `run` that of this host's first replica."""
+    def first(self, values: Any) -> Any:
+        """Return the result of this host's first replica from those of `run`."""
         local = self.strategy.experimental_local_results
         return tf.nest.map_structure(lambda value: local(value)[0], values)
 
-    def number(self):
-        """In a function that is run: the number of this replica among all."""
+    def number(self) -> Any:
+        """Return this replica's number among all; call it in a function given to `run`."""
         context = tf.distribute.get_replica_context()
         return tf.cast(context.replica_id_in_sync_group, tf.int32)
 
-    def sum(self, tensors):
-        """In a function that is run: tensors summed over all replicas."""
+    def sum(self, tensors: Any) -> Any:
+        """Sum tensors over all replicas; call it in a function given to `run`."""
         if self.count == 1:
             return tensors
         context = tf.distribute.get_replica_context()
         return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
-    def of_chief(self, number):
-        """The chief's whole number, on every host."""
+    def of_chief(self, numbers: Any) -> np.ndarray:
+        """Return the chief's whole number, or array of them, on every host; all hosts call it."""
+        return self._total(numbers, lambda replica: replica == 0)
+
+    def compare(self, fields: Mapping[str, Any]) -> None:
+        """Check that JSON values by name are equal on all hosts; all hosts call it.
+
+        One hash a field is compared with the chief's.
+
+        Raises:
+            UserError: a field, or the number of GPUs, differs on any host.
+        """
         if self.hosts == 1:
-            return number
+            return
+        own = np.array([_hash(value) for value in fields.values()], np.int64)
+        try:
+            chief = self.of_chief(own)
+        except tf.errors.InternalError as error:
+            if "joining a group with size" not in str(error):
+                raise
+            raise UserError(
+                f"the hosts differ in their number of GPUs ({len(GPUS)} on this host). Let all "
+                "hosts use the same number; CUDA_VISIBLE_DEVICES hides GPUs"
+            ) from error
+        differs = self._total((own != chief).astype(np.int64), lambda replica: replica >= 0)
+        named = [
+            f"{name} ({value!s:.80} on this host)"
+            for (name, value), count in zip(fields.items(), differs, strict=True)
+            if count
+        ]
+        if named:
+            raise UserError(
+                f"the hosts differ in {', '.join(named)}. Run the same command on all hosts, with "
+                "the same texts, model and run folder"
+            )
+
+    def _total(self, numbers: Any, counts: Callable[[Any], Any]) -> np.ndarray:
+        """Sum int64 numbers over the replicas whose number `counts`."""
+        if self.hosts == 1:
+            return np.asarray(numbers)
 
         @tf.function
-        def total(number):
-            own = tf.where(self.number() == 0, number, tf.zeros_like(number))
-            return self.sum(own)
+        def total(numbers: Any) -> Any:
+            def own(numbers: Any) -> Any:
+                return self.sum(tf.where(counts(self.number()), numbers, tf.zeros_like(numbers)))
 
-        return int(self.first(self.run(total, tf.constant(number, tf.int64))))
+            return self.first(self.run(own, numbers))
+
+        return total(tf.constant(numbers, tf.int64)).numpy()
+
+
+def _hash(value: Any) -> int:
+    """Return 63 bits of the SHA-256 of a JSON value; a tuple is a list."""
+    text = json.dumps(value, sort_keys=True).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 @contextlib.contextmanager
-def lost_hosts(hosts, what_now):
-    """Tell (UserError) of a host that is lost while the block runs; this one's errors pass.
+def lost_hosts(hosts: int, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn the loss of another host while the block runs into a UserError.
+
+    Errors of this host pass unchanged.
 
     Args:
-        hosts: how many there are.
-        what_now: a function that gives the sentence after it.
+        hosts: the number of hosts.
+        advice: returns the sentence that follows in the message.
     """
     try:
         yield
     except tf.errors.OpError as error:
         text = str(error)
         aborted = re.search(r"Collective ops is aborted.*", text)
-        gone = isinstance(error, GONE)
-        if hosts == 1 or not (gone or aborted):
+        if hosts == 1 or not (isinstance(error, GONE) or aborted):
             raise
-        if not gone:
-            raise UserError(
-                f"the hosts cannot work together any more; see what the others said, here it was: "
-                f"{aborted[0]:.300}. {what_now()}"
-            ) from error
         found = re.search(r"(?:unhealthy|remote target).*?job:(\w+)/.*?task:(\d+)", text, re.S)
-        who = f"{found[1]} {found[2]} of TF_CONFIG" if found else "another host"
+        who = f"{found[1]} {found[2]} of TF_CONFIG" if found else "the other hosts"
+        reason = f" TensorFlow reports: {aborted[0]:.300}." if aborted and not found else ""
         raise UserError(
-            f"{who} has ended, or cannot be reached; see what it said there. {what_now()}"
+            f"lost contact with {who}; check the logs there.{reason} {advice()}"
         ) from error

@@ -1,10 +1,16 @@
-"""What a run tells of itself while it is trained: log.jsonl, and TensorBoard's event file."""
+"""The records of a run in training: log.jsonl and TensorBoard's event file.
+
+No other module uses private attributes of tf.summary. `_resource` of its file writer was tried with
+TensorFlow 2.21: tf.summary.scalar would need TensorBoard installed.
+"""
 
 import contextlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
@@ -16,21 +22,25 @@ class Journal:
 
     Args:
         folder: the run's folder.
-        step: lines of log.jsonl after this step are another run's, or of steps that are taken
-            again, and go when the first line is written.
-        always: what every line of log.jsonl says besides.
-        holds: keep the lines of log.jsonl back until `release`.
+        step: the step at which the run starts. Lines of log.jsonl after it belong to another run,
+            or to steps that are taken again; the first new line replaces them.
+        always: further fields of every line of log.jsonl.
+        holds: hold back the lines of log.jsonl until `release`.
     """
 
-    def __init__(self, folder, step, always, holds=False):
-        self.path, self._step, self._always = Path(folder) / "log.jsonl", step, always
-        self._holds, self._held = holds, ""
+    def __init__(
+        self, folder: str | Path, step: int, always: dict[str, Any], holds: bool = False
+    ) -> None:
+        self.path = Path(folder) / "log.jsonl"
+        self._step: int | None = step
+        self._always = always
+        self._holds = holds
+        self._held = ""
         self._last = self._written = step
-        # tf.summary.scalar would need TensorBoard installed
         self._events = tf.summary.create_file_writer(str(folder))
 
-    def write(self, step, **values):
-        """Record named numbers of a step."""
+    def write(self, step: int, **values: float) -> None:
+        """Record named numbers of a step; one that is not finite is null in log.jsonl."""
         self._with_events(lambda: self._write_events(step, values))
         plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self._held += json.dumps({"step": step, **self._always, **plain}) + "\n"
@@ -38,13 +48,13 @@ class Journal:
         if not self._holds:
             self._write_lines()
 
-    def release(self):
-        """Write the lines that were kept back, and each from now on as it comes."""
+    def release(self) -> None:
+        """Write the lines held back, and from now on each line at once."""
         self._holds = False
         if self._held:
             self._write_lines()
 
-    def _write_lines(self):
+    def _write_lines(self) -> None:
         try:
             if self._step is not None and self.path.exists():
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
@@ -54,16 +64,16 @@ class Journal:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self._held)
             self._held, self._written = "", self._last
-        except (OSError, UserError):  # a full disk is told of at the next save
-            self._step = self._written  # what was written of these lines is taken out first
+        except (OSError, UserError):  # the next save reports a full disk
+            self._step = self._written  # the next try first removes half-written lines
 
-    def _stays(self, line):
-        """Whether a line is whole, which the last of a killed run may not be, and of before."""
+    def _stays(self, line: str) -> bool:
+        """Whether a line is complete, and not after the step at which the run starts."""
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             return line.endswith("\n") and json.loads(line)["step"] <= self._step
         return False
 
-    def _write_events(self, step, values):
+    def _write_events(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             tf.raw_ops.WriteScalarSummary(
                 writer=self._events._resource,
@@ -72,8 +82,8 @@ class Journal:
                 value=value,
             )
 
-    def _with_events(self, work):
-        """Do it; where the file cannot be written say so once, and go on without it."""
+    def _with_events(self, work: Callable[[], Any]) -> None:
+        """Do the work; report the first failure, and then continue without events."""
         if self._events is None:
             return
         try:
@@ -81,8 +91,8 @@ class Journal:
         except tf.errors.OpError as error:
             self._events = None
             reason = str(error).partition("\n")[0][:150]
-            print(f"TensorBoard's events are no longer written: {reason}", file=sys.stderr)
+            print(f"TensorBoard events are no longer written: {reason}", file=sys.stderr)
 
-    def close(self):
-        """Write out what is buffered."""
+    def close(self) -> None:
+        """Flush the events."""
         self._with_events(lambda: self._events.close())

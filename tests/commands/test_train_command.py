@@ -1,4 +1,4 @@
-"""`gpt2cli train` as a command: files, lines, resuming, stopping, refusals."""
+"""`gpt2cli train` as a command: files, lines, resuming, stopping, rejected starts."""
 
 import json
 import os
@@ -24,7 +24,7 @@ LINE = re.compile(r"^\[(\d+) \| [\d.]+\] loss=([\d.]+) avg=([\d.]+) acc=[\d.]+ \
 
 @pytest.fixture(autouse=True)
 def mini(workdir):
-    """models/mini beside models/tiny: one layer, so that little is traced."""
+    """models/mini beside models/tiny: one layer, so that tracing is quick."""
     sizes = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
     checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), workdir / "models" / "mini")
     folders.copy_vocabulary(workdir / "models" / "tiny", workdir / "models" / "mini")
@@ -73,7 +73,7 @@ def test_a_run_leaves_everything_in_its_own_folders(cli, text):
         assert not list((text.parent / "models").glob(f"{name}/model-*"))
 
 
-def test_epochs_are_so_many_steps_and_a_line_each_goes_to_the_log(cli, text):
+def test_epochs_become_steps_with_a_log_line_each(cli, text):
     tokens = cli("encode", "text.txt", "t.npz", "--model_name", "tiny").stderr
     count = int(re.search(r": ([\d,]+) tokens", tokens)[1].replace(",", ""))
     steps = -(-2 * -(-(count - 1) // 32) // 3)  # two passes of windows of 32, three a step
@@ -93,7 +93,7 @@ def test_epochs_are_so_many_steps_and_a_line_each_goes_to_the_log(cli, text):
     assert both.returncode == 2 and "not both" in both.stderr
 
 
-def test_memory_is_told_before_the_work_and_what_takes_less(cli, text, monkeypatch):
+def test_memory_and_advice_are_printed_before_training(cli, text, monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 10**12)
     plenty = cli("train", "text.txt", *FAST, "--steps", 1)
     assert re.search(r"takes about \d+\.\d GB of memory \(.*TensorFlow 0.8\)\n", plenty.stderr)
@@ -102,7 +102,7 @@ def test_memory_is_told_before_the_work_and_what_takes_less(cli, text, monkeypat
     assert "--optimizer adafactor" in scarce.stderr and scarce.returncode == 0
 
 
-def test_latest_goes_on_and_a_finished_run_says_so(cli, text):
+def test_latest_resumes_and_a_finished_run_reports_it(cli, text):
     cli("train", "text.txt", *FAST, "--steps", 2)
     again = cli("train", "text.txt", *FAST, "--steps", 2)
     assert again.returncode == 0 and "nothing to do" in again.stderr and not losses(again)
@@ -110,7 +110,7 @@ def test_latest_goes_on_and_a_finished_run_says_so(cli, text):
     assert sorted(losses(more)) == [3]
 
 
-def test_fresh_and_foreign_starts_do_not_replace_a_run_unasked(cli, text):
+def test_other_starts_replace_a_run_only_with_overwrite(cli, text):
     cli("train", "text.txt", *FAST, "--steps", 3)
     run = text.parent / "checkpoint" / "run1"
     before = {p.name: p.read_bytes() for p in run.iterdir()}
@@ -136,15 +136,15 @@ def test_a_run_starts_from_another_runs_weights_or_an_older_step(cli, text):
     assert sorted(losses(older)) == [3]
 
 
-def test_a_run_of_nshepperds_program_goes_on(cli, text, network):
-    """His folder has model-<step>.*, checkpoint and counter; no optimizer state, no description."""
+def test_a_run_of_nshepperds_program_resumes(cli, text, network):
+    """Its folder has model-<step>.*, checkpoint and counter; no optimizer or hparams.json."""
     run = text.parent / "checkpoint" / "old"
     checkpoint.write(run / "model-7", checkpoint.load("models/mini").weights)
     (run / "checkpoint").write_text('model_checkpoint_path: "model-7"\n')
     (run / "counter").write_text("7\n")
     result = cli("train", "text.txt", *FAST, "--steps", 8, "--run_name", "old")
     assert result.returncode == 0 and sorted(losses(result)) == [8], result.stderr
-    assert "the optimizer starts anew" in result.stderr
+    assert "the optimizer starts from scratch" in result.stderr
 
 
 def test_a_replaced_run_takes_the_sizes_and_vocabulary_of_its_new_model(cli, text):
@@ -164,7 +164,7 @@ def test_a_replaced_run_takes_the_sizes_and_vocabulary_of_its_new_model(cli, tex
 
 
 def test_weights_that_have_diverged_are_never_saved(cli, text):
-    """The loss that was computed is that before the update; only the next one shows the harm."""
+    """A step measures its loss before the update; only the next step shows the harm."""
     cli("train", "text.txt", *FAST, "--steps", 2)
     wild = ("--learning_rate", 1e30, "--save_every", 1, "--keep", 1)
     result = cli("train", "text.txt", "--seq_length", 32, "--sample_every", 0, *wild, "--steps", 3)
@@ -185,7 +185,7 @@ def test_a_run_has_one_writer(cli, text):
         result = cli("train", "text.txt", *FAST, "--steps", 1)
     assert result.returncode == 75 and "another train is filling" in result.stderr
     assert re.search(rf"\(process {os.getpid()} on \S+ since \d{{4}}-\d\d-\d\d ", result.stderr)
-    # the lock of one that has died is nobody's
+    # the lock of a dead process does not count
     (text.parent / "checkpoint/run1").mkdir(parents=True)
     (text.parent / "checkpoint/run1/.lock").write_text("process 1 on elsewhere since yesterday")
     assert cli("train", "text.txt", *FAST, "--steps", 1).returncode == 0
@@ -284,13 +284,13 @@ def test_bad_data_is_named_before_anything_is_written(cli, workdir, name):
     assert result.stderr.count("\n") == 1 and not (workdir / "checkpoint").exists()
 
 
-def test_ids_of_another_vocabulary_are_refused(cli, workdir):
+def test_ids_of_another_vocabulary_are_rejected(cli, workdir):
     np.savez("other.npz", np.arange(3000))
     result = cli("train", "other.npz", *FAST, "--steps", 1)
     assert result.returncode == 1 and "0 to 2047" in result.stderr
 
 
-def test_the_same_can_be_done_from_python(text):
+def test_training_from_python(text):
     import gpt2cli
 
     run = gpt2cli.train(

@@ -812,20 +812,24 @@ def test_sighup_loads_a_new_checkpoint_and_sigterm_finishes_requests(process, wo
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="the examples need curl")
-def test_the_examples_of_the_readme_run(served, address, capsys, tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = text.partition("## A page and an API\n")[2].partition("\n## ")[0]
-    part = part.replace("http://127.0.0.1:5000", address)
-    shells = re.findall(r"```sh\n(.*?)```", part, re.S)
-    (curls,) = (block for block in shells if "curl" in block)
-    done = subprocess.run(["bash", "-e", "-c", curls], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    answer, _, page = done.stdout.partition("<!doctype")
-    assert json.loads(answer)["choices"][0]["text"] and 'class="new"' in page
-    (block,) = re.findall(r"```python\n(.*?)```", part, re.S)
-    exec(compile(block.replace('model="books"', 'model="tiny"'), "README.md", "exec"), {})
-    assert len(capsys.readouterr().out) > 20
-    assert (ROOT / re.search(r"!\[.*\]\((.*?)\)", part)[1]).stat().st_size < 200_000
+@pytest.mark.parametrize("name", ["README.md", "docs/serving.md"])
+def test_the_requests_of_the_documents_are_answered(served, address, capsys, name):
+    text = (ROOT / name).read_text(encoding="utf-8").replace("http://127.0.0.1:5000", address)
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", text, re.M | re.S)
+    curls = [block for kind, block in blocks if kind == "sh" and "curl" in block]
+    assert len(curls) == (1 if name == "README.md" else 4)
+    for block in curls:
+        block = block.replace("curl", "curl --fail --silent --show-error")
+        done = subprocess.run(["bash", "-ec", block], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, (block, done.stderr)
+        if "/v1/completions" in block:
+            assert json.loads(done.stdout)["choices"][0]["text"]
+        if "seed=" in block:
+            assert 'class="new"' in done.stdout
+    for kind, block in blocks:
+        if kind == "python" and "openai" in block:
+            exec(compile(block.replace('model="books"', 'model="tiny"'), name, "exec"), {})
+            assert len(capsys.readouterr().out) > 20
 
 
 def get_status(url):

@@ -1,4 +1,4 @@
-"""One step of training against float64, and the flags against each other."""
+"""One step of training compared with float64, and flags compared with each other."""
 
 import dataclasses
 import math
@@ -13,6 +13,8 @@ from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.tensorflow import tf
 from gpt2cli.text import batches as windows
+from gpt2cli.training import memory as training_memory
+from gpt2cli.training import optimizers
 from gpt2cli.training import step as training
 
 SIZES = ModelConfig(n_vocab=97, n_ctx=24, n_embd=32, n_head=4, n_layer=2)
@@ -82,15 +84,15 @@ def test_dropout_drops_its_share_and_the_same_for_the_same_seed(sizes):
     assert (ones == 0).mean() == pytest.approx(0.25, abs=0.02)
 
 
-# The original changes weights while other gradients still read them, in no fixed order: with the
-# order of its embedding norm the first trace is met within 2e-5, that of the second is not known.
+# The original changes weights while other gradients still read them, in no fixed order. With the
+# order of its embedding norm we match the first trace within 2e-5; the second's order is unknown.
 ADAFACTOR_TRACES = (("a-clue-l2-h3-e24-p80", 1e-4), ("a-bert-l3-h2-e16-p64", 3e-4))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name, tolerance", ADAFACTOR_TRACES)
-def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, tolerance, recompute):
-    """Six steps from the released slots: weights and slots within 1e-4, losses as stated."""
+def test_adafactor_of_gpt2_ml_matches_the_original(golden, name, tolerance, recompute):
+    """Six steps from the released slots: weights and slots within 1e-4, losses in `tolerance`."""
     folder = golden / "gpt2_ml" / name
     trace = np.load(folder / "adafactor_trace.npz")
     network = checkpoint.load(folder)
@@ -114,7 +116,7 @@ def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, tolerance, reco
         name, expected = key.removeprefix("after/"), trace[key]
         if name == "global_step" or name.endswith("key_layer/bias"):
             continue  # a softmax does not see a bias of the keys: its gradient is rounding alone
-        value = found[name] if name in found else slots[training.slot_name(name)]
+        value = found[name] if name in found else slots[optimizers.slot_name(name)]
         if len(value) != len(expected):
             value = value[trace["rows"]]
         np.testing.assert_allclose(value, expected, atol=1e-4, rtol=1e-3, err_msg=name)
@@ -123,7 +125,7 @@ def test_adafactor_of_gpt2_ml_goes_as_the_original(golden, name, tolerance, reco
     assert checked == len(found) - keys + len(slots) - 1  # the last is the number of steps
 
 
-def test_adafactor_is_that_of_the_paper():
+def test_adafactor_matches_the_paper():
     """Algorithms 4 and 5 of arXiv 1804.04235 in float64, three steps of a matrix and a bias."""
     names = ("model/h0/mlp/c_fc/w", "model/h0/mlp/c_fc/b")
     weights = {n: v.numpy() for n, v in lively(SIZES).weights.items()}
@@ -190,7 +192,7 @@ def test_no_weight_is_changed_while_a_gradient_still_reads_it(sizes):
             np.testing.assert_allclose(moved[recompute][name], -gradient, atol=2e-5, err_msg=name)
 
 
-def test_recomputation_changes_no_number_also_with_accumulation():
+def test_recomputation_changes_no_result_even_with_accumulation():
     plain = train(optimizer="sgd")
     assert_same(plain, train(optimizer="sgd", memory_saving_gradients=True))
     both = train(optimizer="sgd", memory_saving_gradients=True, accumulate_gradients=2)
@@ -213,7 +215,7 @@ def test_the_loss_falls_with_every_optimizer_and_precision():
             assert all(v.dtype == np.float32 for v in network.weights.values())
 
 
-def test_adam_is_the_one_of_tf1():
+def test_adam_matches_tf1():
     """tf.compat.v1.train.AdamOptimizer: the correction is in the rate, epsilon 1e-8 outside.
 
     Two steps: the first is the rate times the gradient's sign, whatever the moments' constants.
@@ -281,7 +283,7 @@ def test_masked_targets_do_not_count():
 def test_schedules_warm_up_and_come_down():
     def rates(**changes):
         config = dataclasses.replace(BASE, learning_rate=1.0, steps=10, **changes)
-        return [training.learning_rate(config, step) for step in range(11)]
+        return [optimizers.learning_rate(config, step) for step in range(11)]
 
     assert rates() == [1.0] * 11
     assert rates(warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -299,7 +301,7 @@ def test_a_changing_rate_makes_no_new_graph():
     assert trainer._step.experimental_get_tracing_count() == 1
 
 
-def test_optimizer_state_of_another_optimizer_is_refused():
+def test_optimizer_state_of_another_optimizer_is_rejected():
     from gpt2cli.errors import UserError
 
     state = {n: v.numpy() for n, v in training.Trainer(lively(SIZES), BASE).state().items()}
@@ -309,7 +311,7 @@ def test_optimizer_state_of_another_optimizer_is_refused():
 
 
 def test_the_estimate_of_memory_is_near_what_was_measured():
-    """Peaks in GB of this program on two cores, 124M at 1 x 1024 and 1558M with what saves most."""
+    """Peaks in GB on two cores: 124M at 1 x 1024, and 1558M with all flags that save memory."""
     small = ModelConfig(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12)
     large = ModelConfig(n_vocab=50257, n_ctx=1024, n_embd=1600, n_head=25, n_layer=48)
     for measured, sizes, changes in (
@@ -321,7 +323,7 @@ def test_the_estimate_of_memory_is_near_what_was_measured():
         (9.8, large, {**SAVING, "precision": "bfloat16"}),
     ):
         config = dataclasses.replace(BASE, **changes)
-        parts = training.memory_needed(sizes, config)
+        parts = training_memory.memory_needed(sizes, config)
         assert sum(parts.values()) / 1e9 == pytest.approx(measured, rel=0.2), changes
 
 
