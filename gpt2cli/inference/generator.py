@@ -178,7 +178,7 @@ class LanguageModel:
         prompts: Sequence[Prompt],
         options: GenerateOptions,
         first_index: int = 0,
-        stop: Callable[[], bool] = _never,
+        stop: Callable[[], object] = _never,
     ) -> Iterator[Sample]:
         """Yield the samples of each prompt, batch by batch; without end if nsamples is 0.
 
@@ -186,7 +186,7 @@ class LanguageModel:
             prompts: what to continue.
             options: how.
             first_index: index of the first sample.
-            stop: is asked between two parts of a batch; when it returns True, no samples follow.
+            stop: is called between two parts of a batch; if its result is true, no samples follow.
         """
         numbered: Iterable[tuple[int, Prompt]]
         if options.beams > 1:
@@ -202,7 +202,7 @@ class LanguageModel:
         self,
         jobs: Iterable[Job],
         options: GenerateOptions,
-        stop: Callable[[], bool] = _never,
+        stop: Callable[[], object] = _never,
         width: int = 0,
     ) -> Iterator[Sample]:
         """Yield samples as `samples` does, for prompts with an index.
@@ -354,7 +354,7 @@ class LanguageModel:
             yield
 
     def _beams(
-        self, jobs: Iterable[Job], options: GenerateOptions, stop: Callable[[], bool] = _never
+        self, jobs: Iterable[Job], options: GenerateOptions, stop: Callable[[], object] = _never
     ) -> Iterator[tuple[Row, float]]:
         """Yield the nsamples likeliest rows of each prompt, with their scores."""
         for index, prompt, ids in jobs:
