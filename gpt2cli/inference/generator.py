@@ -209,7 +209,7 @@ class LanguageModel:
 
         Args:
             jobs: (index, prompt, ids) of each sample, or with beams of each prompt's first. The ids
-                are what `check_prompt` returned, or None to encode the prompt here.
+                are the result of `check_prompt`, or None to encode the prompt here.
             options: how to continue them; nsamples counts only with beams.
             stop: as in `samples`.
             width: least number of rows to compute, where another number would cost a compilation.

@@ -26,7 +26,7 @@ from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.tensorflow import tf
 
 Values = Callable[[str, tuple[int, ...]], Any]  # a weight's name and shape -> its values
-Weight = Callable[[str], tf.Variable]  # a weight's name -> the variable that holds it
+Weight = Callable[[str], tf.Variable]  # a weight's name -> its variable
 KeysAndValues = tuple[tf.Tensor, tf.Tensor]  # of one layer, each [B, H, T, D]
 
 LOGIT_ROWS = 1024  # training has the logits of this many tokens in memory at once
@@ -47,7 +47,7 @@ class Block:
     def __call__(
         self, x: tf.Tensor, past: Past | None = None, dropout: Dropout | None = None
     ) -> tuple[tf.Tensor, KeysAndValues]:
-        """Return what `Attention` returns. Dropout is where UER-py and transformers have it."""
+        """Compute the layer; see `Attention`. Dropout is where UER-py and transformers have it."""
         inside = dropout.at(0) if dropout else None
         drop = [dropout.at(place) if dropout else _keep for place in (1, 2)]
         a, new = self.attn(self.ln_1(x), past, inside)
@@ -65,7 +65,7 @@ class GPT2:
             stay float32.
         weights_precision: precision of the stored weights; by default the same. Training keeps
             float32 weights under bfloat16 activations.
-        hold: makes what is kept of a weight, from its values and its name.
+        hold: turns a weight's values and name into the object that is kept.
 
     Attributes:
         weights: the original's name -> variable.
@@ -137,7 +137,7 @@ class GPT2:
     def hidden(
         self, tokens: tf.Tensor, dropout: Dropout | None = None
     ) -> tuple[tf.Tensor, list[KeysAndValues]]:
-        """Return what `layers` returns, for whole texts int32 [B, T]."""
+        """Return the result of `layers` for whole texts int32 [B, T]."""
         return self.layers(self.embed(tokens, dropout=dropout), dropout=dropout)
 
     def layers(
@@ -415,7 +415,7 @@ class GPT2MLBlock:
     def __call__(
         self, x: tf.Tensor, past: Past | None = None, dropout: Dropout | None = None
     ) -> tuple[tf.Tensor, KeysAndValues]:
-        """Return what `Attention` returns. Dropout is where GPT2_ML has it."""
+        """Compute the layer; see `Attention`. Dropout is where GPT2_ML has it."""
         drop = [dropout.at(place) if dropout else _keep for place in range(2)]
         a, new = self.attn(x, past)
         x = x + drop[0](a)  # [B, T, E]
@@ -427,7 +427,7 @@ class GPT2MLBlock:
 
 
 class Past(NamedTuple):
-    """The tokens that each token of x, a single row, may look at: each has a cache of its own.
+    """The tokens that each token of x, a single row, may look at: each has its own cache.
 
     Args:
         beside: float32 [T, T], 0 where a token (row) looks at another of x, MASKED elsewhere.

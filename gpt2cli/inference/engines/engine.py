@@ -1,4 +1,4 @@
-"""What every engine can do: the interface between the network and the rows that grow."""
+"""The interface of all engines, by which rows grow and texts are scored."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
