@@ -60,8 +60,8 @@ def convert(
         overwrite: replace DST if it exists.
         config: JSON file with the sizes, where it is not in SRC (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, where it is not in SRC.
-        n_head: number of attention heads, which weights do not show, where no JSON file gives
-            it (UER-py).
+        n_head: number of attention heads, where no JSON file gives it (UER-py); the weights do
+            not show it.
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
         verbose: show TensorFlow's own messages.

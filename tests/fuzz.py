@@ -24,9 +24,8 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 def targets():
     """Name -> function of bytes."""
     from gpt2cli import cli, files, options
-    from gpt2cli.commands.sample import SampleOptions
-    from gpt2cli.jobs import job as answers
     from gpt2cli.jobs import lines as jobs
+    from gpt2cli.jobs.prompts import read as read_prompts
     from gpt2cli.model import sizes as hparams
     from gpt2cli.serving import api as completions
     from gpt2cli.storage import folders, runs
@@ -60,7 +59,7 @@ def targets():
     def prompts(ending):
         def read(data):
             path = file(f"prompts.{ending}", data)
-            answers.read_prompts(SampleOptions(prompts=str(path)))
+            read_prompts(prompt=None, prompt_file=None, prompts=str(path))
 
         return read
 
@@ -74,7 +73,7 @@ def targets():
         folders.open_folder(FOLDER)
 
     def lines(data):
-        json.dumps(list(jobs._whole_lines(data.splitlines(keepends=True))))
+        json.dumps(list(jobs.read(file("lines.jsonl", data))))
 
     def flags(data):
         words = data.decode("utf-8", "surrogateescape").split("\0")

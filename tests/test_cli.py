@@ -1,7 +1,6 @@
 """The command line itself: flags, help, refusals. Nothing here starts any work."""
 
 import dataclasses
-import re
 import sys
 
 import pytest
@@ -285,49 +284,6 @@ def test_running_out_of_memory_names_the_flags_that_help(cli, monkeypatch):
     monkeypatch.setattr(evaluate, "run", greedy)
     result = cli("evaluate", "x")
     assert result.returncode == 1 and "--batch_size" in result.stderr
-
-
-def slurm(part, first, last, count):
-    """The variables of an element of Slurm's array."""
-    values = {"ID": part, "MIN": first, "MAX": last, "COUNT": count}
-    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
-
-
-@pytest.mark.parametrize(
-    "shard, environment, expected",
-    [
-        ("3/8", {}, "3/8"),
-        ("auto", slurm(3, 0, 7, 8), "4/8"),
-        ("auto", slurm(5, 5, 5, 1), None),  # --array=5: the fifth of how many?
-        ("auto", slurm(3, 1, 8, 8), None),
-        ("auto", slurm(4, 0, 8, 5), None),  # --array=0-8:2
-        ("auto", {"SLURM_ARRAY_TASK_ID": "3"}, None),
-        ("auto", {"SLURM_ARRAY_TASK_ID": "x"}, None),
-        ("auto/8", slurm(3, 0, 7, 8), "4/8"),
-        ("auto/8", slurm(3, 3, 5, 2), "4/8"),  # --array=3,5: what failed, again
-        ("auto/8", slurm(5, 3, 5, 2), "6/8"),
-        ("auto/8", {"SLURM_ARRAY_TASK_ID": "7"}, "8/8"),
-        ("auto/8", slurm(3, 1, 8, 8), "--array=0-7"),  # else the first part would have no element
-        ("auto/8", slurm(8, 8, 8, 1), "--array=0-7"),
-        ("auto/8", {"SLURM_ARRAY_TASK_ID": "-1"}, None),
-        ("auto/0", slurm(0, 0, 0, 1), None),
-        ("auto/4", {"JOB_COMPLETION_INDEX": "0"}, "1/4"),
-        ("auto/4", {"JOB_COMPLETION_INDEX": "4"}, "completions 0 to 3"),
-        ("auto", {"JOB_COMPLETION_INDEX": "0"}, "--shard auto/8"),
-        ("auto", {}, None),
-    ],
-)
-def test_a_shard_may_come_from_slurm_or_kubernetes(monkeypatch, shard, environment, expected):
-    for name in ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if not re.fullmatch(r"\d/\d", expected or ""):
-        with pytest.raises(UsageError, match=f"--shard .*{expected or ''}"):
-            SampleOptions(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
-        return
-    found = SampleOptions(prompts="p.txt", shard=shard, out="o-{shard}.jsonl")
-    assert found.shard == expected and found.out == f"o-{expected.replace('/', '-of-')}.jsonl"
 
 
 @pytest.mark.parametrize("width", [50, 80, 140])

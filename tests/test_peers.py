@@ -1,4 +1,4 @@
-"""Other programs on our files. Each lives in a virtual environment of its own; minutes, so slow."""
+"""Other programs on our files. Each has its own virtual environment; slow, as it takes minutes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TINY
 
 import gpt2cli
-from gpt2cli.model import network as model
+from gpt2cli.model.network import GPT2, random_weights
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint
 
@@ -18,7 +18,7 @@ SCRIPT = ROOT / "tests" / "peer_gpt_2_simple.py"
 
 
 def python_with(name, *installs):
-    """The Python that NAME_PYTHON names, or that of a venv made with these `pip install`s."""
+    """Return the Python that NAME_PYTHON names, or one of a venv made with these installs."""
     if os.environ.get(f"{name.upper()}_PYTHON"):
         return os.environ[f"{name.upper()}_PYTHON"]
     folder = ROOT / f".venv-{name.replace('_', '-')}"
@@ -33,22 +33,22 @@ def python_with(name, *installs):
 
 @pytest.fixture(scope="session")
 def gpt_2_simple():
-    """The Python of a venv with gpt-2-simple 0.8.1; GPT_2_SIMPLE_PYTHON names one that is there."""
+    """The Python of a venv with gpt-2-simple 0.8.1; GPT_2_SIMPLE_PYTHON overrides it."""
     needs = ["tensorflow==2.21.0", "toposort", "tqdm", "regex", "requests"]
-    # it asks for a tensorflow below 2.16 on paper, but runs on this one
+    # its metadata requires TensorFlow below 2.16, but it runs on this one
     return python_with("gpt_2_simple", needs, ["--no-deps", "gpt-2-simple==0.8.1"])
 
 
 @pytest.mark.slow
-def test_gpt_2_simple_reads_our_run_and_we_go_on_from_its(gpt_2_simple, tmp_path, monkeypatch, cli):
+def test_gpt_2_simple_reads_our_run_and_we_resume_its_run(gpt_2_simple, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
-    # it always trains on windows of 1,024 tokens, which is more than models/tiny has
+    # it always trains on windows of 1,024 tokens, more than models/tiny has
     sizes = ModelConfig(n_vocab=2048, n_ctx=1024, n_embd=48, n_head=4, n_layer=3)
     folder = tmp_path / "models" / "wide"
     for name in ("encoder.json", "vocab.bpe"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((TINY / name).read_bytes())
-    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), folder)
+    checkpoint.save(GPT2(sizes, random_weights(sizes)), folder)
     text = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
     (tmp_path / "text.txt").write_text(text)
 
@@ -81,7 +81,7 @@ def test_gpt_2_simple_reads_our_run_and_we_go_on_from_its(gpt_2_simple, tmp_path
 
 @pytest.fixture(scope="session")
 def transformers():
-    """The Python of a venv with transformers 5.23; TRANSFORMERS_PYTHON names one that is there."""
+    """The Python of a venv with transformers 5.23; TRANSFORMERS_PYTHON overrides it."""
     return python_with("transformers", ["transformers==5.23.0", "torch", "safetensors"])
 
 
@@ -90,7 +90,7 @@ CHINESE = ["今天天气不错", "GPT2 模型！Hello, world.", "café ２０２
 
 
 @pytest.mark.slow
-def test_transformers_reads_what_convert_writes_without_a_word_and_we_what_it_saves(
+def test_transformers_reads_our_conversions_without_warnings_and_we_read_its_files(
     transformers, golden, gpt2_vocabulary, tmp_path, cli
 ):
     chinese = gpt2_vocabulary.parent / "bert-zh" / "google_zh_vocab.txt"

@@ -4,6 +4,7 @@ Small models stand in for the real ones; downloads are tested elsewhere, against
 """
 
 import importlib.util
+import math
 import re
 import shlex
 import shutil
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, lively
 
-from gpt2cli.formats import convert as formats
-from gpt2cli.inference import generator as inference
-from gpt2cli.model import network as model
+from gpt2cli.formats.convert import open_source
+from gpt2cli.inference import generator
+from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint
+from gpt2cli.storage.folders import ModelFolder
 
 PAGES = (ROOT / "docs" / "coming-from").glob("*.md")
 SYSTEMS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
@@ -31,7 +33,7 @@ CHINESE = sorted(set("今天气不错这是很久之前的事情了一个人" + 
 
 
 def in_small(line):
-    """A command line of a page with numbers for a model of a few kilobytes."""
+    """Return a command line of a page with numbers for a model of a few kilobytes."""
     line = re.sub(r"(--(?:steps|warmup_steps|val_every)) (\d+)", _thousandth, line)
     line = re.sub(r"--seq_length \d+", "--seq_length 24", line)
     line = re.sub(r"--length \d+", "--length 14", line)
@@ -39,24 +41,25 @@ def in_small(line):
     line = re.sub(r"--batch_size \d+", "--batch_size 2", line)
     line = line.replace("--epochs 30", "--epochs 1")
     if re.match("gpt2cli (train|sample)", line):
-        line += " --seed 1"  # the pages leave it to chance, a test must not
+        line += " --seed 1"  # a test must give the same samples each time
     line = line.replace("--size 8000", "--size 60 --min_frequency 1")
     return line.replace("--size distil", "--n_layer 1 --n_head 2 --n_embd 16 --n_ctx 32")
 
 
 def _thousandth(match):
-    return f"{match[1]} {-(-int(match[2]) // 1000)}"
+    return f"{match[1]} {math.ceil(int(match[2]) / 1000)}"
 
 
 @pytest.fixture
 def workplace(workdir, monkeypatch, tiny):
-    """models/, data/ and what else the pages' commands name."""
-    load = inference.load_model
+    """models/, data/ and the other files that the pages' commands name."""
+    load = generator.load_model
 
-    def load_once(path, precision="float32"):  # compiled for the other tests already
-        return tiny if Path(path).parent.name == "124M" else load(path, precision)
+    def load_once(source, *options):  # models/tiny is compiled for the other tests already
+        folder = source.path if isinstance(source, ModelFolder) else Path(source).parent
+        return tiny if folder.name == "124M" else load(source, *options)
 
-    monkeypatch.setattr(inference, "load_model", load_once)
+    monkeypatch.setattr(generator, "load_model", load_once)
     for name in ("124M", "1558M"):
         shutil.copytree(TINY, workdir / "models" / name)
     write_chinese("models/gpt2-chinese-cluecorpussmall", "hparams.json", "gpt2")
@@ -71,7 +74,7 @@ def workplace(workdir, monkeypatch, tiny):
 
 
 def write_chinese(folder, sizes_name, arch):
-    """A small random Chinese model, of GPT2_ML under the names and with the json of its release."""
+    """Write a small random Chinese model; GPT2_ML's has the names and the json of its release."""
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CHINESE]
     sizes = ModelConfig(len(tokens), 32, 16, 2, 1, arch=arch)
     network = lively(sizes)
@@ -89,13 +92,13 @@ def write_chinese(folder, sizes_name, arch):
 
 
 def run_lines(cli, system):
-    """Run every command line of a system's example; gives their results by line."""
+    """Run every command line of a system's example; return line -> result."""
     results = {}
     for block in re.findall(r"^```sh\n(.*?)^```", SYSTEMS[system], re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(in_small(line))
             assert words[0] == "gpt2cli"
-            if words[1] in ("download", "serve"):  # from elsewhere; for ever
+            if words[1] in ("download", "serve"):  # needs a network; never ends
                 continue
             if ".bin" in line and not importlib.util.find_spec("torch"):
                 continue
@@ -139,7 +142,7 @@ def test_the_notebook_of_gpt_2_simple_runs(workplace, capsys):
         assert written.count("=" * 20 + "\n") == 5 and written.count("Today") >= 5
 
 
-def test_the_server_s_file_is_read(cli, workplace):
+def test_the_server_file_is_read(cli, workplace):
     torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
     state = {}
     for name, variable in checkpoint.load(TINY).weights.items():
@@ -155,11 +158,11 @@ def test_the_server_s_file_is_read(cli, workplace):
     SYSTEMS["gpt-2-flask-api"] = SYSTEMS["gpt-2-flask-api"].replace(line, "--n_head 5")
     results = run_lines(cli, "gpt-2-flask-api")
     assert len(results) == 2
-    ours = formats.open_source("models/flask")
+    ours = open_source("models/flask")
     assert ours.config.n_head == 5 and ours.config.n_layer == 4
 
 
-def test_the_pipeline_s_examples_run(cli, workplace):
+def test_the_pipeline_examples_run(cli, workplace):
     results = run_lines(cli, "pipeline")
     beams = next(result for line, result in results.items() if "--beams" in line)
     assert '"logprobs": [' in beams.stdout
@@ -172,15 +175,15 @@ def test_gpt2_ml_is_used_in_place_and_fine_tuned(cli, workplace):
     assert len(results) == 2
     tuned = checkpoint.load("checkpoint/mega")
     assert tuned.config.arch == "gpt2_ml" and tuned.config.n_vocab == 5 + len(CHINESE)
-    assert set(tuned.weights) == set(model.weight_shapes(tuned.config))
+    assert set(tuned.weights) == set(weight_shapes(tuned.config))
     assert cli("sample", "--run_name", "mega", "--prompt", "今天", "--length", 5).returncode == 0
     pieces = ("--model_name", "mega", "--run_name", "new", "--sampling", "documents", "--steps", 1)
-    refused = cli("train", "data/chinese.txt", *pieces)
-    assert refused.returncode == 1 and "end_token" in refused.stderr
+    rejected = cli("train", "data/chinese.txt", *pieces)
+    assert rejected.returncode == 1 and "end_token" in rejected.stderr
     assert not (workplace / "checkpoint" / "new").exists()
 
 
-def test_a_chinese_model_is_trained_from_nothing_in_two_stages(cli, workplace):
+def test_a_chinese_model_is_trained_from_scratch_in_two_stages(cli, workplace):
     SYSTEMS["UER"] = "\n".join(
         line
         for line in SYSTEMS["uer-py"].splitlines()

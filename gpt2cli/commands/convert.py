@@ -1,4 +1,4 @@
-"""gpt2cli convert: a model of another program to a model folder, or a model folder to theirs."""
+"""gpt2cli convert: convert between a model folder and the formats of other programs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ class ConvertOptions:
     Missing information:
         config: JSON file with the sizes, where it is not in SRC (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, where it is not in SRC.
-        n_head: number of attention heads, which weights do not show, where no JSON file gives it
-            (UER-py).
+        n_head: number of attention heads, where no JSON file gives it (UER-py); the weights do not
+            show it.
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
 
@@ -54,15 +54,15 @@ class ConvertOptions:
 
 
 def run(options: ConvertOptions) -> None:
-    """Read SRC, write DST, compare the two; print a line on stderr for each.
+    """Read SRC, write DST, compare the two; report both on stderr.
 
     Raises:
-        UserError: see `convert.open_source` and `convert.convert`; DST exists, or is SRC.
+        UserError: see `open_source` and `convert` in formats/convert.py.
     """
     check_paths(options)
-    from gpt2cli.formats import convert  # brings TensorFlow, which no rejection should wait for
+    from gpt2cli.formats.convert import convert, open_source  # imports TensorFlow
 
-    source = convert.open_source(
+    source = open_source(
         options.src,
         options.from_,
         config=options.config,
@@ -73,13 +73,13 @@ def run(options: ConvertOptions) -> None:
     say(f"read {options.src}, {source.describe()}")
     for warning in source.warnings:
         say(f"{options.src}: {warning}")
-    difference = convert.convert(source, options.dst, options.to, options.overwrite)
+    difference = convert(source, options.dst, options.to, options.overwrite)
     exact = f"within {difference:.1g}" if difference else "exactly"
     say(f"wrote {options.dst}; its logits equal those of {options.src} {exact}")
 
 
 def check_paths(options: ConvertOptions) -> None:
-    """Reject (UserError) paths that are wrong before anything is read."""
+    """Reject (UserError) wrong paths before anything is read."""
     from gpt2cli.storage import folders
 
     src = Path(options.src)
@@ -92,5 +92,5 @@ def check_paths(options: ConvertOptions) -> None:
         if named is not None and not Path(named).exists():
             raise UserError(f"--{flag}: nothing at {Path(named).absolute()}. Check the path")
     if options.config is not None and Path(options.config).is_dir():
-        raise UserError(f"--config takes the JSON file, not the folder {options.config}")
+        raise UserError(f"--config needs a JSON file, but {options.config} is a folder")
     folders.check_destination(Path(options.dst), options.overwrite, src)

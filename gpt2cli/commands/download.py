@@ -1,4 +1,4 @@
-"""gpt2cli download: the files of a model, whole or not at all."""
+"""gpt2cli download: fetch the files of a model, whole or not at all."""
 
 import re
 import shlex
@@ -47,7 +47,9 @@ class DownloadOptions:
         check(self)
         if self.model is not None and self.model.startswith("hf:"):
             if not re.fullmatch(r"hf:[\w.-]+/[\w.-]+", self.model, re.ASCII):
-                raise UsageError(f"a hub model is named hf:OWNER/NAME, got {self.model!r}")
+                raise UsageError(
+                    f"--model must be hf:OWNER/NAME for a hub model, got {self.model!r}"
+                )
             check_name("model", self.model.partition("/")[2])
             if self.url is not None:
                 raise UsageError("--url is for mirrors of OpenAI's bucket; for hf: set HF_ENDPOINT")
@@ -60,90 +62,91 @@ class DownloadOptions:
 
 
 def run(options: DownloadOptions) -> None:
-    """gpt2cli download: a name to a model folder that opens; no name prints the list.
+    """Download a model into a folder that opens; without a name, print the list.
 
-    A model of the hub is fetched into models/.hf-OWNER--NAME, which stays if that fails, so that
-    the next attempt goes on with it, and converted from there.
-
-    A folder whose files all have the length and sha256 recorded in download.json is complete, and
-    no network is used. Every file is read for that: 0.3 s for 124M, 4 s for 1558M.
+    A folder whose files all have the size and sha256 recorded in download.json is complete, and the
+    network is not used. That takes 0.3 s for 124M and 4 s for 1558M, as every file is read.
 
     Raises:
         UserError: an unknown name, no such file, a server that keeps failing, damaged files, no
             space, another download into the same folder, a checkpoint that does not open, or a
-            model that is no GPT-2.
+            model that is not a GPT-2.
     """
-    from gpt2cli import files
-    from gpt2cli.model.sizes import ALIASES, RELEASED
-    from gpt2cli.remote import manifest, released
+    from gpt2cli.remote import released
 
     if options.model is None:
         print(released.model_table())
         return
     if options.model.startswith("hf:"):
-        download_hub(options)
-        return
-    name = ALIASES.get(options.model, options.model)
-    if options.url is None and name not in RELEASED:
-        raise UserError(
-            f"no released model {name!r}: there are {', '.join(RELEASED)}. "
-            "For a model of another name give --url, the mirror that has it"
-        )
-    folder = Path(options.models_dir) / name
-    found = manifest.read(folder)
-    intact = released.intact_names(folder, found)
-    if not (found.get("opened") and intact == set(released.FILES)):
-        with files.filling(folder, "download"):
-            released.fetch_model(options.url or released.BUCKET, name, folder)
-            released.open_checkpoint(folder)
-    say_complete(folder, options)
-
-
-def say_complete(folder, options):
-    """The last line: what can be done now."""
+        folder = download_hub(options.model, options.revision or "main", Path(options.models_dir))
+    else:
+        folder = download_released(options.model, options.url, Path(options.models_dir))
     command = ["gpt2cli", "sample", "--model_name", folder.name]
     command += ["--models_dir", options.models_dir] if options.models_dir != "models" else []
     say(f"{folder} is complete. Try: {shlex.join(command)}")
 
 
-def download_hub(options):
-    """hf:OWNER/NAME to models/NAME; see `run`. The revision is recorded with its commit."""
+def download_released(model: str, url: str | None, models: Path) -> Path:
+    """Download one of OpenAI's models, or a mirror's model, to models/NAME; return that folder."""
+    from gpt2cli import files
+    from gpt2cli.model.sizes import ALIASES, RELEASED
+    from gpt2cli.remote import manifest, released
+
+    name = ALIASES.get(model, model)
+    if url is None and name not in RELEASED:
+        raise UserError(
+            f"no released model {name!r}: choose {', '.join(RELEASED)}, "
+            "or name a mirror that has it with --url"
+        )
+    folder = models / name
+    found = manifest.read(folder)
+    if not found.get("opened") or released.intact_names(folder, found) != set(released.FILES):
+        with files.filling(folder, "download"):
+            released.fetch_model(url or released.BUCKET, name, folder)
+            released.open_checkpoint(folder)
+    return folder
+
+
+def download_hub(model: str, revision: str, models: Path) -> Path:
+    """Download hf:OWNER/NAME and convert it to models/NAME; return that folder.
+
+    The hub's files are fetched into models/.hf-OWNER--NAME, which is kept on failure so that the
+    next attempt resumes there.
+    """
     import requests
 
     from gpt2cli import files
-    from gpt2cli.remote import hub, manifest, transfer
+    from gpt2cli.remote import hub, manifest
 
-    name, revision = options.model.removeprefix("hf:"), options.revision or "main"
-    models = Path(options.models_dir)
+    name = model.removeprefix("hf:")
     folder, hidden = models / name.split("/")[1], models / f".hf-{name.replace('/', '--')}"
     if folder.exists():
-        manifest.check_same(folder, options.model, revision)
-        say_complete(folder, options)
-        return
+        manifest.check_same(folder, model, revision)
+        return folder
     with files.filling(hidden, "download"):
         repository = hub.look_up(name, revision)
         say(f"downloading {repository.url} to {folder}")
         with requests.Session() as session:
             session.auth = repository.authorize
             hub.fetch(session, repository, hidden, repository.description)
-            # They bring TensorFlow, but a model of another kind ends here.
-            from gpt2cli.formats import convert as formats
+            # These import TensorFlow; a wrong name or a network error was reported before that.
             from gpt2cli.formats import statedict
+            from gpt2cli.formats.convert import convert, open_source
 
             statedict.check_hf_config(hidden / "config.json")
             if not any(name.endswith(".safetensors") for name in repository.weights):
-                statedict.torch()  # raises where it is not installed
+                statedict.torch()  # raises a UserError where it is not installed
             hub.fetch(session, repository, hidden, repository.weights)
-        source = formats.open_source(hidden, "hf")
-        say(f"read {options.model}, {source.describe()}")
+        source = open_source(hidden, "hf")
+        say(f"read {model}, {source.describe()}")
         for warning in source.warnings:
-            say(f"{options.model}: {warning}")
+            say(f"{model}: {warning}")
 
-        def record(made):
-            found = {p.name: transfer.record_of(p, None) for p in sorted(made.iterdir())}
-            origin = {"url": options.model, "revision": revision, "commit": repository.commit}
+        def record(made: Path) -> None:
+            found = {path.name: manifest.record_of(path, None) for path in sorted(made.iterdir())}
+            origin = {"url": model, "revision": revision, "commit": repository.commit}
             manifest.write(made, {**origin, "opened": True, "files": found})
 
-        formats.convert(source, folder, finish=record)
+        convert(source, folder, finish=record)
         shutil.rmtree(hidden, ignore_errors=True)
-    say_complete(folder, options)
+    return folder

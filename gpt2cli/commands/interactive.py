@@ -1,17 +1,33 @@
-"""gpt2cli interactive: type a prompt, watch it go on."""
+"""gpt2cli interactive: type a prompt and watch its continuation."""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2cli import flags
+from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.options import CheckpointOptions, GenerateOptions, new_seed
-from gpt2cli.storage import folders
-from gpt2cli.text import encoder
+
+if TYPE_CHECKING:
+    from gpt2cli.inference.generator import LanguageModel
+
+COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
+HISTORY = Path("~/.gpt2cli_history")
+HELP = '''\
+Type a prompt and press Enter. Put a prompt of several lines between two lines of """.
+  /set NAME VALUE   change a setting: /set temperature 0.7
+  /set NAME         reset a setting to its default
+  /show             show the settings
+  /help             show this text
+  /quit             leave, as Ctrl-D does; Ctrl-C only stops the current sample'''
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,87 +49,85 @@ class InteractiveOptions(GenerateOptions, CheckpointOptions):
             raise UsageError("--nsamples must be at least 1 here, got 0")
 
 
-COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
-HISTORY = Path("~/.gpt2cli_history")
-HELP = '''\
-Type a prompt and press Enter. A prompt of several lines stands between two lines of """.
-  /set NAME VALUE   change a setting for what follows: /set temperature 0.7
-  /set NAME         back to its default
-  /show             the settings
-  /help             this text
-  /quit             leave, as Ctrl-D does; Ctrl-C stops a sample that is being written'''
+def run(options: InteractiveOptions) -> None:
+    """Read prompts until the input ends, and continue each before the next is read."""
+    from gpt2cli.storage import folders
+    from gpt2cli.text import encoder
 
+    folder = folders.open_source(options)
+    vocabulary = encoder.of_model(folder)
+    if vocabulary is None:
+        raise UserError(f"{folder.path} has no vocabulary, so it cannot continue typed text")
 
-def run(config):
-    """Read prompts until the input ends; each is continued before the next is read."""
-    prefix = folders.source_checkpoint(config)
-    if not encoder.exists(prefix.parent):
-        raise UserError(f"{prefix.parent} has no vocabulary, so there is nothing to type")
+    from gpt2cli import tensorflow  # only when the checks have passed
+    from gpt2cli.inference import generator
 
-    from gpt2cli import tensorflow as engine  # what can be refused was refused before this import
-    from gpt2cli.inference import generator as inference
-
-    engine.keep_no_memory()
-    model = inference.load_model(prefix, config.precision)
-    _say(f"{prefix}: {engine.describe_devices(config.precision)}\n{HELP}")
-    if config.seed is None:
-        config = dataclasses.replace(config, seed=new_seed())
-        _say(f"seed {config.seed}")
+    tensorflow.keep_no_memory()
+    model = generator.load_model(folder, options.precision, vocabulary)
+    say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}\n{HELP}")
+    if options.seed is None:
+        options = dataclasses.replace(options, seed=new_seed())
+        say(f"seed {options.seed}")
     index = 0
     with _line_editing():
         for text, is_line in _inputs():
             if is_line and text.split()[0] in COMMANDS:
                 if text.split()[0] == "/quit":
                     return
-                config = _obey(text, config)
+                options = _obey(text, options)
                 continue
             try:
-                for number, pieces in enumerate(_continuations(model, text, config, index)):
-                    _show(text, pieces, config, number)
+                for number, pieces in enumerate(_continuations(model, text, options, index)):
+                    _show(text, pieces, options, number)
                     index += 1
             except KeyboardInterrupt:
                 print(flush=True)
-                _say("stopped")
+                say("stopped")
                 index += 1
             except UserError as error:
-                _say(f"gpt2cli: {error}")
+                say(f"gpt2cli: {error}")
 
 
-def _continuations(model, prompt, config, index):
-    """Of each sample the pieces of its text, as they are generated; all at once with beams."""
-    if config.beams > 1:
-        without_prompt = dataclasses.replace(config, include_prefix=False)
-        yield from ([sample.text] for sample in model.samples([prompt], without_prompt, index))
+def _continuations(
+    model: LanguageModel, prompt: str, options: InteractiveOptions, index: int
+) -> Iterator[Iterator[str]]:
+    """Yield the text of each sample in pieces: streamed, or with beams in one piece."""
+    if options.beams > 1:
+        without_prompt = dataclasses.replace(options, include_prefix=False)
+        for sample in model.samples([prompt], without_prompt, index):
+            yield iter([sample.text])
         return
-    for number in range(config.nsamples):
-        yield model.stream(prompt, config, index + number)
+    for number in range(options.nsamples):
+        stream = model.stream(prompt, options, index + number)
+        yield (piece for piece in stream if isinstance(piece, str))  # last comes the Sample
 
 
-def _show(prompt, pieces, config, number):
-    """Print one continuation as it is generated."""
-    if config.nsamples > 1:
+def _show(prompt: str, pieces: Iterator[str], options: InteractiveOptions, number: int) -> None:
+    """Print one continuation while it is generated."""
+    if options.nsamples > 1:
         print(f"{'=' * 40} SAMPLE {number + 1} {'=' * 40}")
-    if config.include_prefix:
+    if options.include_prefix:
         print(prompt, end="")
     for piece in pieces:
-        if isinstance(piece, str):
-            print(piece, end="", flush=True)
+        print(piece, end="", flush=True)
     print(flush=True)
 
 
-def _inputs():
-    """(prompt, False) or (line, True) as they are typed; Ctrl-C forgets the line."""
-    block = None
+def _inputs() -> Iterator[tuple[str, bool]]:
+    '''Yield each line with True, and each text between two lines of """ with False.'''
+    block: list[str] | None = None
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
+        mark = ">>> " if block is None else "... "
         try:
-            line = _read_line("... " if block is not None else ">>> ")
+            line = input(mark if is_terminal else "")
         except EOFError:
             if block:
                 yield "\n".join(block), False
             return
         except KeyboardInterrupt:
             block = None
-            _say("\n(Ctrl-D or /quit leaves)")
+            say("\n(Ctrl-D or /quit leaves)")
             continue
         if line.strip() == '"""':
             if block:
@@ -125,54 +139,51 @@ def _inputs():
             yield line, True
 
 
-def _read_line(mark):
-    """A line, with a mark before it and line editing on a terminal."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(mark)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
-
-
-def _obey(text, config):
-    """Carry out a line that begins with /; returns the settings to go on with."""
+def _obey(text: str, options: InteractiveOptions) -> InteractiveOptions:
+    """Carry out a line that begins with /, and return the settings for the next prompts."""
     command, _, rest = text.partition(" ")
     fields = flags.fields_of(GenerateOptions)
     if command == "/set":
-        name, value = (*re.split(r"[ =]+", rest.strip(), maxsplit=1), "")[:2]
-        name = name.removeprefix("--").replace("-", "_")
-        if name not in fields:
-            _say(f"no setting {name!r}; there are {', '.join(fields)}")
-            return config
-        try:
-            hint, default, _ = fields[name]
-            parsed = flags.parse_value(hint, value.strip()) if value.strip() else default
-            return dataclasses.replace(config, **{name: parsed})
-        except (UserError, ValueError) as error:
-            wanted = flags.describe_type(fields[name][0])
-            _say(str(error) if isinstance(error, UserError) else f"--{name} takes {wanted}")
-    elif command == "/show":
-        values = {name: getattr(config, name) for name in fields}
-        unset = (None, ())
-        _say("\n".join(f"{n} = {'default' if v in unset else v}" for n, v in values.items()))
+        return _set(rest.strip(), options)
+    if command == "/show":
+        values = {name: getattr(options, name) for name in fields}
+        say("\n".join(f"{n} = {'default' if v in (None, ()) else v}" for n, v in values.items()))
     else:
-        _say(HELP)
-    return config
+        say(HELP)
+    return options
+
+
+def _set(words: str, options: InteractiveOptions) -> InteractiveOptions:
+    """Return the settings with one changed by `NAME VALUE`, or reset by `NAME`."""
+    fields = flags.fields_of(GenerateOptions)
+    name, _, value = re.sub(r"[ =]+", " ", words, count=1).partition(" ")
+    name = name.removeprefix("--").replace("-", "_")
+    if name not in fields:
+        say(f"unknown setting {name!r}; the settings are {', '.join(fields)}")
+        return options
+    hint, default, _ = fields[name]
+    try:
+        parsed = flags.parse_value(hint, value.strip()) if value.strip() else default
+        return dataclasses.replace(options, **{name: parsed})
+    except UserError as error:
+        say(str(error))
+    except ValueError:
+        say(f"--{name} takes {flags.describe_type(hint)}")
+    return options
 
 
 @contextlib.contextmanager
-def _line_editing():
-    """Line editing and a history that outlives the session, where Python has readline."""
+def _line_editing() -> Iterator[None]:
+    """On a terminal, edit lines and keep their history, if Python was built with readline."""
     try:
         import readline
     except ImportError:
         yield
         return
-    path = HISTORY.expanduser()
     if not sys.stdin.isatty():
         yield
         return
+    path = HISTORY.expanduser()
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(1000)
@@ -181,7 +192,3 @@ def _line_editing():
     finally:
         with contextlib.suppress(OSError):
             readline.write_history_file(path)
-
-
-def _say(text):
-    print(text, file=sys.stderr, flush=True)

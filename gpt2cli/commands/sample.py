@@ -1,20 +1,29 @@
-"""gpt2cli sample: a prompt in, text out."""
+"""gpt2cli sample: prompts in, text out."""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
-import re
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from gpt2cli import files
+from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
-from gpt2cli.jobs import job as answers
-from gpt2cli.jobs.shards import shard_of_job
+from gpt2cli.jobs.shards import check as check_shard
 from gpt2cli.options import CheckpointOptions, GenerateOptions, new_seed
-from gpt2cli.storage import folders
+
+if TYPE_CHECKING:
+    from gpt2cli.inference.generator import LanguageModel
+    from gpt2cli.inference.text import Sample
+    from gpt2cli.jobs.prompts import Prompt
+    from gpt2cli.storage.folders import ModelFolder
+
+    Encoded = tuple[Prompt, list[int]]  # a prompt and its ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,148 +81,159 @@ class SampleOptions(GenerateOptions, CheckpointOptions):
     shard: str | None = None
     processes: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_source()
-        if self.prefix is not None:
-            if self.prompt is not None:
-                raise UsageError("--prefix is the same as --prompt: give one of them")
-            object.__setattr__(self, "prompt", self.prefix)
-            object.__setattr__(self, "prefix", None)
+        if self.prefix is not None and self.prompt is not None:
+            raise UsageError("--prefix is the same as --prompt: give only one of them")
         if self.processes < 0:
             raise UsageError(f"--processes must be at least 0, got {self.processes}")
         if self.processes > 1 and not (self.is_job() and self.prompts):
-            raise UsageError(
-                "--processes shares --prompts FILE; it needs --format jsonl --out FILE"
-            )
+            raise UsageError("--processes needs --prompts FILE --format jsonl --out FILE")
         if self.nfiles < 1:
             raise UsageError(f"--nfiles must be at least 1, got {self.nfiles}")
         if self.nfiles > 1 and (self.out is None or not self.nsamples):
             raise UsageError("--nfiles needs --out FILE, and --nsamples above 0")
         if self.nfiles > 1 and (self.beams > 1 or self.temperature == 0):
-            raise UsageError("--nfiles with --beams or --temperature 0 would write equal files")
+            raise UsageError("--nfiles with --beams or --temperature 0 would write identical files")
         if self.delimiter is not None and self.format == "jsonl":
-            raise UsageError("--delimiter is for --format text; a line of jsonl is one sample")
+            raise UsageError("--delimiter needs --format text; in jsonl each line is one sample")
         if self.shard is not None:
-            object.__setattr__(self, "shard", shard_of_job(self.shard, os.environ))
-        self.shard_of()
-        if self.shard is None and "{shard}" in (self.out or ""):
+            check_shard(self.shard)
+            if self.prompts is None or not self.nsamples:
+                raise UsageError("--shard needs --prompts FILE, and --nsamples above 0")
+        elif "{shard}" in (self.out or ""):
             raise UsageError("{shard} in --out stands for --shard, which is not given")
-        if self.shard is not None and self.out is not None:
-            named = self.out.replace("{shard}", self.shard.replace("/", "-of-"))
-            object.__setattr__(self, "out", named)
-        given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
+        names = ("prompt", "prefix", "prompt_file", "prompts")
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise UsageError("give one of " + " and ".join(f"--{name}" for name in given))
+            raise UsageError("give only one of " + " and ".join(f"--{name}" for name in given))
 
-    def is_job(self):
-        """Whether lines are gathered in --out, which may be stopped and gone on with."""
+    def is_job(self) -> bool:
+        """Whether --out is written line by line, so that a stopped command can be resumed."""
         return self.out is not None and self.format == "jsonl" and self.nfiles == 1 <= self.nsamples
 
-    def shard_of(self):
-        """(part, parts) of --shard, the first part being 0; (0, 1) without it."""
-        if self.shard is None:
-            return 0, 1
-        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard, re.ASCII)
-        if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--shard takes PART/PARTS such as 3/8, not {self.shard!r}")
-        if self.prompts is None or not self.nsamples:
-            raise UsageError("--shard takes a part of --prompts FILE, with --nsamples above 0")
-        return int(match[1]) - 1, int(match[2])
 
+def run(options: SampleOptions) -> None:
+    """Print the samples, or write them to --out or to the --nfiles files.
 
-def run(config):
-    """Write the samples to standard output, and with --run_name into samples/RUN_NAME/ as well.
-
-    With --out into that file, or into --nfiles of them, and nowhere else; as jsonl a file that is
-    gone on with where it was left, see answers.py.
+    With --run_name and without --out they are also saved in samples/RUN_NAME/. With --format jsonl
+    and one --out file, an earlier command that was stopped is resumed.
     """
-    prefix = folders.source_checkpoint(config)
-    folders.read_config(prefix.parent)
-    prompts = answers.read_prompts(config)
-    for path in out_paths(config):
+    from gpt2cli.jobs import job, prompts
+    from gpt2cli.storage import folders
+    from gpt2cli.text import encoder
+
+    options = resolved(options, os.environ)
+    folder = folders.open_source(options)
+    texts = prompts.read(options.prompt, options.prompt_file, options.prompts)
+    for path in out_paths(options):
         if path.is_dir():
             raise UserError(f"{path} is a folder; --out takes the name of a file")
-    if config.is_job():
-        answers.run_job(config, prefix, prompts)
+    if options.is_job():
+        job.run(options, folder, texts)
         return
-    model = _load(config, prefix, prompts)
-    if config.seed is None:
-        config = dataclasses.replace(config, seed=new_seed())
-        print(f"seed {config.seed}", file=sys.stderr)
-    if config.out is None:
-        path = free_path(config, prefix) if config.run_name is not None else None
-        _write(_samples(model, config, prompts), config, path)
-    for number, path in enumerate(out_paths(config)):
-        first = number * config.nsamples * len(prompts)
-        _write(_samples(model, config, prompts, first), config, path)
+    vocabulary = encoder.of_model(folder)
+
+    from gpt2cli import tensorflow  # only when the checks have passed
+    from gpt2cli.inference import generator
+
+    tensorflow.keep_no_memory()
+    model = generator.load_model(folder, options.precision, vocabulary)
+    say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}")
+    encoded = _encode(model, texts)
+    if options.seed is None:
+        options = dataclasses.replace(options, seed=new_seed())
+        say(f"seed {options.seed}")
+    if options.out is None:
+        copy = None
+        if options.run_name is not None:
+            copy = free_path(Path(options.sample_dir, options.run_name), options, folder)
+        _write(_samples(model, options, encoded), options, copy)
+    for number, path in enumerate(out_paths(options)):
+        first = number * options.nsamples * len(encoded)
+        _write(_samples(model, options, encoded, first), options, path)
 
 
-def _load(config, prefix, prompts):
-    """The model; what is not as the user may think is said."""
-    from gpt2cli import tensorflow as engine  # what can be refused was refused before this import
-    from gpt2cli.inference import generator as inference
+def resolved(options: SampleOptions, environment: Mapping[str, str]) -> SampleOptions:
+    """Return the options with --prefix as --prompt, and `auto` and {shard} replaced."""
+    from gpt2cli.jobs import shards
 
-    engine.keep_no_memory()
-    model = inference.load_model(prefix, config.precision)
-    print(f"{prefix}: {engine.describe_devices(config.precision)}", file=sys.stderr)
-    for number, prompt in enumerate(prompts, 1):
-        length, n_ctx = len(model.check_prompt(prompt)), model.config.n_ctx
-        if length > n_ctx:
-            print(
-                f"prompt {number} has {length} tokens; the model sees the last {n_ctx} of them",
-                file=sys.stderr,
-            )
-    return model
+    if options.prefix is not None:
+        options = dataclasses.replace(options, prompt=options.prefix, prefix=None)
+    if options.shard is None:
+        return options
+    shard = shards.resolve(options.shard, environment)
+    out = options.out and options.out.replace("{shard}", shard.replace("/", "-of-"))
+    return dataclasses.replace(options, shard=shard, out=out)
 
 
-def _samples(model, config, prompts, first=0):
-    """The Samples of this --shard of the prompts, numbered as without one."""
-    if not config.nsamples:
-        return model.samples(prompts, config, first)
-    mine = answers.of_shard(config, prompts)
-    return model.answers(((first + i, prompt, None) for i, prompt in mine), config)
+def _encode(model: LanguageModel, texts: list[Prompt]) -> list[Encoded]:
+    """Encode the prompts; report each that is longer than the model's window."""
+    encoded = [(prompt, model.check_prompt(prompt)) for prompt in texts]
+    n_ctx = model.config.n_ctx
+    for number, (_, ids) in enumerate(encoded, 1):
+        if len(ids) > n_ctx:
+            cut = f"prompt {number} has {len(ids)} tokens; the model sees only the last {n_ctx}"
+            say(cut)
+    return encoded
 
 
-def out_paths(config):
-    """The files that --out and --nfiles name: NAME-1.txt, ... for NAME.txt, if more than one."""
-    if config.out is None:
+def _samples(
+    model: LanguageModel, options: SampleOptions, encoded: list[Encoded], first: int = 0
+) -> Iterator[Sample]:
+    """Generate the samples of this --shard, numbered as without --shard, from `first` on."""
+    from gpt2cli.jobs import job
+
+    numbered: Iterable[tuple[int, Encoded]]
+    if options.nsamples:
+        step = options.nsamples if options.beams > 1 else 1  # one search gives all of a prompt
+        numbered = job.samples_of(options, encoded)[::step]
+    else:
+        numbered = enumerate(itertools.cycle(encoded))
+    return model.answers(((first + i, *item) for i, item in numbered), options)
+
+
+def out_paths(options: SampleOptions) -> list[Path]:
+    """Return the files to write: NAME.txt, or NAME-1.txt, ... with --nfiles above 1."""
+    if options.out is None:
         return []
-    path = Path(config.out)
-    if config.nfiles == 1:
+    path = Path(options.out)
+    if options.nfiles == 1:
         return [path]
-    return [path.with_name(f"{path.stem}-{n + 1}{path.suffix}") for n in range(config.nfiles)]
+    return [path.with_name(f"{path.stem}-{n + 1}{path.suffix}") for n in range(options.nfiles)]
 
 
-def _write(samples, config, path):
-    """Write samples to a file, if there is a path, and to standard output, if there is no --out."""
-    ended = None
+def _write(samples: Iterator[Sample], options: SampleOptions, path: Path | None) -> None:
+    """Write samples to the path, if there is one, and without --out to standard output."""
+    from gpt2cli import files
+
+    stopped = None
     with contextlib.ExitStack() as stack:
-        outputs = [] if config.out is not None else [sys.stdout]
+        outputs = [] if options.out is not None else [sys.stdout]
         if path is not None:
             file = files.replacing(path, "w", encoding="utf-8", errors="replace")
             outputs.insert(0, stack.enter_context(file))
         try:
             for sample in samples:
                 for output in outputs:
-                    print(sample.show(config.format, config.delimiter), file=output, flush=True)
+                    print(sample.show(options.format, options.delimiter), file=output, flush=True)
         except (KeyboardInterrupt, SystemExit, BrokenPipeError) as stop:
-            if config.nsamples:
+            if options.nsamples:
                 raise
-            ended = stop  # an endless run is always ended so, and keeps its samples
+            stopped = stop  # the usual end of an endless run, which keeps its samples
     if path is not None:
-        print(f"{'also in' if config.out is None else 'wrote'} {path}", file=sys.stderr)
-    if ended:
-        raise ended
+        say(f"{'also in' if options.out is None else 'wrote'} {path}")
+    if stopped:
+        raise stopped
 
 
-def free_path(config, prefix):
-    """A file in samples/RUN_NAME/ that does not exist yet, named after checkpoint and seed."""
-    folder = Path(config.sample_dir) / config.run_name
-    ending = "jsonl" if config.format == "jsonl" else "txt"
-    step = prefix.name.removeprefix("model-")
-    for again in ("", *(f"-{n}" for n in range(2, 10**6))):
-        path = folder / f"sample-{step}-seed{config.seed}{again}.{ending}"
-        if not path.exists():
-            return path
-    raise UserError(f"{folder} is full of samples of this seed; choose another --seed")
+def free_path(folder: Path, options: SampleOptions, model_folder: ModelFolder) -> Path:
+    """Return an unused path in samples/RUN_NAME/, named after the checkpoint and the seed."""
+    ending = "jsonl" if options.format == "jsonl" else "txt"
+    assert model_folder.checkpoint is not None
+    step = model_folder.checkpoint.name.removeprefix("model-")
+    name = f"sample-{step}-seed{options.seed}"
+    suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    paths = (folder / f"{name}{suffix}.{ending}" for suffix in suffixes)
+    return next(path for path in paths if not path.exists())

@@ -1,294 +1,227 @@
-"""A job of prompts: what --prompts names, answered into --out as lines of JSON.
+"""A job: answer --prompts into --out, one line of JSON per sample, by one process or several."""
 
-By one process or by several, each of which has a shard; jobs.py knows the file, processes.py how
-they are started.
-"""
+from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import heapq
 import itertools
 import json
 import os
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from gpt2cli import files
+from gpt2cli.console import progress, say
 from gpt2cli.errors import UsageError, UserError
-from gpt2cli.jobs import lines as jobs
-from gpt2cli.jobs import workers as processes
+from gpt2cli.jobs import lines as lines_file
+from gpt2cli.jobs import shards, workers
+from gpt2cli.jobs.lines import Lines
+from gpt2cli.jobs.prompts import Prompt
 from gpt2cli.options import new_seed
+from gpt2cli.storage.folders import ModelFolder
 
+if TYPE_CHECKING:
+    from gpt2cli.commands.sample import SampleOptions
+    from gpt2cli.inference.generator import LanguageModel
 
-def read_prompts(config):
-    """The prompts that the flags name: texts, lists of ids, or [None] for text from nothing."""
-    if config.prompts is not None:
-        return list(_prompts_in(Path(config.prompts)))
-    if config.prompt_file is not None:
-        return [_without_newline(files.read_text(config.prompt_file))]
-    if config.prompt == "-":
-        try:
-            return [_without_newline(sys.stdin.buffer.read().decode("utf-8"))]
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8 text: byte {error.start}") from None
-    return [config.prompt]
+Item = TypeVar("Item")
+Samples = list[tuple[int, Prompt]]  # the "index" and the prompt of each
 
-
-def _without_newline(text):
-    """The final newline belongs to the file or to `echo`, not to the prompt."""
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def _prompts_in(path):
-    """The prompts of a file, one a line; blank lines are none."""
-    lines = files.read_text(path).removeprefix("\ufeff").split("\n")
-    lines = [(n, line.removesuffix("\r")) for n, line in enumerate(lines, 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{path} holds no prompt; write one a line")
-    for number, line in lines:
-        if path.suffix.lower() != ".jsonl":
-            yield line
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}") from None
-        if isinstance(value, dict):
-            value = value.get("prompt", value.get("tokens"))
-        ids = isinstance(value, list) and value and all(type(item) is int for item in value)
-        if not (isinstance(value, str) or ids):
-            raise UserError(
-                f"{path} line {number} must be a text, a list of token ids, or an object with "
-                '"prompt" or "tokens"'
-            )
-        yield value
-
-
-def of_shard(config, prompts):
-    """(index, prompt) of each sample of this --shard, or with --beams of the first of a prompt."""
-    part, parts = config.shard_of()
-    repeated = 1 if config.beams > 1 else config.nsamples
-    return [
-        (number * config.nsamples + i, prompt)
-        for number, prompt in enumerate(prompts)
-        if number % parts == part
-        for i in range(repeated)
-    ]
-
-
-def _indices(config, prompts):
-    """The "index" of each line of the job, in order."""
-    each = config.nsamples if config.beams > 1 else 1
-    return [index + place for index, _ in of_shard(config, prompts) for place in range(each)]
-
-
-# What has no influence on a sample; the weights are known by their checksum.
-NO_MATTER = (
+# Fields that have no influence on a sample. The checksums stand for the weights.
+IRRELEVANT = (
     *("model_name", "run_name", "models_dir", "checkpoint_dir", "sample_dir", "verbose"),
     *("prompt", "prompt_file", "prompts", "out", "nfiles", "batch_size", "delimiter", "format"),
     *("checkpoint", "processes"),
 )
 
 
-def run_job(config, prefix, prompts):
-    """Fill --out with a line of JSON for each sample; go on where an earlier command stopped.
+class Made(NamedTuple):
+    """What one command did for a job."""
+
+    tokens: int  # that it generated
+    seconds: float  # that it took
+    failures: int  # lines with an "error", in the whole job
+    found: int  # samples that earlier commands left
+
+
+def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) -> None:
+    """Write a line of JSON for each sample to --out; resume if an earlier command was stopped.
 
     Raises:
-        BusyError: another process fills it.
+        BusyError: another process writes it.
         UsageError: several processes cannot read --prompts.
-        UserError: at the end, where a prompt has no answer; its line says why.
+        UserError: at the end, if a prompt has no answer; its line holds the reason.
     """
-    if config.processes > 1 and _read_once(config):
-        raise UsageError(
-            f"each of --processes reads --prompts again, and {config.prompts} can be read once. "
-            "Write the prompts into a file"
-        )
-    job = {k: v for k, v in dataclasses.asdict(config).items() if k not in NO_MATTER}
-    job["stop"] = list(config.stop)  # as JSON gives it back
-    asked = json.dumps(prompts).encode("ascii")
-    job["prompts"] = hashlib.sha256(asked).hexdigest()
-    job["weights"] = files.digest(f"{prefix}.index")  # which has the checksum of each of them
-    with jobs.gathered(config.out, job, {"seed": new_seed()}) as lines:
-        config = dataclasses.replace(config, seed=lines.job["seed"])
-        if _count(lines, config, prompts) > 1:
-            summary, failures = _share(lines, config, prefix, prompts)
+    assert options.out is not None  # it is a job
+    samples = samples_of(options, prompts)
+    number = len({index // options.nsamples for index, _ in samples})
+    count = _count_processes(options, number)
+    parts = [Path(f"{options.out}.{k}-of-{count}") for k in range(1, count + 1) if count > 1]
+    job = {k: v for k, v in dataclasses.asdict(options).items() if k not in IRRELEVANT}
+    job["stop"] = list(options.stop)  # JSON has no tuples
+    job["prompts"] = hashlib.sha256(json.dumps(prompts).encode("ascii")).hexdigest()
+    job["weights"] = files.digest(
+        f"{folder.checkpoint}.index"
+    )  # it holds the checksum of each tensor
+    job["processes"] = count if count > 1 else None
+    with lines_file.gathered(Path(options.out), job, new_seed(), parts) as lines:
+        options = dataclasses.replace(options, seed=lines.job["seed"])
+        if parts:
+            made = _launch(lines, parts, options, folder, samples)
         else:
-            summary, failures = _fill(lines, config, prefix, prompts)
-    if failures:
-        raise UserError(f'{summary}. The lines with "error" say why')
-    print(summary, file=sys.stderr)
+            made = _fill(lines, options, folder, samples)
+    speed = made.tokens / max(made.seconds, 1e-9)
+    by = f" by {count} processes" if parts else ""
+    earlier = f", {made.found:,} samples from an earlier run" if made.found else ""
+    summary = (
+        f"{options.out}: {number:,} prompts, {made.tokens:,} tokens, {speed:,.1f} tokens/s{by}, "
+        f"{made.failures:,} failed{earlier}"
+    )
+    if made.failures:
+        raise UserError(f'{summary}. The lines with "error" hold the reasons')
+    say(summary)
 
 
-def _fill(lines, config, prefix, prompts):
-    """Generate what is not there yet; returns what to say of it and the number of failures.
+def samples_of(options: SampleOptions, prompts: Sequence[Item]) -> list[tuple[int, Item]]:
+    """Return (index, prompt) of each sample of this --shard, in order."""
+    part, parts = shards.parse(options.shard)
+    return [
+        (number * options.nsamples + i, prompts[number])
+        for number in range(part, len(prompts), parts)
+        for i in range(options.nsamples)
+    ]
 
-    A group of prompts after another, which are batches: they are the same after a stop.
-    """
-    todo, each = of_shard(config, prompts), config.nsamples if config.beams > 1 else 1
-    size = 1 if config.beams > 1 else config.batch_size
-    indices = _indices(config, prompts)
-    there = [index for index, _ in lines.found]
-    pairs = zip(there, indices, strict=False)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    lines.keep(same if same == len(indices) else same - same % (size * each))
-    begin, tokens = len(lines.found) // each, 0
-    failures = sum(failed for _, failed in lines.found)
-    model = _load(config, prefix) if begin < len(todo) else None
-    begun = time.monotonic()
-    # disable=None: a bar on a terminal, nothing in a log file
-    with tqdm(total=len(todo), initial=begin, unit=" samples", disable=None, leave=False) as bar:
-        for start in range(begin, len(todo), size):
-            group = todo[start : start + size]
-            made = _answered(model, config, group, each, min(size, len(todo)))
+
+def _fill(lines: Lines, options: SampleOptions, folder: ModelFolder, samples: Samples) -> Made:
+    """Generate the missing samples, in the same batches whether the job was stopped or not."""
+    size = options.nsamples if options.beams > 1 else options.batch_size
+    pairs = zip(lines.found, samples, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    lines.keep(same if same == len(samples) else same - same % size)
+    begin = len(lines.found)
+    failures = sum(has_failed for _, has_failed in lines.found)
+    if begin == len(samples):
+        return Made(tokens=0, seconds=0.0, failures=failures, found=begin)
+
+    from gpt2cli import tensorflow  # only if it is needed
+    from gpt2cli.inference import generator
+
+    tensorflow.keep_no_memory()
+    model = generator.load_model(folder, options.precision)
+    tokens = 0
+    start = time.monotonic()
+    with progress(len(samples), " samples", done=begin) as bar:
+        for first in range(begin, len(samples), size):
+            batch = samples[first : first + size]
+            made = _answer(model, options, batch, width=min(size, len(samples)))
             lines.add(made)
             tokens += sum(len(line.get("tokens", ())) for line in made)
             failures += sum("error" in line for line in made)
-            bar.update(len(group))
-    return _summary(config, indices, tokens, begun, failures, len(lines.found)), failures
+            bar.update(len(batch))
+    return Made(tokens, time.monotonic() - start, failures, begin)
 
 
-def _load(config, prefix):
-    from gpt2cli import tensorflow as engine  # what can be refused was refused before this import
-    from gpt2cli.inference import generator as inference
-
-    engine.keep_no_memory()
-    return inference.load_model(prefix, config.precision)
-
-
-def _summary(config, indices, tokens, begun, failures, there, by=""):
-    speed = tokens / max(time.monotonic() - begun, 1e-9)
-    count = len({index // config.nsamples for index in indices})
-    earlier = f", {there:,} samples were there" if there else ""
-    return (
-        f"{config.out}: {count:,} prompts, {tokens:,} tokens, {speed:,.1f} tokens/s{by}, "
-        f"{failures:,} failures{earlier}"
-    )
-
-
-def _read_once(config):
-    """Whether --prompts is a pipe, or what a process that is started finds in another place."""
-    path = config.prompts or ""
-    return path.startswith(("/dev/", "/proc/")) or not os.path.isfile(path)
-
-
-def _count(lines, config, prompts):
-    """How many processes answer: as many as began the job, or else as its flags ask for."""
-    indices = _indices(config, prompts)
-    number = len({index // config.nsamples for index in indices})
-    if [index for index, _ in lines.found] == indices:
-        return 1  # all is there
-    if not lines.has_parts() and not lines.found:
-        count = max(_processes(config, number), 1)
-        lines.share(count)
-        return count
-    count = len(lines.parts) if lines.has_parts() else 1
-    if count > 1 and _read_once(config):
-        raise UserError(
-            f"{config.out} was begun by {count} processes, which read --prompts again, and "
-            f"{config.prompts} can be read once. Write the prompts into a file"
-        )
-    if config.processes and min(config.processes, number) != count:
-        began = f"{count} processes, which go" if count > 1 else "one process, which goes"
-        print(f"{config.out} was begun by {began} on, whatever --processes says", file=sys.stderr)
-    return count
-
-
-def _processes(config, number):
-    """How many processes are to share so many prompts; where not one a GPU, it is said."""
-    if config.processes:
-        return min(config.processes, number)
-    count = min(len(_gpus(config)), number)
-    if count > 1:
-        reason = None
-        if _read_once(config):
-            reason = f"{config.prompts} can be read once"
-        elif (usable := processes.usable_gpus()) < len(_gpus(config)):
-            reason = (
-                f"of {len(_gpus(config))} GPUs TensorFlow can use {usable}; "
-                "gpt2cli doctor says more"
-            )
-        if reason:
-            print(f"{config.out}: one process, not {count}: {reason}", file=sys.stderr)
-            return 1
-    return count
-
-
-def _gpus(config):
-    return processes.gpus() if config.precision != "int8" else []
-
-
-def _share(lines, config, prefix, prompts):
-    """As `_fill`, by processes that answer a shard each; their files are joined in order."""
-    begun, count = time.monotonic(), len(lines.parts)
-    there = [len(line.get("tokens", ())) for line in lines.in_parts()]
-    _answer_parts(lines.parts, config, prefix)
-    tokens, failures = -sum(there), 0
-    indices, joined = _indices(config, prompts), []
-    for line in lines.join():
-        joined.append(line["index"])
-        tokens += len(line.get("tokens", ()))
-        failures += "error" in line
-    if joined != indices:
-        lines.keep(0)
-        raise UserError(
-            f"{config.out}.*-of-{count} are not the answers to {config.prompts}, which changed "
-            "meanwhile. Remove them, and give the same command again"
-        )
-    by = f" by {count} processes"
-    return _summary(config, indices, tokens, begun, failures, len(there), by), failures
-
-
-def _answer_parts(paths, config, prefix):
-    """Have each part that is not finished answered by a process of its own."""
-    (shard, shards), count = config.shard_of(), len(paths)
-    left = [k for k, path in enumerate(paths) if not path.is_file()]
-    if not left:
-        return
-    configs = [
-        dataclasses.replace(
-            # every count-th prompt of this shard is a shard of all prompts too
-            config,
-            shard=f"{shard + 1 + shards * k}/{shards * count}",
-            out=str(paths[k]),
-            processes=1,
-            checkpoint=prefix.name,  # the run may save another one meanwhile
-        )
-        for k in left
-    ]
-    some = f"one process for each of {len(left)} parts that are left of {count}"
-    told = f"{count} processes" if len(left) == count else some
-    names = ", ".join(_gpus(config)) or "none"
-    print(f"{config.out}: {told}; GPUs for them: {names}", file=sys.stderr)
-    failed = []
-
-    def tell(number, how, said):
-        k = left[number]
-        if not paths[k].is_file():  # status 1 alone may be prompts without an answer
-            failed.append(k)
-            print(
-                f"{config.out}: process {k + 1} of {count} ended {how}: {said or 'no word'}",
-                file=sys.stderr,
-            )
-
-    processes.run("sample", configs, tell)
-    if failed:
-        raise UserError(
-            f"{config.out}: {len(failed)} of {count} processes failed, see above; what the others "
-            "wrote is kept. The same command goes on where they stopped"
-        )
-
-
-def _answered(model, config, group, each, width):
-    """The lines of a group of (index, prompt), in order."""
-    good, made = [], {}
-    for index, prompt in group:
+def _answer(
+    model: LanguageModel, options: SampleOptions, batch: Samples, width: int
+) -> list[dict[str, Any]]:
+    """Return the lines of a batch, in order."""
+    good = []
+    made = {}
+    for index, prompt in batch:
         try:
             good.append((index, prompt, model.check_prompt(prompt)))
         except UserError as error:
-            wrong = {"prompt": prompt, "error": str(error)}
-            made |= {i: {"index": i, **wrong} for i in range(index, index + each)}
-    for sample in model.answers(good, config, width=width):
+            made[index] = {"index": index, "prompt": prompt, "error": str(error)}
+    if options.beams > 1:
+        good = good[:1]  # one search gives all samples of a prompt
+    for sample in model.answers(good, options, width=width):
         made[sample.index] = sample.as_json()
     return [made[index] for index in sorted(made)]
+
+
+def _count_processes(options: SampleOptions, number: int) -> int:
+    """Return how many processes share `number` prompts; print why if GPUs stay unused."""
+    path = options.prompts or ""
+    # a child process finds something else in a pipe or in /dev/stdin
+    can_reread = os.path.isfile(path) and not path.startswith(("/dev/", "/proc/"))
+    gpus = _gpus(options)
+    count = min(options.processes or len(gpus), number)
+    if options.processes > 1 and not can_reread:
+        raise UsageError(
+            f"{path} can be read only once, but each of the --processes reads it. "
+            "Write the prompts to a file"
+        )
+    if count < 2 or options.processes:
+        return max(count, 1)
+    if not can_reread:
+        reason = f"{path} can be read only once"
+    elif (usable := workers.usable_gpus()) < len(gpus):
+        reason = f"TensorFlow can use {usable} of {len(gpus)} GPUs; run gpt2cli doctor"
+    else:
+        return count
+    say(f"{options.out}: one process instead of {count}: {reason}")
+    return 1
+
+
+def _gpus(options: SampleOptions) -> list[str]:
+    return workers.gpus() if options.precision != "int8" else []  # int8 runs on the CPU
+
+
+def _launch(
+    lines: Lines, parts: list[Path], options: SampleOptions, folder: ModelFolder, samples: Samples
+) -> Made:
+    """Have each part answered by a process of its own, then merge the parts by "index"."""
+    found = [len(line.get("tokens", ())) for part in parts for line in lines_file.read(part)]
+    start = time.monotonic()
+    _answer_parts(parts, options, folder)
+    tokens = -sum(found)
+    failures = 0
+    lines.keep(0)  # of a merge that was interrupted
+    merged = heapq.merge(*map(lines_file.read, parts), key=lambda line: line.get("index", -1))
+    for line, sample in itertools.zip_longest(merged, samples):
+        answered = line and (line.get("index"), line.get("prompt"))
+        if lines_file.encoded(answered) != lines_file.encoded(sample):
+            raise UserError(
+                f"{options.prompts} was changed while {parts[0]} to {parts[-1]} were written. "
+                f"Delete {options.out}.part.json to start from scratch"
+            )
+        lines.add([line])
+        tokens += len(line.get("tokens", ()))
+        failures += "error" in line
+    return Made(tokens, time.monotonic() - start, failures, len(found))
+
+
+def _answer_parts(parts: list[Path], options: SampleOptions, folder: ModelFolder) -> None:
+    """Run `sample --shard` for each part that is not finished; UserError if one fails."""
+    assert folder.checkpoint is not None
+    part, of = shards.parse(options.shard)
+    commands = {
+        path: dataclasses.replace(
+            options,
+            shard=f"{part + 1 + of * k}/{of * len(parts)}",  # a shard of this shard
+            out=str(path),
+            processes=1,
+            checkpoint=folder.checkpoint.name,  # a training run may save a newer one meanwhile
+        )
+        for k, path in enumerate(parts)
+        if not path.is_file()
+    }
+    if commands:
+        gpus = ", ".join(_gpus(options)) or "none"
+        todo = f"{len(commands)} of {len(parts)} parts to do, one process each; GPUs: {gpus}"
+        say(f"{options.out}: {todo}")
+    failed = 0
+    with contextlib.closing(workers.run("sample", commands)) as ended:
+        for path, how, message in ended:
+            if not path.is_file():  # with a file, status 1 means that some prompts failed
+                failed += 1
+                say(f"{path}: its process ended {how}: {message or '-'}")
+    if failed:
+        raise UserError(
+            f"{options.out}: {failed} of {len(parts)} processes failed, see above. All answers are "
+            "kept; rerun the same command to resume"
+        )

@@ -1,69 +1,53 @@
-"""Which part of the prompts this process answers."""
+"""The value of --shard: which share of the prompts one command answers."""
 
 import re
+from collections.abc import Mapping
 
 from gpt2cli.errors import UsageError
 
+# Environment variable with the number of this part -> how to number the parts from 0.
+SCHEDULERS = {
+    "SLURM_ARRAY_TASK_ID": "Submit the array with --array=0-{last}",
+    "JOB_COMPLETION_INDEX": "Give the Kubernetes Job completions: {parts}",
+}
 
-def shard_of_job(shard, environment):
-    """A --shard with `auto` in it as PART/PARTS; any other as it is.
 
-    An element's number is its part, counted from 0: those of an array that are done again alone
-    answer what they did before.
+def check(shard: str) -> None:
+    """Raise UsageError unless the text is PART/PARTS or auto/PARTS."""
+    if shard == "auto":
+        raise UsageError("--shard auto needs the number of parts: write auto/N, such as auto/8")
+    match = re.fullmatch(r"(auto|\d{1,9})/(\d{1,9})", shard, re.ASCII)
+    if not match or not 1 <= int(match[1].replace("auto", "1")) <= int(match[2]):
+        raise UsageError(f"--shard takes PART/PARTS such as 3/8, or auto/8, not {shard!r}")
 
-    Args:
-        environment: variables, of which Slurm sets SLURM_ARRAY_TASK_ID, _MIN, _MAX and _COUNT, and
-            Kubernetes, in a Job that is Indexed, JOB_COMPLETION_INDEX.
+
+def resolve(shard: str, environment: Mapping[str, str]) -> str:
+    """Replace `auto` with the part that Slurm or Kubernetes assigned to this process.
+
+    They count from 0. Their numbers are used as they are, so an element of an array that is
+    submitted again alone answers the same prompts.
 
     Raises:
-        UsageError: it does not follow from them which part this is.
+        UsageError: no variable is set, or its value is not the number of a part.
     """
-    match = re.fullmatch(r"auto(?:/(\d{1,9}))?", shard, re.ASCII)
-    if not match:
+    word, _, parts = shard.partition("/")
+    if word != "auto":
         return shard
-    parts = match[1] and int(match[1])
-
-    def number(name):
-        text = environment.get(name)
-        if text is None or not re.fullmatch(r"\d{1,9}", text, re.ASCII):
-            raise UsageError(f"--shard {shard}: {name} is {text!r}, not a number")
-        return int(text)
-
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        name, given = "SLURM_ARRAY_TASK_ID", "--array=0-{}"
-        first, last = (environment.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX"))
-        if parts is None:
-            parts = _whole_array(shard, number)
-        elif (first, last) == ("1", str(parts)):
-            raise UsageError(
-                f"--shard {shard}: the array's elements are 1 to {last}, and parts are counted "
-                f"from 0. Submit it with --array=0-{parts - 1}"
-            )
-    elif "JOB_COMPLETION_INDEX" in environment:
-        name, given = "JOB_COMPLETION_INDEX", "completions 0 to {}"
-        if parts is None:
-            raise UsageError("--shard auto: Kubernetes does not tell how many; say --shard auto/8")
-    else:
-        raise UsageError(
-            f"--shard {shard} takes the part from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX, "
-            "and neither is set"
-        )
-    part = number(name)
-    if part >= parts > 0:
-        raise UsageError(
-            f"--shard {shard}: {name} is {part}, and {parts} parts are counted from 0. "
-            f"They are {given.format(parts - 1)}"
-        )
-    return f"{part + 1}/{parts}"
+    name = next((name for name in SCHEDULERS if name in environment), None)
+    if name is None:
+        raise UsageError(f"--shard {shard} needs {' or '.join(SCHEDULERS)}, and neither is set")
+    value = environment[name]
+    count = int(parts)
+    wrong = None if value.isdecimal() and int(value) < count else f"{name} is {value!r}"
+    if [environment.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX")] == ["1", str(count)]:
+        wrong = f"the array runs from 1 to {count}"
+    if wrong:
+        advice = SCHEDULERS[name].format(last=count - 1, parts=count)
+        raise UsageError(f"--shard {shard} counts from 0 to {count - 1}, but {wrong}. {advice}")
+    return f"{int(value) + 1}/{count}"
 
 
-def _whole_array(shard, number):
-    """The elements of Slurm's array, which must be all from 0 on; of some it would be a guess."""
-    names = [f"SLURM_ARRAY_TASK_{end}" for end in ("MIN", "MAX", "COUNT")]
-    first, last, count = map(number, names)
-    if first or count != last + 1:
-        raise UsageError(
-            f"--shard {shard}: an array of {count} elements from {first} to {last} does not tell "
-            "how many parts there are. Say so, as in --shard auto/8 with --array=0-7 or some of it"
-        )
-    return count
+def parse(shard: str | None) -> tuple[int, int]:
+    """Return (part, parts) of a text without `auto`, parts counted from 0; None is (0, 1)."""
+    part, parts = map(int, (shard or "1/1").split("/"))
+    return part - 1, parts

@@ -1,8 +1,9 @@
-"""One command as several processes, each with a GPU of its own where there are some."""
+"""Run one command as several processes, each on a GPU of its own if there are GPUs."""
 
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import re
 import signal
@@ -10,127 +11,119 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 from gpt2cli import flags
 
-GRACE = 60.0  # seconds for all processes to end when they are asked to
-LOOK = 0.1  # seconds between two looks at whether one has ended
+GRACE = 60.0  # seconds that the processes have to end after SIGTERM
+POLL = 0.1  # seconds between two checks for processes that ended
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # loaded before any fork
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-def gpus():
-    """CUDA's names of the GPUs that this process may use, without loading TensorFlow."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        named = [name.strip() for name in told.split(",")]
-        return named[: named.index("-1")] if "-1" in named else [name for name in named if name]
+def gpus() -> list[str]:
+    """Return CUDA's names of the GPUs that this process may use, without loading TensorFlow."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
     with contextlib.suppress(OSError):
         found = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
         return [str(number) for number in range(len(found))]
     return []
 
 
-def usable_gpus():
-    """How many GPUs TensorFlow can use; a process of its own loads it and says so, in seconds."""
+def usable_gpus() -> int:
+    """Return how many GPUs TensorFlow can use; loads it in another process, which takes seconds."""
     code = "from gpt2cli import tensorflow; print(len(tensorflow.GPUS))"
-    environment = {**os.environ, "PYTHONPATH": _path()}
-    words = [sys.executable, "-c", code]
-    said = subprocess.run(words, env=environment, capture_output=True, text=True).stdout.split()
-    return int(said[-1]) if said and said[-1].isdigit() else 0  # nothing: it cannot be loaded
+    environment = {**os.environ, "PYTHONPATH": _python_path()}
+    command = [sys.executable, "-c", code]
+    words = subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()
+    return int(words[-1]) if words and words[-1].isdigit() else 0  # no output: it cannot be loaded
 
 
-def words_of(config):
-    """A command's dataclass as flags of a command line: all that is not its default."""
+def words_of(options: Any) -> list[str]:
+    """Return a command's dataclass as flags, without those that have their default value."""
     words = []
-    for name, (_, default, _) in flags.fields_of(type(config)).items():
-        value = getattr(config, name)
+    for name, (_, default, _) in flags.fields_of(type(options)).items():
+        value = getattr(options, name)
         if value != default:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{flags.spelled(name)}={v}" for v in values]
     return words
 
 
-def run(command, configs, ended):
+def run(command: str, commands: Mapping[Key, Any]) -> Generator[tuple[Key, str, str]]:
     """Run a command once for each dataclass, side by side, until all have ended.
 
-    If this process is ended meanwhile, so are they, and each saves what it has.
+    If this process is stopped, SIGTERM stops the others too, and each keeps its answers.
 
-    Args:
-        ended: called as soon as one ends, with its number from 0, how it ended and what it said
-            last.
+    Yields:
+        As soon as a process ends, its key, how it ended ("by signal 9") and its last line on
+        standard error.
     """
-    names, running = gpus(), {}
+    names = itertools.cycle(gpus() or [None])
+    running: dict[Key, tuple[subprocess.Popen, IO[bytes]]] = {}
     with contextlib.ExitStack() as stack:
         try:
-            for number, config in enumerate(configs):
-                own = {"CUDA_VISIBLE_DEVICES": names[number % len(names)]} if names else {}
+            for key, options in commands.items():
                 log = stack.enter_context(tempfile.TemporaryFile())
-                running[number] = _start(command, config, own, log), log
+                running[key] = _start(command, options, next(names), log), log
             while running:
-                for number, (process, log) in list(running.items()):
+                for key, (process, output) in list(running.items()):
                     if process.poll() is not None:
-                        del running[number]
-                        ended(number, _how(process.returncode), _last_line(log))
-                time.sleep(LOOK)
+                        del running[key]
+                        status = process.returncode
+                        how = f"with status {status}" if status >= 0 else f"by signal {-status}"
+                        yield key, how, _last_line(output)
+                time.sleep(POLL)
         finally:
-            _end([process for process, _ in running.values()])
+            _stop([process for process, _ in running.values()])
 
 
-def _start(command, config, variables, log):
+def _start(command: str, options: Any, gpu: str | None, log: IO[bytes]) -> subprocess.Popen:
+    own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
     return subprocess.Popen(
-        [sys.executable, "-m", "gpt2cli", command, *words_of(config)],
-        env={**os.environ, **variables, "PYTHONPATH": _path()},
+        [sys.executable, "-m", "gpt2cli", command, *words_of(options)],
+        env={**os.environ, **own, "PYTHONPATH": _python_path()},
         stdin=subprocess.DEVNULL,
         stderr=log,
-        preexec_fn=_leash(),
+        preexec_fn=functools.partial(_end_with, PRCTL, os.getpid()) if PRCTL else None,
     )
 
 
-def _leash():
-    """What a process does before its program starts, to be ended whenever this one ends.
-
-    Even by SIGKILL. Linux alone has that, as a SIGTERM when the thread that started it is gone.
-    """
-    try:
-        prctl = ctypes.CDLL(None).prctl
-    except (OSError, AttributeError, TypeError):
-        return None
-    return functools.partial(_follow, prctl, os.getpid())
-
-
-def _follow(prctl, parent):
+def _end_with(prctl: Callable[[int, int], int], parent: int) -> None:
+    """Called in a new process: have Linux send it SIGTERM when its parent ends, however it ends."""
     prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() != parent:  # which died before it was asked for
+    if os.getppid() != parent:  # it died before the call above
         os._exit(128 + signal.SIGTERM)
 
 
-def _how(status):
-    """`with status 1`, or `by signal 9`."""
-    return f"with status {status}" if status >= 0 else f"by signal {-status}"
-
-
-def _last_line(log):
+def _last_line(log: IO[bytes]) -> str:
     log.seek(max(log.seek(0, os.SEEK_END) - 10_000, 0))
     return log.read().decode("utf-8", "replace").strip().rpartition("\n")[2][:300]
 
 
-def _end(running):
-    """Ask all to end, wait for all, and kill what is left."""
+def _stop(running: Sequence[subprocess.Popen]) -> None:
+    """Send SIGTERM to all, wait until they end, and kill those that do not."""
     for process in running:
         process.terminate()
-    until = time.monotonic() + GRACE
+    deadline = time.monotonic() + GRACE
     try:
         for process in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(until - time.monotonic(), 0))
-    finally:  # a second Ctrl-C
+                process.wait(max(deadline - time.monotonic(), 0))
+    finally:  # also after a second Ctrl-C
         for process in running:
             process.kill()
             process.wait()
 
 
-def _path():
-    """PYTHONPATH with which a process finds this package, wherever it was imported from."""
-    here = str(Path(__file__).parents[2])
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+def _python_path() -> str:
+    """Return a PYTHONPATH with which a process finds this package, wherever it lies."""
+    root = str(Path(__file__).parents[2])
+    return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,42 +1,67 @@
-"""download.json: where a model's files came from, and their checksums."""
+"""download.json: where a model's files came from, and their checksums.
 
+url         the model on its server, or hf:OWNER/NAME; for the latter also revision and commit
+opened      whether the checkpoint was opened and checked
+files       file name -> bytes, sha256, etag; null for an optional file that the server lacks
+"""
+
+import contextlib
 import json
+from pathlib import Path
+from typing import Any
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
-from gpt2cli.remote import transfer
 
-MANIFEST = "download.json"  # url, opened, files: name -> bytes, sha256, etag (or null: none there)
+MANIFEST = "download.json"
 
-
-def read(folder):
-    """download.json, whose "files" is a dictionary in any case."""
-    manifest = transfer.read_json(folder / MANIFEST)
-    return manifest if isinstance(manifest.get("files"), dict) else {"files": {}}
+Record = dict[str, Any]  # bytes, sha256, etag
 
 
-def write(folder, manifest):
-    """Write download.json; UserError where that cannot be done."""
+def read(folder: Path) -> dict[str, Any]:
+    """Return download.json; without a usable one, a manifest without files."""
+    with contextlib.suppress(UserError):
+        manifest = files.read_object(folder / MANIFEST)
+        if isinstance(manifest.get("files"), dict):
+            return manifest
+    return {"files": {}}
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write download.json; UserError if that fails."""
     with files.replacing(folder / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2)
 
 
-def check_same(folder, url, revision):
-    """UserError unless a folder is a whole download of this revision of this model."""
+def record_of(path: Path, etag: str | None) -> Record:
+    """Return the record of a file."""
+    return {"bytes": path.stat().st_size, "sha256": files.digest(path), "etag": etag}
+
+
+def is_as_recorded(path: Path, record: Any) -> bool:
+    """Return whether a file fits its record; a damaged record fits none."""
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        return record_of(path, record["etag"]) == record
+    return False
+
+
+def check_same(folder: Path, url: str, revision: str) -> None:
+    """Reject (UserError) a folder that is not an unchanged download of this revision of a model."""
     manifest = read(folder)
     if manifest.get("url") != url:
         raise UserError(
-            f"{folder} exists and is not from {url}. Move it away, or choose another --models_dir"
+            f"{folder} exists, but was not downloaded from {url}. Move it away, or choose another "
+            "--models_dir"
         )
     if revision not in (manifest.get("revision"), manifest.get("commit")):
         raise UserError(
-            f"{folder} holds the revision {manifest.get('revision')!r}, not {revision!r}. "
+            f"{folder} contains the revision {manifest.get('revision')!r}, not {revision!r}. "
             "Move it away, or choose another --models_dir"
         )
     records = manifest["files"]
-    damaged = [n for n in records if not transfer.is_as_recorded(folder / n, records[n])]
-    if damaged or not records:
+    changed = [name for name in records if not is_as_recorded(folder / name, records[name])]
+    if changed or not records:
         raise UserError(
-            f"{folder} is not as it was downloaded: {', '.join(damaged) or MANIFEST} "
-            "changed. Move it away and run the same command again"
+            f"{folder} has changed since the download: {', '.join(changed) or MANIFEST}. "
+            "Move it away and run the same command again"
         )

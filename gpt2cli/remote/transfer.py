@@ -1,7 +1,8 @@
-"""A file from a server to the disk, whole or not at all, and gone on with after a cut.
+"""Fetch a file from a server, whole or not at all, and resume after an interruption.
 
-A file is written to NAME.part and renamed when its length and checksums fit. NAME.part.json keeps
-what the server said of it, so that a later attempt goes on with the same file or starts again.
+A file is written to NAME.part and renamed when its length and checksums are right. NAME.part.json
+records the server's description of it, so that a later attempt resumes the same file or starts
+again.
 """
 
 import base64
@@ -12,32 +13,40 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 import urllib3
-from tqdm import tqdm
 
 from gpt2cli import files
-from gpt2cli.console import say
+from gpt2cli.console import progress, say
 from gpt2cli.errors import UserError
+from gpt2cli.remote.manifest import Record, record_of
 
-CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0  # seconds; the second is without a byte
+CONNECT_TIMEOUT = 10.0  # seconds
+READ_TIMEOUT = 30.0  # seconds without a byte
 TRIES = 5  # failures in a row that brought no new byte
-DAMAGED_TRIES = 2  # files that came whole but wrong: each may be 6 GB
+DAMAGED_TRIES = 2  # files that arrived complete but damaged: each may be 6 GB
 BACKOFF = 1.0  # seconds before the second try, then twice as long each time
-MAX_WAIT = 300.0  # seconds; a server that asks for more is left alone
+MAX_WAIT = 300.0  # seconds; a server that asks for a longer wait ends the download
 CHUNK = 1 << 16  # bytes
 ABSENT = (403, 404, 410)  # storage services answer 403 where names may not be listed
-CUT = (requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError)
+INTERRUPTED = (requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError)
+HTML_PAGE = "an HTML page instead of the file; is a proxy intercepting the download?"
+OTHER_CONTENT = "it contains something else"
+
+# The server's description of a whole file, as NAME.part.json records it: url, validator (for
+# If-Range), etag, bytes (or None), md5 (a list of checksums).
+Note = dict[str, Any]
 
 
 class TryAgain(Exception):
-    """A failure that may pass; `wait` is the number of seconds that the server asked for."""
+    """A failure that may pass; `wait` is the number of seconds for which the server asked."""
 
-    def __init__(self, text, wait=None, tries=None):
+    def __init__(self, text: str, wait: float | None = None, tries: int | None = None) -> None:
         super().__init__(text)
         self.wait = wait
         self.tries = tries or TRIES
@@ -45,22 +54,22 @@ class TryAgain(Exception):
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file to bring.
+    """One file to fetch.
 
-    Args:
-        url: where from.
-        path: where to.
-        fault: function of a finished file's path that says in words what is wrong with it, or None.
-        mirror: the setting that names another server: "--url".
-        denied: what to do about 401 and 403, where that is not to check name and mirror.
-        optional: the server need not have it.
-        adopt: a file that is at `path` already stays if it fits what the server says.
-        hashed: `fault` knows the file's checksum, so that it may begin like a page of HTML.
+    Attributes:
+        url: its address.
+        path: the file to write.
+        fault: describes the fault in a finished file, None if there is none.
+        mirror: the setting that names another server.
+        denied: advice for 401 and 403 (default: check the name and the mirror).
+        optional: the server may lack it.
+        adopt: keep a file that is already at `path`, if it fits the server's description.
+        hashed: `fault` compares a checksum, so the file may even begin like an HTML page.
     """
 
     url: str
     path: Path
-    fault: Callable
+    fault: Callable[[Path], str | None]
     mirror: str = "--url"
     denied: str | None = None
     optional: bool = False
@@ -68,11 +77,13 @@ class Wanted:
     hashed: bool = False
 
 
-def fetch(session, wanted):
-    """Bring one file, with as many tries as it takes while each brings new bytes.
+def fetch(session: requests.Session, wanted: Wanted) -> Record | None:
+    """Fetch one file, retrying as long as each attempt brings new bytes.
 
-    urllib3's Retry repeats a request, but a body that was cut has to go on, so the loop is ours.
-    Returns the record for the manifest, None for an optional file that the server does not have.
+    urllib3's Retry repeats a request, but an interrupted body must be resumed, hence this loop.
+
+    Returns:
+        The record for the manifest; None for an optional file that the server lacks.
 
     Raises:
         UserError: no such file, no access, a server that keeps failing, a damaged file, no space.
@@ -85,39 +96,42 @@ def fetch(session, wanted):
             return attempt(session, wanted)
         except TryAgain as error:
             problem = error
-        except (requests.ConnectionError, requests.Timeout, *CUT) as error:
-            problem = TryAgain(in_words(error))
+        except (requests.ConnectionError, requests.Timeout, *INTERRUPTED) as error:
+            problem = TryAgain(reason_of(error))
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise UserError(f"cannot fetch {url}: {error}. Check {wanted.mirror}") from error
+            raise UserError(f"cannot download {url} ({error}). Check {wanted.mirror}") from error
         except OSError as error:
-            rest = f"the next attempt goes on after {size_of(part):,} bytes of {path.name}"
-            raise UserError(f"{files.cannot_write(path, error)}, and {rest}") from error
+            raise UserError(
+                f"{files.cannot_write(path, error)}. The same command resumes after "
+                f"{size_of(part):,} bytes of {path.name}"
+            ) from error
         failures = 0 if size_of(part) > best else failures + 1
         best = max(best, size_of(part))
         wait = BACKOFF * 2 ** (failures - 1) if problem.wait is None else problem.wait
         if failures >= problem.tries or wait > MAX_WAIT:
-            asked = f" and asks to wait {wait:,.0f} s" if wait > MAX_WAIT else ""
+            asked = f" and asks for a wait of {wait:,.0f} s" if wait > MAX_WAIT else ""
             raise UserError(
-                f"cannot fetch {url}: {problem}{asked}. Run the same command later, it "
-                f"goes on from what is there; or try a mirror with {wanted.mirror}"
+                f"cannot download {url}: {problem}{asked}. Run the same command later to resume, "
+                f"or choose another server with {wanted.mirror}"
             )
         say(f"{path.name}: {problem}; trying again in {wait:g} s")
         time.sleep(wait)
 
 
-def in_words(error):
-    """A connection's failure, dug out of the exceptions that requests wraps around it."""
+def reason_of(error: Exception) -> str:
+    """Return the reason of a failed connection, which requests wraps in other exceptions."""
     reason = getattr(next(iter(error.args), None), "reason", error)
-    return "the connection was cut" if isinstance(error, CUT) else str(reason).split(": ")[-1]
+    interrupted = isinstance(error, INTERRUPTED)
+    return "the connection was interrupted" if interrupted else str(reason).split(": ")[-1]
 
 
-def attempt(session, wanted):
-    """One request for one file, and all checks; what fails leaves a .part to go on from."""
+def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
+    """Fetch one file in one request and check it; a failure leaves a .part to resume."""
     url, path = wanted.url, wanted.path
     part, note_path = part_of(path)
-    note = read_json(note_path)
-    known = note.get("url") == url and note["validator"] and note["bytes"]
-    # The last byte is asked for again: so a .part that is whole gets 206 as well, and not 416.
+    note = read_note(note_path)
+    known = note.get("url") == url and note.get("validator") and note.get("bytes")
+    # The last byte is requested again, so that a complete .part gets 206 as well, and not 416.
     start = max(size_of(part) - 1, 0) if known else 0
     headers = {"Accept-Encoding": "identity"}
     headers |= {"Range": f"bytes={start}-", "If-Range": note["validator"]} if start else {}
@@ -126,7 +140,7 @@ def attempt(session, wanted):
         if response.status_code in ABSENT and wanted.optional:
             return None
         check_answer(response, wanted)
-        if response.status_code == 200:  # also if the server knows no Range, or the file changed
+        if response.status_code == 200:  # also if the server ignores Range, or the file changed
             start, note = 0, note_of(response, url)
             if wanted.adopt and note["bytes"] is not None and not fault_of(path, wanted, note):
                 return record_of(path, note["etag"])
@@ -137,8 +151,8 @@ def attempt(session, wanted):
     return put_in_place(wanted, note)
 
 
-def put_in_place(wanted, note):
-    """Rename a .part that is as it should be and return its record; TryAgain if it is not."""
+def put_in_place(wanted: Wanted, note: Note) -> Record:
+    """Rename a .part without fault and return its record; TryAgain if there is one."""
     path = wanted.path
     part, note_path = part_of(path)
     fault = fault_of(part, wanted, note)
@@ -147,142 +161,129 @@ def put_in_place(wanted, note):
         raise TryAgain(fault, tries=DAMAGED_TRIES)
     if path.exists():  # damaged, or the user's own fine-tuned weights: not ours to delete
         os.replace(path, path.with_name(path.name + ".old"))
-        say(f"{path} was not the server's; it is kept as {path.name}.old")
+        say(f"{path} differed from the server's file; the old one is now {path.name}.old")
     os.replace(part, path)
     note_path.unlink()
     return record_of(path, note["etag"])
 
 
-def check_answer(response, wanted):
-    """Raise TryAgain or UserError for an answer that is not (a part of) the file; 416 passes."""
-    url, mirror = wanted.url, wanted.mirror
+def check_answer(response: requests.Response, wanted: Wanted) -> None:
+    """Raise TryAgain or UserError for an answer without (a part of) the file; 416 passes."""
     status, kind = response.status_code, response.headers.get("Content-Type", "").lower()
     answer = f"the server answered {status} {response.reason}"
     if status in (408, 425, 429) or status >= 500:
         wait = response.headers.get("Retry-After")
         with contextlib.suppress(urllib3.exceptions.InvalidHeader):
-            raise TryAgain(answer, wait and urllib3.Retry().parse_retry_after(wait))
+            raise TryAgain(answer, urllib3.Retry().parse_retry_after(wait) if wait else None)
         raise TryAgain(answer)
-    if status in (401, 403) and wanted.denied:
-        raise UserError(f"{url} is not to be had ({answer}). {wanted.denied}")
-    if status in ABSENT:
-        raise UserError(f"{url} is not to be had ({answer}). Check the model's name and {mirror}")
     if status not in (200, 206, 416):
-        raise UserError(f"cannot fetch {url}: {answer}. Check {mirror}")
+        advice = f"Check {wanted.mirror}"
+        if status in ABSENT:
+            advice = f"Check the model's name and {wanted.mirror}"
+        if status in (401, 403) and wanted.denied:
+            advice = wanted.denied
+        raise UserError(f"cannot download {wanted.url} ({answer}). {advice}")
     if status != 416 and re.search("html|xml", kind):
-        raise TryAgain(f"{answer} with a page ({kind}), not the file; is there a proxy between?")
+        raise TryAgain(f"{answer} with {HTML_PAGE}")
 
 
-def is_rest(response, start, note):
-    """Whether a 206 is the rest of the very file that `note` is about."""
+def is_rest(response: requests.Response, start: int, note: Note) -> bool:
+    """Return whether a 206 is the rest of the same file that `note` describes."""
     span = f"bytes {start}-{note['bytes'] - 1}/{note['bytes']}"
     same = validator_of(response.headers) in ("", note["validator"])
     return response.headers.get("Content-Range") == span and same
 
 
-def validator_of(headers):
-    """What If-Range may name: a strong ETag or a date (RFC 9110, 13.1.5); empty if neither."""
+def validator_of(headers: Mapping[str, str]) -> str:
+    """Return the value for If-Range: a strong ETag or a date (RFC 9110, 13.1.5), or nothing."""
     etag = headers.get("ETag", "")
     return etag if etag.startswith('"') else headers.get("Last-Modified", "")
 
 
-def note_of(response, url):
-    """What a 200 says of the whole file: its length, its MD5s, its tag for If-Range."""
+def note_of(response: requests.Response, url: str) -> Note:
+    """Return the description of the whole file that the headers of a 200 give."""
     headers = response.headers
     etag, length = headers.get("ETag", ""), headers.get("Content-Length", "")
     validator = validator_of(headers)
     md5 = [headers.get("Content-MD5", "")]
     md5 += re.findall(r"md5=([\w+/=]+)", headers.get("x-goog-hash", ""))
     md5 = [base64.b64decode(text).hex() for text in md5 if re.fullmatch(r"[\w+/]{22}==", text)]
-    # S3's ETag is the MD5, unless the file came in parts ("...-7") or is encrypted with own keys.
+    # S3's ETag is the MD5, unless the file was uploaded in parts ("...-7") or is encrypted by KMS.
     if not headers.get("x-amz-server-side-encryption", "").startswith("aws:kms"):
         md5 += re.findall(r'^"([0-9a-f]{32})"$', etag.lower())
     if headers.get("Content-Encoding", "identity") != "identity":
-        length, validator, md5 = "", "", []  # they speak of the compressed form
+        length, validator, md5 = "", "", []  # they describe the compressed form
     size = int(length) if length.isdigit() else None
     return {"url": url, "validator": validator, "etag": etag, "bytes": size, "md5": md5}
 
 
-def write_body(response, wanted, start, note):
-    """Put the body into the .part from byte `start` on; on the disk when this returns."""
+def write_body(response: requests.Response, wanted: Wanted, start: int, note: Note) -> None:
+    """Write the body into the .part from byte `start`; it is on the disk when this returns."""
     path = wanted.path
     part, note_path = part_of(path)
     total = note["bytes"]
-    # In bites, so that a cut takes at most a hundredth of a small file with it; whole chunks where
-    # an older .part has to go, so that an error page is known before that.
-    bite = CHUNK if total is None or (size_of(part) and not start) else total // 100 + 1
-    chunks = response.iter_content(min(CHUNK, bite))
+    # Small chunks, so that an interruption loses at most a hundredth of a small file; but full
+    # ones where an older .part is overwritten, so that an error page is recognized before that.
+    chunk = CHUNK if total is None or (size_of(part) and not start) else total // 100 + 1
+    chunks = response.iter_content(min(CHUNK, chunk))
     first = next(chunks, b"")
     if not start and not wanted.hashed and is_page(first):
-        raise TryAgain("the server sent a page, not the file; is there a proxy between?")
+        raise TryAgain(f"the server sent {HTML_PAGE}")
     needed, free = (total or 0) - start, shutil.disk_usage(path.parent).free
     if needed > free:
         raise UserError(
-            f"no space for {path}: {needed:,} bytes needed, {free:,} free. "
-            "Free some or choose another --models_dir; what is there is kept"
+            f"no space for {path}: {needed:,} bytes needed, {free:,} free. Free space, or choose "
+            "another --models_dir; downloaded bytes are kept"
         )
-    bar = {"initial": start, "unit": "B", "unit_scale": True, "disable": None}  # None: no terminal
     with (
         open(part, "r+b" if start else "wb") as file,
-        tqdm(desc=path.name, total=total, **bar) as progress,
+        progress(total, "B", done=start) as bar,
     ):
-        if not start:  # not before the old .part is gone: it must never meet a newer note
+        bar.set_description(path.name)
+        if not start:  # after the old .part is gone, which must never meet a newer note
             note_path.write_text(json.dumps(note), encoding="utf-8")
         file.truncate(start)
         file.seek(start)
-        for chunk in itertools.chain([first], chunks):
-            file.write(chunk)
-            progress.update(len(chunk))
+        for content in itertools.chain([first], chunks):
+            file.write(content)
+            bar.update(len(content))
         file.flush()
         os.fsync(file.fileno())
 
 
-def is_page(head):
-    """Whether a file begins like HTML or XML; weights may begin with a `<`, but not go on so."""
+def is_page(head: bytes) -> bool:
+    """Return whether a file begins like HTML or XML; weights may begin with `<`, not as text."""
     head = head[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
     return re.fullmatch(rb"<[\t\r\n -~]*", head) is not None
 
 
-def fault_of(path, wanted, note):
-    """What is wrong with a finished file, in words; None if it is as stated and can be read."""
+def fault_of(path: Path, wanted: Wanted, note: Note) -> str | None:
+    """Return a description of the fault in a finished file; None if there is none."""
     size = size_of(path)
     if note["bytes"] not in (None, size):
-        return f"it has {size:,} bytes and the server stated {note['bytes']:,}"
+        return f"it has {size:,} bytes, but the server announced {note['bytes']:,}"
     if note["md5"] and not wanted.hashed and {files.digest(path, "md5")} != set(note["md5"]):
-        return "its MD5 is not the one that the server stated"
+        return "its MD5 differs from the server's"
     if not wanted.hashed:
         with open(path, "rb") as file:
             head = file.read(64)
         if not head or is_page(head):
-            return "it holds something else"
+            return OTHER_CONTENT
     return wanted.fault(path)
 
 
-def part_of(path):
-    """Where a file and the note about it lie until it is whole."""
+def part_of(path: Path) -> tuple[Path, Path]:
+    """Return the paths of an incomplete file and of the note about it."""
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
 
 
-def read_json(path):
-    """The object in a JSON file of ours; an empty one where there is none or it is damaged."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(path.read_bytes())
-        return values if isinstance(values, dict) else {}
+def read_note(path: Path) -> Note:
+    """Return the note about an incomplete file; an empty one where it is missing or damaged."""
+    with contextlib.suppress(UserError):
+        return files.read_object(path)
     return {}
 
 
-def size_of(path):
-    """Bytes of a file, 0 where there is none."""
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes, 0 where there is none."""
     return path.stat().st_size if path.exists() else 0
-
-
-def record_of(path, etag):
-    """What the manifest keeps of a file."""
-    return {"bytes": size_of(path), "sha256": files.digest(path), "etag": etag}
-
-
-def is_as_recorded(path, record):
-    """Whether a file is the one that `record_of` described; a record of something else is not."""
-    with contextlib.suppress(OSError, KeyError, TypeError):
-        return record_of(path, record["etag"]) == record
-    return False

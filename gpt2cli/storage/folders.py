@@ -262,12 +262,13 @@ def copy_description(
     write_sums(folder)
 
 
-def copy_vocabulary(source: ModelFolder, folder: Path) -> None:
+def copy_vocabulary(source: str | Path | ModelFolder, folder: Path) -> None:
     """Give `folder` the vocabulary files of `source`, in place of its own."""
+    opened = source if isinstance(source, ModelFolder) else open_folder(source)
     for name in ENCODER_FILES:
-        if source.has(name):
+        if opened.has(name):
             with replacing(folder / name) as file:
-                file.write(source.read(name))
+                file.write(opened.read(name))
         else:
             (folder / name).unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from gpt2cli.errors import UserError
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """models/tiny in Hugging Face's form."""
+    """models/tiny in Hugging Face format."""
     folder = tmp_path_factory.mktemp("convert") / "tiny-hf"
     convert.run(ConvertOptions(src=str(TINY), dst=str(folder), to="hf"))
     return folder
@@ -26,7 +26,7 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_a_model_goes_to_hugging_faces_form_and_back(cli, hf, tmp_path, tiny):
+def test_a_model_converts_to_hugging_face_format_and_back(cli, hf, tmp_path, tiny):
     assert names(hf) == [
         *("config.json", "generation_config.json", "merges.txt", "model.safetensors"),
         *("special_tokens_map.json", "tokenizer_config.json", "vocab.json"),
@@ -34,9 +34,9 @@ def test_a_model_goes_to_hugging_faces_form_and_back(cli, hf, tmp_path, tiny):
     result = cli("convert", hf, tmp_path / "tiny")
     assert result.returncode == 0 and result.stdout == ""
     read, wrote = result.stderr.splitlines()
-    assert read.startswith(f"read {hf}, Hugging Face's form: 4 layers, 5 heads, 160 wide, 2,048 t")
+    assert read.startswith(f"read {hf}, a Hugging Face model: 4 layers, 5 heads, 160 wide, 2,048 t")
     assert "parameters, a vocabulary of 2,048" in read
-    assert wrote == f"wrote {tmp_path / 'tiny'}, whose logits are exactly those of {hf}"
+    assert wrote == f"wrote {tmp_path / 'tiny'}; its logits equal those of {hf} exactly"
     assert names(tmp_path / "tiny") == names(TINY)
     for name in ("encoder.json", "vocab.bpe", "model.ckpt.data-00000-of-00001"):
         assert (tmp_path / "tiny" / name).read_bytes() == (TINY / name).read_bytes()
@@ -50,7 +50,7 @@ def test_a_model_without_vocabulary_says_so(cli, hf, tmp_path):
         (tmp_path / name).write_bytes((hf / name).read_bytes())
     result = cli("convert", tmp_path / "model.safetensors", tmp_path / "out" / "ids")
     assert result.returncode == 0, result.stderr
-    assert "takes token ids only; give one with --vocab" in result.stderr
+    assert "takes token ids only; add one with --vocab" in result.stderr
     assert names(tmp_path / "out" / "ids") == [
         *("SHA256SUMS", "checkpoint", "hparams.json"),
         *("model.ckpt.data-00000-of-00001", "model.ckpt.index"),
@@ -59,14 +59,14 @@ def test_a_model_without_vocabulary_says_so(cli, hf, tmp_path):
     assert result.returncode == 0 and (tmp_path / "out" / "text" / "vocab.bpe").exists()
 
 
-def refusal(cli, *words):
+def rejection(cli, *words):
     result = cli("convert", *words)
     assert result.returncode == 1 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     return line
 
 
-def test_paths_that_cannot_be_right_are_refused_without_tensorflow(cli, hf, tmp_path, monkeypatch):
+def test_wrong_paths_are_rejected_without_tensorflow(cli, hf, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gpt2cli.formats.convert", None)  # an import would fail
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
@@ -74,48 +74,48 @@ def test_paths_that_cannot_be_right_are_refused_without_tensorflow(cli, hf, tmp_
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "hparams.json").write_text("{}")
     (tmp_path / "file").write_text("")
-    assert "nothing at" in refusal(cli, "absent", "out")
-    assert "--config: nothing at" in refusal(cli, hf, "out", "--config", "absent.json")
-    assert "not the folder" in refusal(cli, hf, "out", "--config", "full")
-    assert "--vocab: nothing at" in refusal(cli, hf, "out", "--vocab", "absent")
-    assert "cannot be DST" in refusal(cli, hf, hf, "--overwrite")
-    assert "cannot be DST" in refusal(cli, hf / "model.safetensors", hf, "--overwrite")
-    assert "cannot be DST" in refusal(cli, hf, hf.parent, "--overwrite")
-    assert "--overwrite" in refusal(cli, hf, "model")
-    assert "not a model's folder" in refusal(cli, hf, "full", "--overwrite")
-    assert "not a model's folder" in refusal(cli, hf, "file", "--overwrite")
+    assert "nothing at" in rejection(cli, "absent", "out")
+    assert "--config: nothing at" in rejection(cli, hf, "out", "--config", "absent.json")
+    assert "is a folder" in rejection(cli, hf, "out", "--config", "full")
+    assert "--vocab: nothing at" in rejection(cli, hf, "out", "--vocab", "absent")
+    assert "is or contains" in rejection(cli, hf, hf, "--overwrite")
+    assert "is or contains" in rejection(cli, hf / "model.safetensors", hf, "--overwrite")
+    assert "is or contains" in rejection(cli, hf, hf.parent, "--overwrite")
+    assert "--overwrite" in rejection(cli, hf, "model")
+    assert "is not a model folder" in rejection(cli, hf, "full", "--overwrite")
+    assert "is not a model folder" in rejection(cli, hf, "file", "--overwrite")
     (tmp_path / "link").symlink_to("model")
-    assert "not a model's folder" in refusal(cli, hf, "link", "--overwrite")
+    assert "is not a model folder" in rejection(cli, hf, "link", "--overwrite")
 
 
-def test_a_model_folder_is_replaced_when_asked(cli, hf, tmp_path):
+def test_a_model_folder_is_replaced_with_overwrite(cli, hf, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "hparams.json").write_text("{}")
-    (tmp_path / "old" / "vocab.txt").write_text("of the old one")
+    (tmp_path / "old" / "vocab.txt").write_text("from the old model")
     assert cli("convert", hf, tmp_path / "old", "--overwrite").returncode == 0
     assert "vocab.txt" not in names(tmp_path / "old") and names(tmp_path) == ["old"]
     gpt2cli.load_model(tmp_path / "old")
 
 
-def test_refusals_of_the_model_are_one_line_and_leave_nothing(cli, hf, tmp_path):
+def test_rejected_models_give_one_line_and_leave_nothing(cli, hf, tmp_path):
     source = tmp_path / "m"
     source.mkdir()
     values = json.loads((hf / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**values, "model_type": "llama"}))
     (source / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes())
-    line = refusal(cli, source, tmp_path / "out")
+    line = rejection(cli, source, tmp_path / "out")
     assert line.startswith(f'gpt2cli: {source}/config.json: model_type is "llama"')
-    assert "--from openai" in refusal(cli, TINY, tmp_path / "out", "--from", "gpt2_ml")
-    assert "UER-py" in refusal(cli, hf, tmp_path / "out", "--as_published")
+    assert "--from openai" in rejection(cli, TINY, tmp_path / "out", "--from", "gpt2_ml")
+    assert "UER-py" in rejection(cli, hf, tmp_path / "out", "--as_published")
     assert names(tmp_path) == ["m"]
 
 
-def test_a_brackets_path_is_refused_before_the_work(hf, tmp_path):
-    with pytest.raises(UserError, match=r"no path with \[ or \]"):
+def test_a_path_with_brackets_is_rejected_before_the_work(hf, tmp_path):
+    with pytest.raises(UserError, match=r"cannot read paths with \[ or \]"):
         convert.run(ConvertOptions(src=str(hf), dst=str(tmp_path / "a[1]")))
     assert names(tmp_path) == []
 
 
-def test_the_module_does_not_bring_tensorflow():
+def test_the_module_does_not_import_tensorflow():
     code = "import sys; from gpt2cli.commands import convert; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

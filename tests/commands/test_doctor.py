@@ -1,4 +1,4 @@
-"""`doctor`: what is there, and for what is wrong what to do."""
+"""`doctor`: findings, and advice for each problem."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt2cli import tensorflow as engine
+from gpt2cli import tensorflow
 from gpt2cli.commands import doctor
 
 CARD = "NVIDIA H100 80GB HBM3, 81559, 80994, 550.54.15"
@@ -17,7 +17,7 @@ LISTED = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-5d2c7f1a-0000)"
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-    """One without GPUs, whatever this one has; gives a function that puts an nvidia-smi there."""
+    """Pretend there are no GPUs; return a function that installs an nvidia-smi."""
     for name in ("CUDA_VISIBLE_DEVICES", "TF_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     programs = tmp_path / "programs"
@@ -25,22 +25,22 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.setattr(doctor, "KERNEL_DRIVER", tmp_path / "no version")
     monkeypatch.setattr(doctor, "WSL", tmp_path / "no dxg")
-    monkeypatch.setattr(engine, "GPUS", [])
+    monkeypatch.setattr(tensorflow, "GPUS", [])
 
-    def put_nvidia_smi(code):
+    def install_nvidia_smi(code):
         (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{code}\n")
         (programs / "nvidia-smi").chmod(0o755)
 
-    return put_nvidia_smi
+    return install_nvidia_smi
 
 
-def test_a_machine_that_is_well(cli, workdir, monkeypatch):
+def test_a_machine_without_problems(cli, workdir, monkeypatch):
     monkeypatch.setattr(doctor.machine, "free_memory", lambda: 8e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9e9, total=1e10))
     result = cli("doctor")
     assert result.returncode == 0 and "->" not in result.stdout and result.stderr == ""
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
-    assert engine.tf.__version__ in lines["tensorflow"] and "CPU:0 computes" in result.stdout
+    assert tensorflow.tf.__version__ in lines["tensorflow"] and "CPU:0 computes" in result.stdout
     assert "tiny" in lines["models"] and "none" in lines["runs"]
     assert f"of {os.cpu_count()} cores" in lines["processor"]
     assert "8.0 GB free" in lines["memory"] and "9.0 GB free" in lines["disk"]
@@ -53,14 +53,14 @@ def test_a_machine_that_is_well(cli, workdir, monkeypatch):
         ({"XDG_CACHE_HOME": "nowhere"}, "set XDG_CACHE_HOME"),
     ],
 )
-def test_what_is_wrong_has_an_advice_and_a_status(cli, workdir, monkeypatch, change, said):
+def test_a_problem_gives_advice_and_a_status(cli, workdir, monkeypatch, change, said):
     monkeypatch.setattr(doctor.machine, "free_memory", lambda: 8e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9e9))
     monkeypatch.setattr(doctor, "end_of_import", lambda verbose: None)
     for name, value in change.items():
         monkeypatch.setenv(name, value)
     result = cli("doctor")
-    assert result.returncode == 1 and "1 thing to mend" in result.stderr
+    assert result.returncode == 1 and "1 problem found" in result.stderr
     (advice,) = (line for line in result.stdout.splitlines() if "->" in line)
     assert said in advice
 
@@ -78,7 +78,7 @@ If you need help, create an issue and include the stack trace above this error m
 @pytest.mark.parametrize(
     "code, said, advice",
     [
-        (NATIVE, "exit status 1, ImportError: libcudart.so.12: cannot open", "gpt2cli[gpu]"),
+        (NATIVE, "exit status 1, ImportError: libcudart.so.12: cannot open", "bin/install gpu"),
         (
             "raise ModuleNotFoundError(\"No module named 'tensorflow'\")",
             "exit status 1, ModuleNotFoundError: No module",
@@ -87,14 +87,14 @@ If you need help, create an issue and include the stack trace above this error m
         (
             "import os; os.write(2, b'no AVX\\n'); os.kill(os.getpid(), 4)",
             "SIGILL, no AVX",
-            "as AVX",
+            "such as AVX",
         ),
-        ("import os; os.kill(os.getpid(), 9)", "SIGKILL", "memory"),
-        ("import os; os.write(2, b'no AVX\\n'); os.abort()", "SIGABRT, no AVX", "as AVX"),
-        ("raise RuntimeError", "exit status 1, RuntimeError", "install it anew"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL", "out of memory"),
+        ("import os; os.write(2, b'no AVX\\n'); os.abort()", "SIGABRT, no AVX", "such as AVX"),
+        ("raise RuntimeError", "exit status 1, RuntimeError", "--force-reinstall"),
     ],
 )
-def test_all_else_is_told_where_tensorflow_cannot_be_imported(
+def test_the_rest_is_reported_where_tensorflow_cannot_be_imported(
     shell, workdir, machine, code, said, advice
 ):
     machine(f"echo '{CARD}'")
@@ -102,7 +102,7 @@ def test_all_else_is_told_where_tensorflow_cannot_be_imported(
     (workdir / "packages" / "tensorflow" / "__init__.py").write_text(code)
     path = os.pathsep.join([str(workdir / "packages"), str(Path(doctor.__file__).parents[2])])
     result = shell("doctor", env={"PYTHONPATH": path})
-    assert result.returncode == 1 and "to mend; see the lines with ->" in result.stderr
+    assert result.returncode == 1 and "found; see the lines marked ->" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     lines = result.stdout.splitlines()
     names = [line.split()[0] for line in lines if line[0] != " "]
@@ -112,105 +112,107 @@ def test_all_else_is_told_where_tensorflow_cannot_be_imported(
     assert f"cannot be imported: {said}" in lines[number] and advice in lines[number + 1]
 
 
-def test_verbose_shows_all_that_an_import_said(capfd, monkeypatch):
-    monkeypatch.setattr(doctor, "outcome", lambda *words, **environment: (1, "first\nlast"))
+def test_verbose_shows_the_whole_output_of_the_import(capfd, monkeypatch):
+    monkeypatch.setattr(doctor, "outcome", lambda *words: (1, "first\nlast"))
     assert doctor.end_of_import(verbose=False) == "exit status 1, last"
     assert capfd.readouterr().err == ""
     doctor.end_of_import(verbose=True)
     assert capfd.readouterr().err == "first\nlast\n"
 
 
-def test_an_import_that_does_not_end_is_told(monkeypatch):
+def test_an_import_that_hangs_is_reported(monkeypatch):
     monkeypatch.setattr(doctor, "IMPORT_SECONDS", 0.01)
-    assert "no end in 0.01 seconds" in doctor.end_of_import(verbose=False)
+    assert "not finished in 0.01 seconds" in doctor.end_of_import(verbose=False)
 
 
-def test_the_memory_is_told_beside_that_of_gpus(monkeypatch, machine):
-    monkeypatch.setattr(engine, "GPUS", ["a GPU"])
+def test_memory_is_reported_beside_that_of_gpus(monkeypatch, machine):
+    monkeypatch.setattr(tensorflow, "GPUS", ["a GPU"])
     machine(f"echo '{CARD}'; echo 'NVIDIA GB10, [N/A], [N/A], 580.95'")
-    (finding,) = doctor.memory(None)
+    (finding,) = doctor.check_memory()
     assert finding.name == "memory" and "GB free" in finding.found
-    first, second = doctor.cards(None)
+    first, second = doctor.check_nvidia_smi()
     assert first.found == "NVIDIA H100 80GB HBM3, 84.9 of 85.5 GB free, driver 550.54.15"
     assert second.found == "NVIDIA GB10, driver 580.95"
 
 
-def test_an_nvidia_smi_that_is_missing_is_left_out_and_one_that_fails_is_told(monkeypatch, machine):
-    assert not list(doctor.cards(None))
+def test_a_missing_nvidia_smi_is_left_out_and_a_failing_one_reported(monkeypatch, machine):
+    assert not list(doctor.check_nvidia_smi())
     machine("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
-    (finding,) = doctor.cards(None)
+    (finding,) = doctor.check_nvidia_smi()
     assert "version mismatch" in finding.found and finding.advice is None
     machine("kill -9 $$")
-    assert next(doctor.cards(None)).found == "fails: -9"
+    assert next(doctor.check_nvidia_smi()).found == "fails: -9"
     machine("echo a warning")
-    assert not list(doctor.cards(None))
+    assert not list(doctor.check_nvidia_smi())
     monkeypatch.setattr(doctor, "SMI_SECONDS", 0.2)
     machine("exec /bin/sleep 9")
-    assert "no end in 0.2 seconds" in next(doctor.cards(None)).found
+    assert "not finished in 0.2 seconds" in next(doctor.check_nvidia_smi()).found
 
 
-def unseen(monkeypatch, driver="550.54.15", cuda=True, missing=(), told=None):
-    """The finding where there is a driver and TensorFlow sees no GPU."""
+def unseen(monkeypatch, driver="550.54.15", cuda=True, missing=(), visible=None):
+    """Return the finding where there is a driver and TensorFlow sees no GPU."""
     monkeypatch.setattr(doctor, "driver_version", lambda: driver)
     monkeypatch.setattr(doctor, "can_load", lambda name: name not in missing)
-    monkeypatch.setattr(engine.tf.test, "is_built_with_cuda", lambda: cuda)
-    if told is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
-    (finding,) = doctor.gpus(engine)
+    monkeypatch.setattr(tensorflow.tf.test, "is_built_with_cuda", lambda: cuda)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (finding,) = doctor.check_gpus(tensorflow)
     assert driver in finding.found
     return finding
 
 
 @pytest.mark.parametrize(
-    "what, said",
+    "case, said",
     [
         ({"cuda": False}, "TensorFlow for CUDA"),
         ({}, "--gpus all"),
         ({"missing": doctor.CUDA_LIBRARIES}, "missing: libcuda.so.1, libcudart.so.12"),
         ({"missing": ["libcuda.so.1"]}, "--gpus all"),
-        ({"told": "-1"}, "unset it"),
-        ({"told": ""}, "unset it"),
+        ({"visible": "-1"}, "unset it"),
+        ({"visible": ""}, "unset it"),
         ({"driver": "525.60.11"}, "update the driver: CUDA 12 needs 525.60.13"),
         ({"driver": "525.60.13"}, "--gpus all"),
         ({"driver": "470.256.02", "missing": ["libcudnn.so.9"]}, "update the driver"),
         ({"driver": "unknown"}, "--gpus all"),
-        ({"told": "9"}, "may name no GPU: mend or unset it"),
+        ({"visible": "9"}, "may name no GPU: fix or unset it"),
     ],
 )
-def test_a_gpu_that_tensorflow_does_not_see(monkeypatch, what, said):
-    assert said in unseen(monkeypatch, **what).advice
+def test_a_gpu_that_tensorflow_does_not_see(monkeypatch, case, said):
+    assert said in unseen(monkeypatch, **case).advice
 
 
 @pytest.mark.parametrize(
-    "told, is_named",
+    "visible, exists",
     [
         ("0", True),
         ("GPU-5d2c7f1a", True),
         ("MIG-77aa", True),
         ("9", False),
-        ("9,0", False),  # CUDA stops at the first that is not there
+        ("9,0", False),  # CUDA stops at the first that does not exist
         ("GPU-0000", False),
         ("NoDevFiles", False),
     ],
 )
-def test_a_variable_that_names_no_gpu_is_to_be_mended(monkeypatch, machine, told, is_named):
+def test_a_cuda_visible_devices_that_names_no_gpu_is_reported(
+    monkeypatch, machine, visible, exists
+):
     machine(f"echo '{LISTED}'; echo '  MIG 1g.10gb Device 0: (UUID: MIG-77aa-0000)'")
-    advice = unseen(monkeypatch, told=told).advice
-    assert ("mend or unset it" in advice) != is_named and ("--verbose" in advice) == is_named
-    assert is_named or f"CUDA_VISIBLE_DEVICES={told} names no GPU of this machine" in advice
+    advice = unseen(monkeypatch, visible=visible).advice
+    assert ("fix or unset it" in advice) != exists and ("--verbose" in advice) == exists
+    assert exists or f"CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine" in advice
 
 
-def test_a_driver_that_nvidia_smi_cannot_reach_is_no_matter_of_docker(monkeypatch, machine):
+def test_a_driver_that_nvidia_smi_cannot_reach_does_not_blame_docker(monkeypatch, machine):
     machine("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     assert "restart the machine" in unseen(monkeypatch).advice
 
 
 def test_the_driver_is_found_in_the_kernel_and_in_wsl(monkeypatch, machine):
-    (finding,) = doctor.gpus(engine)
+    (finding,) = doctor.check_gpus(tensorflow)
     assert finding.found == "none (no NVIDIA driver)" and finding.advice is None
     doctor.WSL.touch()
     monkeypatch.setattr(doctor, "can_load", lambda name: False)
-    (finding,) = doctor.gpus(engine)
+    (finding,) = doctor.check_gpus(tensorflow)
     assert "WSL2" in finding.found and "no NVIDIA driver" not in finding.found
     monkeypatch.setattr(doctor, "can_load", lambda name: name == "libcuda.so.1")
     assert doctor.driver_version() == "unknown"
@@ -229,18 +231,19 @@ def test_several_gpus_need_nccl_and_shared_memory(monkeypatch, loads, megabytes,
     monkeypatch.setattr(doctor, "can_load", lambda name: asked.append(name) or loads)
     size = SimpleNamespace(total=megabytes * 1e6)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: size)
-    found = list(doctor.several_gpus())
+    found = list(doctor.check_several_gpus())
     assert asked == ["libnccl.so.2"] and f"{megabytes:,} MB" in found[1].found
-    told = [finding.advice for finding in found if finding.advice]
-    assert len(told) == len(advices) and all(a in t for a, t in zip(advices, told, strict=True))
+    given = [finding.advice for finding in found if finding.advice]
+    assert len(given) == len(advices)
+    assert all(a in g for a, g in zip(advices, given, strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_only_several_gpus_are_asked_for_nccl(monkeypatch, count):
+def test_nccl_is_checked_only_for_several_gpus(monkeypatch, count):
     gpu = SimpleNamespace(name="/physical_device:GPU:0")
     details = SimpleNamespace(get_device_details=lambda gpu: {"compute_capability": (9, 0)})
     tf = SimpleNamespace(config=SimpleNamespace(experimental=details))
-    found = [f.name for f in doctor.gpus(SimpleNamespace(GPUS=[gpu] * count, tf=tf))]
+    found = [f.name for f in doctor.check_gpus(SimpleNamespace(GPUS=[gpu] * count, tf=tf))]
     assert found == (["gpu"] if count == 1 else ["gpu", "gpu", "nccl", "/dev/shm"])
 
 
@@ -254,13 +257,24 @@ def test_only_several_gpus_are_asked_for_nccl(monkeypatch, count):
 def test_the_hosts_of_tf_config_are_counted_and_this_one_named(monkeypatch, workers, said):
     task = {"type": "worker", "index": workers.index("a:2222")}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"worker": workers}, "task": task}))
-    assert [finding.found for finding in doctor.hosts(None)] == [said]
+    assert [finding.found for finding in doctor.check_hosts()] == [said]
 
 
-def test_a_libdevice_that_xla_does_not_find_is_named():
-    assert "xla_gpu_cuda_data_dir" in doctor._libdevice_advice("libdevice not found at ./x.bc")
-    assert doctor._libdevice_advice("out of memory") is None
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        ("libdevice not found at ./x.bc", "xla_gpu_cuda_data_dir"),
+        ("out of memory", "see the message"),
+    ],
+)
+def test_a_device_that_does_not_compile_gives_its_error_and_advice(monkeypatch, error, said):
+    def fail(*_, **__):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(tensorflow.tf, "function", fail)
+    _, device, *_ = doctor.check_devices(tensorflow)
+    assert error in device.found and said in device.advice
 
 
-def test_a_library_that_is_not_there_cannot_be_loaded():
+def test_a_missing_library_cannot_be_loaded():
     assert doctor.can_load("libc.so.6") and not doctor.can_load("libnothing.so.99")

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pexpect
 import pytest
-from conftest import ROOT, TINY, compiled
+from conftest import PROMPTS, ROOT, TINY, compiled
 
 from gpt2cli.errors import UserError
 from gpt2cli.storage import checkpoint
@@ -58,14 +58,14 @@ def test_every_way_to_give_a_prompt_gives_the_same(cli, tmp_path, monkeypatch):
     assert [s["prompt"] for s in three] == ["The import statement", "A class", [5, 6]]
 
 
-def test_the_jsonl_fields_are_those_promised(cli, tiny):
+def test_the_fields_of_jsonl_are_as_documented(cli, tiny):
     (sample,) = jsonl(cli("sample", *T, "--length", 7, "--format", "jsonl", "--seed", 3))
     assert list(sample) == ["index", "prompt", "text", "tokens", "finish_reason", "seed"]
     assert sample["prompt"] is None and sample["seed"] == 3 and sample["finish_reason"] == "length"
     assert tiny.encoder.decode(sample["tokens"]) == sample["text"] and len(sample["tokens"]) == 7
 
 
-def test_number_of_samples_need_not_divide_into_batches(cli, tmp_path):
+def test_the_number_of_samples_need_not_be_a_multiple_of_the_batch(cli, tmp_path):
     (tmp_path / "p.txt").write_text("One\nTwo\nThree\n")
     samples = jsonl(
         cli("sample", *T, "--prompts", tmp_path / "p.txt", "--nsamples", 3, "--batch_size", 4,
@@ -75,7 +75,7 @@ def test_number_of_samples_need_not_divide_into_batches(cli, tmp_path):
     assert [s["prompt"] for s in samples] == ["One"] * 3 + ["Two"] * 3 + ["Three"] * 3
 
 
-def test_stop_ends_a_sample_also_across_token_borders(tiny):
+def test_a_stop_text_may_span_two_tokens(tiny):
     (whole,) = tiny.generate("The", length=60, seed=2, temperature=0.8)
     ids = whole.tokens
     for at in (5, 9, 20):
@@ -89,7 +89,7 @@ def test_stop_ends_a_sample_also_across_token_borders(tiny):
         assert stop in tiny.encoder.decode(cut.tokens)
 
 
-def test_before_min_length_a_stop_text_does_not_end_a_sample(tiny):
+def test_a_stop_text_before_min_length_does_not_end_a_sample(tiny):
     (whole,) = tiny.generate("The", length=50, seed=2, temperature=0.8)
     stop = tiny.encoder.decode(whole.tokens[2:3])
     (cut,) = tiny.generate("The", length=50, seed=2, temperature=0.8, stop=(stop,), min_length=30)
@@ -131,7 +131,7 @@ def test_stop_with_a_minimal_length_ends_at_the_first_full_stop_after_it(chinese
     assert (earlier > 0) == (least > 1)
 
 
-def test_a_stop_text_that_is_kept_is_streamed_and_truncated_as_well(tiny):
+def test_a_kept_stop_text_is_streamed_and_truncated_too(tiny):
     from gpt2cli.options import GenerateOptions
 
     settings = dict(length=60, seed=2, temperature=0.8)
@@ -202,7 +202,7 @@ def run1(a_run, workdir):
     return workdir
 
 
-def test_with_a_run_name_samples_go_to_its_folder_too(cli, run1):
+def test_samples_of_a_run_are_also_saved_in_its_folder(cli, run1):
     for number in ("", "-2"):
         result = cli("sample", "--run_name", "run1", "--length", 5, "--seed", 9)
         path = run1 / "samples" / "run1" / f"sample-1-seed9{number}.txt"
@@ -241,7 +241,7 @@ def test_an_endless_run_is_ended_by_ctrl_c_and_keeps_its_samples(run1):
         rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
     (path,) = (run1 / "samples" / "run1").iterdir()
-    assert path.read_text().startswith("".join(lines)), err  # and perhaps one more, just begun
+    assert path.read_text().startswith("".join(lines)), err  # and perhaps one more
     assert all(json.loads(line) for line in path.read_text().splitlines() + rest.splitlines())
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3, 4]
 
@@ -258,7 +258,7 @@ def test_out_replaces_a_file_and_prints_nothing(cli, run1):
     assert not (run1 / "samples").exists()  # the run's own copy is for samples without --out
 
 
-def test_out_that_cannot_be_written_is_refused(cli, tmp_path):
+def test_an_out_that_cannot_be_written_is_rejected(cli, tmp_path):
     (tmp_path / "file").write_text("")
     words = ("sample", *T, "--length", 2, "--out")
     for path in (tmp_path, tmp_path / "file" / "out.txt"):
@@ -286,7 +286,7 @@ def test_several_files_hold_different_samples(cli, tmp_path):
     assert not (tmp_path / "o.v1.txt").exists()
 
 
-def test_a_delimiter_stands_after_each_sample_instead_of_the_banner(cli, tiny, tmp_path):
+def test_a_delimiter_follows_each_sample_instead_of_the_banner(cli, tiny, tmp_path):
     flags = (*T, "--length", 8, "--seed", 3, "--nsamples", 2, "--prefix", "The")
     result = cli("sample", *flags, "--delimiter", "=" * 20)
     texts = [s.text for s in tiny.generate("The", length=8, seed=3, nsamples=2)]
@@ -295,7 +295,7 @@ def test_a_delimiter_stands_after_each_sample_instead_of_the_banner(cli, tiny, t
     assert (tmp_path / "o.txt").read_text() == "".join(f"{text}\n\n" for text in texts)
 
 
-def test_logprobs_are_in_jsonl_when_asked_for(cli, tiny):
+def test_jsonl_has_logprobs_if_requested(cli, tiny):
     flags = ("sample", *T, "--length", 6, "--seed", 3, "--prompt", "The", "--format", "jsonl")
     (sample,) = jsonl(cli(*flags, "--logprobs"))
     assert list(sample)[-1] == "logprobs" and len(sample["logprobs"]) == 6
@@ -324,12 +324,29 @@ def test_an_endless_run_keeps_the_file_it_wrote(run1):
     assert not list(run1.glob("*.part"))
 
 
-def test_a_prompt_longer_than_the_window_is_cut_and_said(cli):
+def test_a_prompt_longer_than_the_window_is_cut_and_reported(cli):
     result = cli("sample", *T, "--prompt", "word and " * 400, "--length", 3)
-    assert result.returncode == 0 and "sees the last 256" in result.stderr
+    assert result.returncode == 0 and "sees only the last 256\n" in result.stderr
 
 
-def test_bad_prompts_are_named(cli, tmp_path):
+@pytest.mark.parametrize(
+    "flags", [(), ("--beams", 2), ("--stop", "x"), ("--format", "jsonl", "--out", "out.jsonl")]
+)
+def test_each_prompt_is_encoded_once(cli, tiny, monkeypatch, prompts, flags):
+    encoded = []
+    real = tiny.encoder.encode
+
+    def encode(text):
+        encoded.append(text)
+        return real(text)
+
+    monkeypatch.setattr(tiny.encoder, "encode", encode)
+    words = ("sample", *T, "--length", 3, "--prompts", "prompts.txt")
+    assert cli(*words, *flags).returncode == 0
+    assert encoded == PROMPTS
+
+
+def test_a_bad_prompt_is_rejected_by_line(cli, tmp_path):
     for name, content, words in (
         ("missing.txt", None, "missing.txt"),
         ("empty.txt", b"", "no prompt"),
@@ -345,7 +362,7 @@ def test_bad_prompts_are_named(cli, tmp_path):
         assert result.stdout == ""
 
 
-def test_a_model_or_run_that_is_not_there_is_refused_with_those_that_are(cli, workdir):
+def test_a_missing_model_or_run_is_rejected_with_a_list_of_the_others(cli, workdir):
     result = cli("sample", "--model_name", "124M")
     assert result.returncode == 1
     assert "tiny" in result.stderr and "gpt2cli download 124M" in result.stderr
@@ -370,7 +387,7 @@ def test_evaluate_is_the_mean_over_windows_that_overlap_by_one_token(cli, tiny, 
     assert line.split()[:2] == ["loss", f"{found['loss']:.6f}"] and line.endswith("tokens 699\n")
 
 
-def test_logits_are_given_for_a_window_and_refused_beyond(tiny):
+def test_logits_accept_at_most_one_window(tiny):
     assert tiny.logits([1, 2, 3]).shape == (3, 2048)
     assert tiny.logits(tiny.encoder.encode("import")).dtype == np.float32
     with pytest.raises(UserError, match="256"):
@@ -381,14 +398,15 @@ def test_logits_are_given_for_a_window_and_refused_beyond(tiny):
         tiny.generate("x", temperatur=1)
 
 
-@pytest.mark.parametrize("name", ["a-l2-h4-e16-c96", "a-l3-h3-e15-c128", "a-l12-h3-e24-c96-v601"])
-def test_the_commands_reproduce_the_original_programs_numbers(cli, golden, tmp_path, name):
-    source = ("--models_dir", golden / "gpt2-openai", "--model_name", name)
-    expected = np.load(golden / "gpt2-openai" / name / "expected.npz")
-    np.savez(tmp_path / "ids.npz", expected["seq7_tokens"])
+@pytest.mark.parametrize("folder", golden_models("gpt2-openai"))
+def test_the_commands_reproduce_the_numbers_of_the_original_program(cli, tmp_path, folder):
+    source = ("--models_dir", folder.parent, "--model_name", folder.name)
+    expected = np.load(folder / "expected.npz")
+    last = int(expected["n_seq"]) - 1
+    np.savez(tmp_path / "ids.npz", expected[f"seq{last}_tokens"])
     result = cli("evaluate", tmp_path / "ids.npz", *source, "--format", "json")
     assert json.loads(result.stdout)["loss"] == pytest.approx(
-        float(expected["seq7_loss"]), abs=1e-5
+        float(expected[f"seq{last}_loss"]), abs=1e-5
     )
     count = int(expected["n_greedy"])
     prompts = [json.dumps(expected[f"greedy{j}_prompt"].tolist()) for j in range(count)]
@@ -397,6 +415,7 @@ def test_the_commands_reproduce_the_original_programs_numbers(cli, golden, tmp_p
         cli("sample", *source, "--prompts", tmp_path / "p.jsonl", "--temperature", 0,
             "--length", 64, "--format", "jsonl")
     )  # fmt: skip
+    assert len(samples) == count >= 2
     for j, sample in enumerate(samples):
         assert sample["tokens"] == expected[f"greedy{j}_ids"].tolist()
 
@@ -427,12 +446,26 @@ def test_an_interactive_session(cli):
     shown = child.before.split("The import", 1)[1].replace("\r\n", "\n").strip("\n")
     assert expected.strip("\n") in shown
     child.sendline("/set temperature hot")
-    child.expect("takes float")
+    child.expect("--temperature takes float")
+    child.expect(">>> ")
+    child.sendline("/set top_p=2")
+    child.expect("--top_p must be at most 1")
+    child.expect(">>> ")
+    child.sendline("/set topp 0.5")
+    child.expect("unknown setting 'topp'; the settings are length, ")
     child.expect(">>> ")
     child.sendline("/set length 5")
     child.expect(">>> ")
     child.sendline("/show")
     child.expect("length = 5")
+    child.expect("temperature = 0.0")
+    child.expect(">>> ")
+    child.sendline("/set temperature")
+    child.expect(">>> ")
+    child.sendline("/show")
+    child.expect("temperature = 1.0")
+    child.expect(">>> ")
+    child.sendline("/set temperature 0")  # a greedy text does not end by itself
     child.expect(">>> ")
     child.sendline('"""')
     child.expect(r"\.\.\. ")
@@ -455,7 +488,7 @@ def test_an_interactive_session(cli):
     assert child.exitstatus == 0
 
 
-def test_interactive_serves_a_pipe_without_marks(shell):
+def test_interactive_shows_no_marks_in_a_pipe(shell):
     result = shell("interactive", *T, "--length", 4, "--seed", 1, input="One\n\n/quit\nTwo\n")
     assert result.returncode == 0 and ">>>" not in result.stdout
     assert result.stdout.strip() and "Traceback" not in result.stderr

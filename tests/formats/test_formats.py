@@ -1,10 +1,11 @@
-"""Models of other programs: what is read, what is refused, what is written."""
+"""Models of other programs: read, rejected, written."""
 
 import json
 import os
 import pickle
 import re
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ import safetensors.numpy
 from conftest import check_golden, golden_models, golden_vocabulary, lively
 
 from gpt2cli.errors import UserError
-from gpt2cli.formats import convert as formats
 from gpt2cli.formats import statedict
-from gpt2cli.inference import generator as inference
-from gpt2cli.model import network as model
+from gpt2cli.formats.convert import _sample_logits, convert, open_source
+from gpt2cli.inference.generator import load_model
+from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.tensorflow import tf
@@ -64,7 +65,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def state(network):
-    """The weights under Hugging Face's names, written down by hand: no map of ours is asked."""
+    """The weights under Hugging Face's names, written out here without our own maps."""
     arrays = {}
     for name, variable in network.weights.items():
         value = variable.numpy()
@@ -78,7 +79,7 @@ def state(network):
 
 @pytest.fixture(scope="module")
 def uer_state(network):
-    """The weights as UER-py has them: query, key and value apart, matrices [out, in]."""
+    """The weights as in UER-py: query, key and value apart, matrices [out, in]."""
     weights = {name.removeprefix("model/"): v.numpy() for name, v in network.weights.items()}
     arrays = {
         "embedding.word.embedding.weight": weights["wte"],
@@ -127,7 +128,7 @@ def uer_folder(folder, arrays, **changes):
 
 
 def weights_of(source):
-    shapes = model.weight_shapes(source.config)
+    shapes = weight_shapes(source.config)
     return {name: source.tensor(name, shape) for name, shape in shapes.items()}
 
 
@@ -150,16 +151,16 @@ def same_files(one, other):
 @pytest.mark.parametrize("folder", golden_models("gpt2-openai"))
 def test_a_transformers_model_converts_to_openais_format_and_back_bit_for_bit(tmp_path, folder):
     hf = folder.parents[1] / "gpt2-hf" / folder.name
-    source = formats.open_source(hf)
-    assert source.form == "hf"
-    formats.convert(source, tmp_path / "ours")
+    source = open_source(hf)
+    assert source.format == "hf"
+    convert(source, tmp_path / "ours")
     network = checkpoint.load(tmp_path / "ours")
     check_golden(network, np.load(folder / "expected.npz"))
-    openai = formats.open_source(folder)
-    assert openai.form == "openai"
+    openai = open_source(folder)
+    assert openai.format == "openai"
     assert_weights(openai, network)
 
-    formats.convert(openai, tmp_path / "hf", to="hf")
+    convert(openai, tmp_path / "hf", to="hf")
     theirs = safetensors.numpy.load_file(hf / "model.safetensors")
     written = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
     assert written.keys() == theirs.keys() and len(theirs) > 20
@@ -172,7 +173,7 @@ def test_a_transformers_model_converts_to_openais_format_and_back_bit_for_bit(tm
     }
     assert [ours[k] for k in without_vocabulary] == [None] * 3
 
-    formats.convert(formats.open_source(tmp_path / "hf"), tmp_path / "back")
+    convert(open_source(tmp_path / "hf"), tmp_path / "back")
     assert same_files(tmp_path / "ours", tmp_path / "back")
 
 
@@ -201,9 +202,9 @@ def test_a_uer_model_gives_the_numbers_of_uer(tmp_path, folder):
         path, config = folder / "model.bin", folder / "config.json"
     else:
         path, config = folder, None
-    source = formats.open_source(path, config=config, vocab=vocabulary)
-    assert source.form == "uer" and source.special() == ("[CLS]", "[SEP]")
-    formats.convert(source, tmp_path / "exact")
+    source = open_source(path, config=config, vocab=vocabulary)
+    assert source.format == "uer" and source.special() == ("[CLS]", "[SEP]")
+    convert(source, tmp_path / "exact")
     assert (tmp_path / "exact" / "vocab.txt").read_bytes() == vocabulary.read_bytes()
     assert folders.read_config(tmp_path / "exact").ln_epsilon == 1e-12
     network = checkpoint.load(tmp_path / "exact")
@@ -213,15 +214,15 @@ def test_a_uer_model_gives_the_numbers_of_uer(tmp_path, folder):
             np.testing.assert_allclose(targets, expected[f"seq{i}_target_logits"], atol=1e-3)
         else:
             assert loss == pytest.approx(float(expected[f"seq{i}_loss"]), abs=1e-4, nan_ok=True)
-    model = inference.load_model(tmp_path / "exact")
+    model = load_model(tmp_path / "exact")
     count = int(expected["n_greedy"])
     assert count >= 2
     for j in range(count):
         (sample,) = model.generate(expected[f"greedy{j}_prompt"].tolist(), length=64, temperature=0)
         assert sample.tokens == expected[f"greedy{j}_ids"].tolist()
 
-    plain = formats.open_source(folder, vocab=vocabulary, as_published=True)
-    formats.convert(plain, tmp_path / "plain")
+    plain = open_source(folder, vocab=vocabulary, as_published=True)
+    convert(plain, tmp_path / "plain")
     assert "ln_epsilon" not in (tmp_path / "plain" / "hparams.json").read_text()
     network = checkpoint.load(tmp_path / "plain")
     for i, columns, _, loss in uer_numbers(network, expected, count=4):  # only those are stored
@@ -237,22 +238,22 @@ def test_gpt2_ml_becomes_a_model_folder(tmp_path, folder, by_prefix):
     vocabulary = golden_vocabulary(folder)
     path = next(folder.glob("*.index")).with_suffix("") if by_prefix else folder
     config = folder / "config.json"
-    if by_prefix:  # the released checkpoints come without the json, which lies in the repository
+    if by_prefix:  # the released checkpoints come without the json, which is in the repository
         for file in folder.glob("model.ckpt*"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
         path = tmp_path / path.name
         with pytest.raises(UserError, match="--config"):
-            formats.open_source(path)
-    source = formats.open_source(path, config=config if by_prefix else None, vocab=vocabulary)
-    assert source.form == "gpt2_ml"
-    with pytest.raises(UserError, match="no class there"):
-        formats.convert(source, tmp_path / "hf", to="hf")
-    formats.convert(source, tmp_path / "ours")
+            open_source(path)
+    source = open_source(path, config=config if by_prefix else None, vocab=vocabulary)
+    assert source.format == "gpt2_ml"
+    with pytest.raises(UserError, match="no class for GPT2_ML"):
+        convert(source, tmp_path / "hf", to="hf")
+    convert(source, tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "hparams.json").read_text())["arch"] == "gpt2_ml"
     assert encoder.of_model(tmp_path / "ours").start is None
     network = checkpoint.load(tmp_path / "ours")
     check_golden(network, np.load(folder / "expected.npz"))
-    reader, _ = checkpoint.open_checked(folders.find_checkpoint(tmp_path / "ours"))
+    reader, _ = checkpoint.open_checked(folders.open_model(tmp_path / "ours"))
     assert not any("adafactor" in written for written in reader.get_variable_to_shape_map())
 
 
@@ -266,10 +267,10 @@ def test_names_with_and_without_prefix_and_with_buffers_are_read(tmp_path, netwo
         arrays[f"{prefix}h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 12, 12), np.uint8))
         arrays[f"{prefix}h.{layer}.attn.masked_bias"] = np.float32(-1e4).reshape(())
     arrays["lm_head.weight"] = state["transformer.wte.weight"]
-    assert_weights(formats.open_source(hf_folder(tmp_path / "m", arrays)), network)
+    assert_weights(open_source(hf_folder(tmp_path / "m", arrays)), network)
 
 
-def test_the_first_ports_names_are_read(tmp_path, network, state):
+def test_the_names_of_the_first_ports_are_read(tmp_path, network, state):
     def old(name):
         name = name.removeprefix("transformer.")
         if name.startswith(("wte", "wpe")):
@@ -279,7 +280,7 @@ def test_the_first_ports_names_are_read(tmp_path, network, state):
 
     arrays = {old(name): value for name, value in state.items()}
     assert "h.0.ln_1.g" in arrays and "h.1.mlp.c_fc.w" in arrays
-    assert_weights(formats.open_source(hf_folder(tmp_path / "m", arrays)), network)
+    assert_weights(open_source(hf_folder(tmp_path / "m", arrays)), network)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "F64"])
@@ -289,7 +290,7 @@ def test_other_number_formats_are_widened(tmp_path, network, state, kind):
     numpy_kind = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}[kind]
     arrays = {name: value.astype(numpy_kind) for name, value in state.items()}
     folder = hf_folder(tmp_path / "m", arrays)
-    found = weights_of(formats.open_source(folder))
+    found = weights_of(open_source(folder))
     assert found and found.keys() == network.weights.keys()
     for name, variable in network.weights.items():
         assert found[name].dtype == np.float32
@@ -313,29 +314,29 @@ def split(folder, arrays, name="model.safetensors"):
 def test_a_model_in_several_files_is_read(tmp_path, network, state):
     folder = hf_folder(tmp_path / "m", state)
     index = split(folder, state)
-    assert_weights(formats.open_source(folder), network)
+    assert_weights(open_source(folder), network)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match="names model-00002-of-00003.safetensors, which is not be"):
-        formats.open_source(folder)
+    with pytest.raises(UserError, match=r"lists model-00002-of-00003.safetensors, which is not be"):
+        open_source(folder)
     for place in ("../secret.safetensors", 7):
         index["weight_map"]["transformer.wte.weight"] = place
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(UserError, match="secret|weight_map"):
-            formats.open_source(folder)
+        with pytest.raises(UserError, match=r"secret|weight_map"):
+            open_source(folder)
 
 
-def test_an_index_that_promises_too_much_is_found_out(tmp_path, state):
+def test_an_index_that_lists_too_much_is_rejected(tmp_path, state):
     folder = hf_folder(tmp_path / "m", state)
     index = split(folder, state)
     index["weight_map"]["transformer.h.9.ln_1.weight"] = "model-00001-of-00003.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="00001.*lacks transformer.h.9.ln_1.weight"):
-        formats.open_source(folder)
+    with pytest.raises(UserError, match=r"00001.*lacks transformer.h.9.ln_1.weight"):
+        open_source(folder)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
-def test_a_bin_of_pytorch_is_read(tmp_path, network, state, kind, old):
+def test_a_pytorch_bin_is_read(tmp_path, network, state, kind, old):
     torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
     folder = hf_folder(tmp_path / "m", state)
     (folder / "model.safetensors").unlink()
@@ -345,7 +346,7 @@ def test_a_bin_of_pytorch_is_read(tmp_path, network, state, kind, old):
     path = folder / "pytorch_model.bin"
     torch.save(tensors, path, _use_new_zipfile_serialization=not old)
     tolerance = {"float32": 0, "bfloat16": 0.02, "float16": 0.002}[kind]
-    assert_weights(formats.open_source(folder), network, tolerance)
+    assert_weights(open_source(folder), network, tolerance)
     first = dict(list(tensors.items())[:9])
     torch.save(first, folder / "pytorch_model-00001-of-00002.bin")
     rest = {name: t for name, t in tensors.items() if name not in first}
@@ -355,7 +356,7 @@ def test_a_bin_of_pytorch_is_read(tmp_path, network, state, kind, old):
         name: f"pytorch_model-0000{1 if name in first else 2}-of-00002.bin" for name in tensors
     }
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
-    assert_weights(formats.open_source(folder), network, tolerance)
+    assert_weights(open_source(folder), network, tolerance)
 
 
 class Evil:
@@ -364,7 +365,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch", "cut", "text", "empty", "list"])
-def test_a_bin_that_is_no_state_dict_is_refused_and_nothing_in_it_runs(
+def test_a_bin_that_is_not_a_state_dict_is_rejected_and_nothing_in_it_runs(
     tmp_path, state, how, capsys
 ):
     torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
@@ -383,48 +384,50 @@ def test_a_bin_that_is_no_state_dict_is_refused_and_nothing_in_it_runs(
             "empty": b"",
         }[how]
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"pytorch_model\.bin (holds more|is damaged|is not a st)"):
-        formats.open_source(tmp_path)
+    with pytest.raises(
+        UserError, match=r"pytorch_model\.bin (contains more|is damaged|is not a st)"
+    ):
+        open_source(tmp_path)
     assert "program" not in capsys.readouterr().out
 
 
-def test_without_pytorch_a_bin_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+def test_without_pytorch_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pip install gpt2cli\[torch\]"):
-        formats.open_source(tmp_path)
+    with pytest.raises(UserError, match="bin/install torch"):
+        open_source(tmp_path)
 
 
 def test_a_folder_with_only_keras_weights_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="no model in .*neither"):
-        formats.open_source(tmp_path)
+    with pytest.raises(UserError, match=r"no model in .*neither"):
+        open_source(tmp_path)
     (tmp_path / "tf_model.h5").write_bytes(b"")
-    with pytest.raises(UserError, match="only as tf_model.h5.*save_pretrained"):
-        formats.open_source(tmp_path)
+    with pytest.raises(UserError, match=r"only as tf_model.h5.*save_pretrained"):
+        open_source(tmp_path)
 
 
-def test_two_forms_or_two_files_in_one_folder_have_to_be_told_apart(tmp_path, state, network):
+def test_two_formats_or_two_files_in_one_folder_need_a_choice(tmp_path, state, network):
     folder = hf_folder(tmp_path / "m", state)
     checkpoint.save(network, folder)
     with pytest.raises(UserError, match="--from"):
-        formats.open_source(folder)
-    assert formats.open_source(folder, "hf").form == "hf"
-    assert formats.open_source(folder, "openai").form == "openai"
-    with pytest.raises(UserError, match="give --from openai, not gpt2_ml"):
-        formats.open_source(folder, "gpt2_ml")
-    with pytest.raises(UserError, match="give --from hf, not uer"):
-        formats.open_source(folder, "uer")
+        open_source(folder)
+    assert open_source(folder, "hf").format == "hf"
+    assert open_source(folder, "openai").format == "openai"
+    with pytest.raises(UserError, match="use --from openai, not gpt2_ml"):
+        open_source(folder, "gpt2_ml")
+    with pytest.raises(UserError, match="use --from hf, not uer"):
+        open_source(folder, "uer")
     with pytest.raises(UserError, match="--as_published is for UER-py"):
-        formats.open_source(folder, "hf", as_published=True)
+        open_source(folder, "hf", as_published=True)
     other = tmp_path / "two"
     other.mkdir()
     for name in ("a.bin", "b.bin"):
         (other / name).write_bytes(b"")
-    with pytest.raises(UserError, match="a.bin, b.bin: name the file"):
-        formats.open_source(other)
+    with pytest.raises(UserError, match=r"a.bin, b.bin: name one file"):
+        open_source(other)
 
 
-REFUSED = [
+REJECTED = [
     ("model_type", "gpt_neo"),
     ("activation_function", "gelu"),
     ("activation_function", "relu"),
@@ -444,13 +447,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("name, value", REFUSED)
-def test_a_config_that_is_not_our_network_or_not_of_the_weights_names_the_field(
+@pytest.mark.parametrize("name, value", REJECTED)
+def test_a_config_that_fits_neither_our_network_nor_the_weights_names_the_field(
     tmp_path, state, name, value
 ):
     folder = hf_folder(tmp_path / "m", state, **{name: value})
     with pytest.raises(UserError, match=rf"config.json: .*{name}"):
-        formats.open_source(folder)
+        open_source(folder)
 
 
 @pytest.mark.parametrize(
@@ -466,72 +469,72 @@ def test_a_config_that_is_not_our_network_or_not_of_the_weights_names_the_field(
     ],
     ids=str,
 )
-def test_a_config_that_says_the_same_otherwise_is_read(tmp_path, network, state, changes):
-    assert_weights(formats.open_source(hf_folder(tmp_path / "m", state, **changes)), network)
+def test_an_equivalent_config_is_read(tmp_path, network, state, changes):
+    assert_weights(open_source(hf_folder(tmp_path / "m", state, **changes)), network)
 
 
 def test_the_epsilon_is_kept(tmp_path, state):
-    source = formats.open_source(hf_folder(tmp_path / "m", state, layer_norm_epsilon=1e-6))
-    formats.convert(source, tmp_path / "ours")
+    source = open_source(hf_folder(tmp_path / "m", state, layer_norm_epsilon=1e-6))
+    convert(source, tmp_path / "ours")
     assert folders.read_config(tmp_path / "ours").ln_epsilon == 1e-6
-    formats.convert(formats.open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
+    convert(open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["layer_norm_epsilon"] == 1e-6
 
 
-def test_the_heads_come_from_the_json_or_the_flag(tmp_path, network, state):
+def test_the_number_of_heads_comes_from_the_json_or_the_flag(tmp_path, network, state):
     folder = hf_folder(tmp_path / "m", state, n_head="gone")
     with pytest.raises(UserError, match="no n_head: give --config FILE or --n_head"):
-        formats.open_source(folder)
-    assert_weights(formats.open_source(folder, n_head=4), network)
+        open_source(folder)
+    assert_weights(open_source(folder, n_head=4), network)
     (folder / "config.json").unlink()
-    assert formats.open_source(folder / "model.safetensors", n_head=4).config == SIZES
+    assert open_source(folder / "model.safetensors", n_head=4).config == SIZES
     (tmp_path / "other.json").write_text(json.dumps(HF_CONFIG))
-    assert formats.open_source(folder, config=tmp_path / "other.json").config == SIZES
+    assert open_source(folder, config=tmp_path / "other.json").config == SIZES
     with pytest.raises(UserError, match="--n_head 2 contradicts n_head 4"):
-        formats.open_source(folder, config=tmp_path / "other.json", n_head=2)
+        open_source(folder, config=tmp_path / "other.json", n_head=2)
     with pytest.raises(UserError, match="--n_head: n_embd 16 is not a multiple of n_head 5"):
-        formats.open_source(folder, n_head=5)
+        open_source(folder, n_head=5)
 
 
-def test_a_missing_an_extra_and_a_misshapen_weight_are_named(tmp_path, state):
-    def refuse(arrays, match, **changes):
+def test_missing_extra_and_misshapen_weights_are_named(tmp_path, state):
+    def rejected(arrays, match, **changes):
         with pytest.raises(UserError, match=match):
-            formats.open_source(hf_folder(tmp_path / "m", arrays, **changes))
+            open_source(hf_folder(tmp_path / "m", arrays, **changes))
 
     name = "transformer.h.1.attn.c_attn.bias"
     without = {key: value for key, value in state.items() if key != name}
-    refuse(without, r"lacks h\.1\.attn\.c_attn\.bias")
-    refuse({**state, "score.weight": state[name]}, r"has score\.weight, which no GPT-2 has")
-    refuse({**state, name: state[name][:-1]}, r"c_attn\.bias is \[47\].* ask for \[48\]")
+    rejected(without, r"lacks h\.1\.attn\.c_attn\.bias")
+    rejected({**state, "score.weight": state[name]}, r"has score\.weight, unlike GPT-2")
+    rejected({**state, name: state[name][:-1]}, r"c_attn\.bias is \[47\].* require \[48\]")
     wrong = {**state, "transformer.h.0.mlp.c_fc.weight": np.zeros((64, 16), np.float32)}
-    refuse(wrong, r"h\.0\.mlp\.c_fc\.weight is \[64, 16\].*\[16, 64\]")
-    refuse({"a": state[name]}, r"lack wpe\.weight, wte\.weight")
+    rejected(wrong, r"h\.0\.mlp\.c_fc\.weight is \[64, 16\].*\[16, 64\]")
+    rejected({"a": state[name]}, r"lack wpe\.weight, wte\.weight")
     first = {key: value for key, value in state.items() if ".h.1." not in key}
-    refuse(first, "n_layer is 2, the weights have 1")
+    rejected(first, "n_layer is 2, but the weights have 1")
 
 
-def test_whole_numbers_and_values_that_are_not_finite_are_refused_when_read(tmp_path, state):
+def test_integer_and_non_finite_weights_are_rejected_when_read(tmp_path, state):
     table = "transformer.wte.weight"
     whole = {**state, table: state[table].astype(np.int32)}
-    source = formats.open_source(hf_folder(tmp_path / "m", whole))
+    source = open_source(hf_folder(tmp_path / "m", whole))
     with pytest.raises(UserError, match=r"transformer\.wte\.weight is I32"):
-        formats.convert(source, tmp_path / "out")
+        convert(source, tmp_path / "out")
     broken = {**state, table: np.full_like(state[table], np.nan)}
-    source = formats.open_source(hf_folder(tmp_path / "m", broken))
+    source = open_source(hf_folder(tmp_path / "m", broken))
     with pytest.raises(UserError, match=r"wte\.weight has values that are not finite"):
-        formats.convert(source, tmp_path / "out")
+        convert(source, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
-def test_an_output_matrix_of_its_own_is_refused(tmp_path, state):
+def test_a_separate_output_matrix_is_rejected(tmp_path, state):
     head = state["transformer.wte.weight"].copy()
     head[3, 5] += 1e-3
     folder = hf_folder(tmp_path / "m", {**state, "lm_head.weight": head})
     with pytest.raises(UserError, match="lm_head"):
-        formats.open_source(folder)
+        open_source(folder)
 
 
-def lying(header, data=b"\0" * 64):
+def safetensors_file(header, data=b"\0" * 64):
     text = json.dumps(header).encode() if isinstance(header, dict) else header
     return struct.pack("<Q", len(text)) + text + data
 
@@ -545,31 +548,31 @@ F32 = {"dtype": "F32", "shape": [4, 4]}
         b"",
         b"\xff" * 64,
         struct.pack("<Q", 1 << 60) + b"{}",
-        lying(b'{"a": '),
-        lying({"a": {**F32, "data_offsets": [0, 6400]}}),
-        lying({"a": {**F32, "data_offsets": [0, 60]}}),
-        lying({"a": {**F32, "data_offsets": [64, 0]}}),
-        lying({"a": {**F32, "shape": [1 << 40, 1 << 40], "data_offsets": [0, 64]}}),
-        lying({"a": {**F32, "dtype": "F33", "data_offsets": [0, 64]}}),
+        safetensors_file(b'{"a": '),
+        safetensors_file({"a": {**F32, "data_offsets": [0, 6400]}}),
+        safetensors_file({"a": {**F32, "data_offsets": [0, 60]}}),
+        safetensors_file({"a": {**F32, "data_offsets": [64, 0]}}),
+        safetensors_file({"a": {**F32, "shape": [1 << 40, 1 << 40], "data_offsets": [0, 64]}}),
+        safetensors_file({"a": {**F32, "dtype": "F33", "data_offsets": [0, 64]}}),
     ],
 )
-def test_a_header_that_lies_is_one_line(tmp_path, content):
+def test_a_wrong_header_gives_a_one_line_error(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="model.safetensors is damaged") as caught:
-        formats.open_source(tmp_path)
+    with pytest.raises(UserError, match=r"model.safetensors is damaged") as caught:
+        open_source(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 # UER-py's files
 
 
-def test_a_state_dict_of_uer_is_taken_apart_rightly(tmp_path, network, uer_state):
+def test_a_uer_state_dict_is_converted(tmp_path, network, uer_state):
     folder = uer_folder(tmp_path / "m", uer_state)
-    plain = formats.open_source(folder, as_published=True)
+    plain = open_source(folder, as_published=True)
     assert plain.config == SIZES
     assert_weights(plain, network)
     (folder / "model.bin").rename(folder / "model.bin-250000")
-    exact, weights = formats.open_source(folder), network.weights
+    exact, weights = open_source(folder), network.weights
     assert exact.config.ln_epsilon == 1e-12
     gain = exact.tensor("model/h1/ln_2/g", (16,))
     np.testing.assert_allclose(gain, weights["model/h1/ln_2/g"] * (15 / 16) ** 0.5, rtol=1e-6)
@@ -582,7 +585,7 @@ def test_the_names_before_2022_are_read(tmp_path, network, uer_state):
     arrays = {older.get(name, name): value for name, value in uer_state.items()}
     assert "embedding.word_embedding.weight" in arrays and "target.output_layer.weight" in arrays
     folder = uer_folder(tmp_path / "m", arrays, embedding="word_pos", target="lm")
-    assert_weights(formats.open_source(folder, as_published=True), network)
+    assert_weights(open_source(folder, as_published=True), network)
 
 
 @pytest.mark.parametrize(
@@ -605,29 +608,29 @@ def test_the_names_before_2022_are_read(tmp_path, network, uer_state):
         ("max_seq_length", 13),
     ],
 )
-def test_a_variant_of_uer_that_is_not_our_network_names_the_field(tmp_path, uer_state, name, value):
+def test_an_unsupported_uer_config_names_the_field(tmp_path, uer_state, name, value):
     folder = uer_folder(tmp_path / "m", uer_state, **{name: value})
     with pytest.raises(UserError, match=rf"config.json: {name} is"):
-        formats.open_source(folder)
+        open_source(folder)
 
 
-def test_weights_of_a_variant_of_uer_are_named(tmp_path, uer_state):
+def test_unsupported_uer_weights_are_named(tmp_path, uer_state):
     norm = {f"embedding.layer_norm.{leaf}": np.ones(16, np.float32) for leaf in ("gamma", "beta")}
     folder = uer_folder(tmp_path / "m", {**uer_state, **norm})
     with pytest.raises(UserError, match=r"has embedding\.layer_norm\.beta"):
-        formats.open_source(folder)
+        open_source(folder)
     untied = {**uer_state, "target.lm.output_layer.weight": np.ones((40, 16), np.float32)}
     with pytest.raises(UserError, match="output_layer"):
-        formats.open_source(uer_folder(tmp_path / "m", untied))
+        open_source(uer_folder(tmp_path / "m", untied))
 
 
-def test_a_bin_of_uer_alone_needs_the_heads(tmp_path, uer_state):
+def test_a_uer_bin_alone_needs_the_number_of_heads(tmp_path, uer_state):
     folder = uer_folder(tmp_path / "m", uer_state)
     (folder / "config.json").rename(tmp_path / "base.json")
     with pytest.raises(UserError, match="give --config FILE or --n_head"):
-        formats.open_source(folder / "model.bin")
-    assert formats.open_source(folder / "model.bin", n_head=4).config.n_head == 4
-    named = formats.open_source(folder / "model.bin", config=tmp_path / "base.json")
+        open_source(folder / "model.bin")
+    assert open_source(folder / "model.bin", n_head=4).config.n_head == 4
+    named = open_source(folder / "model.bin", config=tmp_path / "base.json")
     assert named.config.n_head == 4
     assert named.warnings and "--vocab" in named.warnings[-1]
 
@@ -655,7 +658,7 @@ def test_bpe_files_keep_their_bytes_and_special_tokens(tmp_path, wide):
     (folder / "vocab.json").write_text(json.dumps(vocab, indent=1))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
-    formats.convert(formats.open_source(folder), tmp_path / "ours")
+    convert(open_source(folder), tmp_path / "ours")
     hparams = json.loads((tmp_path / "ours" / "hparams.json").read_text())
     assert (hparams["start_token"], hparams["end_token"]) == ("<s>", "</s>")
     for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
@@ -663,27 +666,27 @@ def test_bpe_files_keep_their_bytes_and_special_tokens(tmp_path, wide):
     encoded = encoder.of_model(tmp_path / "ours")
     assert (encoded.start, encoded.end, encoded.encode(" th")) == (258, 259, [257])
 
-    formats.convert(formats.open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
+    convert(open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
     said = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (258, 259, None)
     tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert tokenizer["unk_token"] == "</s>" and tokenizer["model_max_length"] == 12
-    formats.convert(formats.open_source(tmp_path / "hf"), tmp_path / "back")
+    convert(open_source(tmp_path / "hf"), tmp_path / "back")
     assert same_files(tmp_path / "ours", tmp_path / "back")
 
 
-def test_added_tokens_come_along_if_the_model_has_room(tmp_path, wide):
+def test_added_tokens_are_kept_if_the_model_has_room(tmp_path, wide):
     vocab, merges = byte_vocabulary()
     folder = hf_folder(tmp_path / "m", wide, vocab_size=300, eos_token_id=258)
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("\n".join(merges))
     (folder / "added_tokens.json").write_text(json.dumps({"<end>": 258, "<pad>": 300}))
-    source = formats.open_source(folder)
+    source = open_source(folder)
     assert source.special() == (None, "<end>") and "<pad>" not in source.tokens()
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["text", "pairs"])
-def test_a_tokenizer_json_of_bytes_gives_the_two_files(tmp_path, wide, pairs):
+def test_a_byte_level_tokenizer_json_gives_both_files(tmp_path, wide, pairs):
     vocab, merges = byte_vocabulary()
     folder = hf_folder(tmp_path / "m", wide, vocab_size=300)
     values = {
@@ -695,7 +698,7 @@ def test_a_tokenizer_json_of_bytes_gives_the_two_files(tmp_path, wide, pairs):
         values["model"]["merges"] = [merge.split(" ") for merge in merges]
         values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [values["pre_tokenizer"]]}
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    formats.convert(formats.open_source(folder), tmp_path / "ours")
+    convert(open_source(folder), tmp_path / "ours")
     encoded = encoder.of_model(tmp_path / "ours")
     assert (encoded.end, encoded.encode(" th")) == (258, [257])
 
@@ -718,27 +721,27 @@ def test_a_wordpiece_vocabulary_is_found(tmp_path, state, file, lower):
         named = None if file == "vocab.txt" else place / file
     if file == "vocab.txt":
         (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
-    source = formats.open_source(folder, vocab=named)
-    formats.convert(source, tmp_path / "ours")
+    source = open_source(folder, vocab=named)
+    convert(source, tmp_path / "ours")
     encoded = encoder.of_model(tmp_path / "ours")
     lower = lower or file == "google_zh_vocab.txt"
     assert encoded.lower_case is lower and encoded.n_vocab == 10
     assert encoded.encode("Day 天气") == [8 if lower else 9, 5, 6]
     assert folders.read_config(tmp_path / "ours").extra == ({} if lower else {"lower_case": False})
-    formats.convert(formats.open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
+    convert(open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
     tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert tokenizer["do_lower_case"] is lower and tokenizer["tokenizer_class"] == "BertTokenizer"
     said = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (2, 3, 0)
 
 
-def test_a_tokenizer_of_another_kind_is_said_and_left_out(tmp_path, state):
+def test_an_unsupported_tokenizer_is_reported_and_left_out(tmp_path, state):
     folder = hf_folder(tmp_path / "m", state)
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
-    source = formats.open_source(folder)
+    source = open_source(folder)
     assert not source.vocabulary and "Unigram" in source.warnings[0]
-    with pytest.raises(UserError, match="no vocabulary at .*Unigram"):
-        formats.open_source(folder, vocab=folder)
+    with pytest.raises(UserError, match=r"no vocabulary at .*Unigram"):
+        open_source(folder, vocab=folder)
 
 
 @pytest.mark.parametrize(
@@ -753,41 +756,41 @@ def test_a_tokenizer_of_another_kind_is_said_and_left_out(tmp_path, state):
     ],
     ids=["merges", "pre_tokenizer", "ids"],
 )
-def test_a_damaged_tokenizer_is_one_line(tmp_path, state, values):
+def test_a_damaged_tokenizer_gives_a_one_line_error(tmp_path, state, values):
     folder = hf_folder(tmp_path / "m", state)
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="tokenizer.json is not as tokenizers writes it"):
-        formats.open_source(folder)
+    with pytest.raises(UserError, match=r"tokenizer.json does not have the tokenizers format"):
+        open_source(folder)
 
 
-def test_a_tokenizer_that_reads_text_otherwise_is_warned_of(tmp_path, state):
+def test_a_tokenizer_with_other_rules_gives_a_warning(tmp_path, state):
     folder = hf_folder(tmp_path / "m", state)
     (folder / "vocab.txt").write_text("\n".join(WORDPIECE))
     values = {"tokenizer_class": "BertJapaneseTokenizer", "eos_token": ["odd"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
-    (warning,) = formats.open_source(folder).warnings
+    (warning,) = open_source(folder).warnings
     assert "BertJapaneseTokenizer" in warning
 
 
-def test_a_vocabulary_that_does_not_belong_is_refused(tmp_path, state):
+def test_the_vocabulary_of_another_model_is_rejected(tmp_path, state):
     folder = hf_folder(tmp_path / "m", state)
     (tmp_path / "v.txt").write_text("\n".join([*WORDPIECE, *map(str, range(31))]) + "\n")
-    with pytest.raises(UserError, match="41 tokens, the model 40"):
-        formats.open_source(folder, vocab=tmp_path / "v.txt")
+    with pytest.raises(UserError, match="41 tokens, but the model only 40"):
+        open_source(folder, vocab=tmp_path / "v.txt")
     (tmp_path / "v.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"the vocabulary of .*/m: vocab.txt lacks \[UNK\]"):
-        formats.convert(formats.open_source(folder, vocab=tmp_path / "v.txt"), tmp_path / "out")
+        convert(open_source(folder, vocab=tmp_path / "v.txt"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (folder / "vocab.json").write_text("{}")
-    with pytest.raises(UserError, match="only vocab.json is there"):
-        formats.open_source(folder)
+    with pytest.raises(UserError, match=r"has only vocab.json"):
+        open_source(folder)
 
 
 # Writing
 
 
 def test_a_crash_at_any_time_leaves_nothing(tmp_path, state, monkeypatch):
-    source = formats.open_source(hf_folder(tmp_path / "m", state))
+    source = open_source(hf_folder(tmp_path / "m", state))
     for name in ("_sample_logits", "checkpoint.save", "_write_openai_description"):
         for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
 
@@ -797,16 +800,16 @@ def test_a_crash_at_any_time_leaves_nothing(tmp_path, state, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(f"gpt2cli.formats.convert.{name}", crash)
                 with pytest.raises((KeyboardInterrupt, UserError)):
-                    formats.convert(source, tmp_path / "new" / "deep" / "out")
+                    convert(source, tmp_path / "new" / "deep" / "out")
             assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path, state, monkeypatch):
-    source, dst = formats.open_source(hf_folder(tmp_path / "m", state)), tmp_path / "out"
+def test_a_folder_is_replaced_only_when_the_new_one_is_complete(tmp_path, state, monkeypatch):
+    source, dst = open_source(hf_folder(tmp_path / "m", state)), tmp_path / "out"
     dst.mkdir()
     (dst / "hparams.json").write_text("the old one")
     with pytest.raises(UserError, match="--overwrite"):
-        formats.convert(source, dst)
+        convert(source, dst)
     rename = os.rename
 
     def fail(old, new):
@@ -817,23 +820,22 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path, state, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fail)
         with pytest.raises(UserError, match="Input/output error"):
-            formats.convert(source, dst, overwrite=True)
+            convert(source, dst, overwrite=True)
     assert (dst / "hparams.json").read_text() == "the old one"
-    formats.convert(source, dst, overwrite=True)
+    convert(source, dst, overwrite=True)
     assert folders.read_config(dst) == SIZES
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
 
 
-def test_a_result_with_other_logits_is_thrown_away(tmp_path, state, monkeypatch):
-    source = formats.open_source(hf_folder(tmp_path / "m", state))
-    logits = formats._sample_logits
+def test_a_result_with_other_logits_is_discarded(tmp_path, state, monkeypatch):
+    source = open_source(hf_folder(tmp_path / "m", state))
     calls = []
 
     def drifting(network):
         calls.append(network)
-        return logits(network) + 2e-4 * len(calls)
+        return _sample_logits(network) + 2e-4 * len(calls)
 
-    monkeypatch.setattr(formats, "_sample_logits", drifting)
-    with pytest.raises(UserError, match="differ by 0.0002"):
-        formats.convert(source, tmp_path / "out")
+    monkeypatch.setattr("gpt2cli.formats.convert._sample_logits", drifting)
+    with pytest.raises(UserError, match=r"differ by 0.0002"):
+        convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
