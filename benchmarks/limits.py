@@ -1,8 +1,8 @@
-"""What this machine can do at most, as JSON: GB/s read from memory, GFLOP/s of matrix products.
+"""Measure the limits of this machine, as JSON: bytes/s read from memory, FLOP/s of products.
 
-The reading is that of one pass over a large array a core; the products are TensorFlow's of large
-squares, and for int8 TensorFlow Lite's (XNNPACK: int8 weights, rows of activations that are
-quantized on the way). The best of several tries counts: the others were disturbed.
+Reading is one pass over a large array per core. The products are of large square matrices by
+TensorFlow, and in int8 by TensorFlow Lite (XNNPACK: int8 weights, activations quantized at run
+time). The best of several tries counts, because the others were disturbed.
 """
 
 import json
@@ -20,7 +20,7 @@ WIDTH, ROWS = 4096, 1024
 
 
 def fastest(work, tries=6):
-    """Seconds of the fastest call, the first left out."""
+    """Return the seconds of the fastest call, without the first."""
     seconds = []
     for _ in range(tries + 1):
         begun = time.perf_counter()
@@ -30,20 +30,20 @@ def fastest(work, tries=6):
 
 
 def bandwidth(cores):
-    """Bytes a second that the cores read together."""
+    """Return the bytes per second that the cores read together."""
     pieces = [np.ones(PIECE // 4, np.int32) for _ in range(cores)]
     with ThreadPoolExecutor(cores) as pool:
         return cores * PIECE / fastest(lambda: list(pool.map(np.max, pieces)))
 
 
 def products(dtype):
-    """FLOP/s of WIDTH x WIDTH matrices."""
+    """Return the FLOP/s of products of WIDTH x WIDTH matrices."""
     a, b = (tf.cast(tf.random.normal([WIDTH, WIDTH]), dtype) for _ in range(2))
     return 2 * WIDTH**3 / fastest(lambda: tf.matmul(a, b)[0, 0].numpy())
 
 
 def products_int8(cores):
-    """FLOP/s of ROWS rows by an int8 matrix."""
+    """Return the FLOP/s of products of ROWS rows with an int8 matrix."""
     random = np.random.default_rng(0)
     module = tf.Module()
     module.matrix = tf.Variable(random.standard_normal((WIDTH, WIDTH), np.float32))
@@ -60,7 +60,7 @@ def products_int8(cores):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # TensorFlow Lite announces its successor
+    warnings.simplefilter("ignore")  # TensorFlow Lite announces its move to another package
     number = int(sys.argv[1])
     found = {"bandwidth": bandwidth(number)}
     found |= {name: products(name) for name in ("float32", "bfloat16")}

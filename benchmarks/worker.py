@@ -1,7 +1,7 @@
 """Both ends of the pipe between run.py and the process of one tool: a line of JSON each way.
 
-A tool's process loads one model in one precision and then answers requests until its input ends, so
-that several tools stay loaded while the rounds of a job go from one to the next.
+A tool's process loads one model in one precision and answers requests until its input ends. So
+several tools stay loaded while the rounds of a job move from one to the next.
 """
 
 import json
@@ -15,21 +15,21 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIMIT = 1800  # seconds after which an answer is not waited for any more
+LIMIT = 1800  # seconds to wait for an answer
 
 
 class Failed(Exception):
-    """A tool did not do what it was asked; the text says why, in a line."""
+    """A tool failed; the text says why, in one line."""
 
 
 def serve(make):
-    """Be a tool's process: make(folder, kind, cores), then call its methods as asked.
+    """Run as a tool's process: make(folder, kind, cores), then call the methods that are asked for.
 
     Args:
-        make: gives an object with `versions` and methods such as `generate` and `train`.
+        make: returns an object with `versions` and methods such as `generate` and `train`.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries may print
 
     def answer(work):
         begun = time.perf_counter()
@@ -57,15 +57,15 @@ def serve(make):
 
 
 def versions(*packages):
-    """{package: version} of what is installed here."""
+    """Return {package: version} of these packages, as installed here."""
     return {name: metadata.version(name) for name in packages}
 
 
 class Worker:
-    """run.py's end: the process of a tool, ready when this returns.
+    """run.py's end: the process of a tool, ready when the constructor returns.
 
     Attributes:
-        versions: of the tool and of what it runs on.
+        versions: of the tool and of the packages it uses.
     """
 
     def __init__(self, python, script, folder, kind, cores, environment):
@@ -86,10 +86,10 @@ class Worker:
             raise
 
     def ask(self, do, **request):
-        """Call a method of the tool: {"value": what it returned, "seconds": how long it took}.
+        """Call a method of the tool; return {"value": its result, "seconds": its duration}.
 
         Raises:
-            Failed: it raised something, or the process has ended.
+            Failed: it raised an exception, or the process has ended.
         """
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
@@ -99,7 +99,7 @@ class Worker:
         return self._answer()
 
     def peak(self):
-        """The most memory that the process has held so far, in GB, loading included."""
+        """Return the peak memory of the process so far, in GB, loading included."""
         for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e9
@@ -133,6 +133,6 @@ class Worker:
 
 
 def one_line(text, status=None):
-    """A message short enough for a table, with the exit status of its process."""
+    """Return a message that is short enough for a table, with its process's exit status."""
     text = " ".join(text.replace("|", "/").split())
     return (f"exit status {status}: " if status is not None else "") + text[:160]

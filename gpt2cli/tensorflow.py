@@ -1,4 +1,4 @@
-"""TensorFlow, imported without its log noise and with its memory settings made before first use.
+"""TensorFlow, imported without its log noise and with memory growth set before its first use.
 
 Every module that needs TensorFlow takes it from here: `from gpt2cli.tensorflow import tf`.
 """
@@ -7,19 +7,22 @@ import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 from gpt2cli import console
 from gpt2cli.errors import UserError
 
-OLDEST = (2, 18)  # setup.py says the same; below it NumPy 2 is not supported
-QUIET = (2, 21)  # before it XLA announced its first compilation whatever the log level
+OLDEST = (2, 18)  # as in setup.py; older versions do not support NumPy 2
+QUIET = (2, 21)  # older versions announce XLA's first compilation at any log level
 
 
 @contextlib.contextmanager
-def without_noise():
-    """Keep what native code writes to standard error, and show it only if the block fails.
+def without_noise() -> Iterator[None]:
+    """Hold back everything written to standard error; show it only if the block fails.
 
-    TensorFlow's libraries log while they are loaded, before any setting of theirs is read.
+    TensorFlow's libraries log while they are loaded, before they read any setting. With --verbose
+    nothing is held back.
     """
     if console.verbose:
         yield
@@ -40,38 +43,36 @@ def without_noise():
             os.close(real)
 
 
-os.environ["KERAS_BACKEND"] = "tensorflow"  # a user's setting for other programs would break us
+os.environ["KERAS_BACKEND"] = "tensorflow"  # a setting for other programs would break this one
 with without_noise():
     import tensorflow as tf
 
-    # the format of LiteRT's files, which TensorFlow's own flatbuffer_utils takes from here too
-    from tensorflow.lite.python import schema_py_generated as lite_schema  # noqa: F401
-
     if not console.verbose:
-        tf.get_logger().setLevel("ERROR")  # a notebook with several models is told of retracing
+        tf.get_logger().setLevel("ERROR")  # hides warnings about retracing several models
     VERSION = tuple(int(part) for part in tf.__version__.split(".")[:2])
     GPUS = tf.config.list_physical_devices("GPU")
-    for _gpu in GPUS:  # otherwise the first use takes all of a card's memory
-        with contextlib.suppress(RuntimeError):  # a notebook has used it already
+    for _gpu in GPUS:  # otherwise the first use takes all the memory of a GPU
+        with contextlib.suppress(RuntimeError):  # already in use, as in a notebook
             tf.config.experimental.set_memory_growth(_gpu, True)
-    # the first operation, which several hosts may only take once they know each other
+    # XLA's first compilation, while its announcement is held back; in a run on several hosts the
+    # first operation has to wait until they are connected
     if OLDEST <= VERSION < QUIET and not os.environ.get("TF_CONFIG"):
         tf.function(lambda: tf.constant(0) + 1, jit_compile=True)()
 
 if VERSION < OLDEST:
     raise UserError(
-        f"TensorFlow {tf.__version__} is too old, {'.'.join(map(str, OLDEST))} or later is needed. "
-        "Install it with: pip install -U tensorflow"
+        f"TensorFlow {tf.__version__} is too old: gpt2cli needs {'.'.join(map(str, OLDEST))} or "
+        "later. Install it with: pip install -U tensorflow"
     )
 
 
-def gpus_for(precision):
-    """The GPUs that a model of this precision runs on; eight bits are for the CPU."""
+def gpus_for(precision: str) -> list[Any]:
+    """Return the GPUs that a model of this precision runs on; int8 always runs on the CPU."""
     return [] if precision == "int8" else GPUS
 
 
-def describe_devices(precision="float32"):
-    """One line for the start of a command: the devices used, and a fall-back said aloud."""
+def describe_devices(precision: str = "float32") -> str:
+    """Return a line that names TensorFlow's version and the devices, and why it is only the CPU."""
     if gpus := gpus_for(precision):
         names = [tf.config.experimental.get_device_details(g).get("device_name") for g in gpus]
         return f"TensorFlow {tf.__version__} on " + ", ".join(
@@ -79,16 +80,18 @@ def describe_devices(precision="float32"):
             for gpu, name in zip(gpus, names, strict=True)
         )
     if GPUS:
-        return f"TensorFlow {tf.__version__} on CPU (where --precision {precision} runs)"
-    built = "this TensorFlow is built without CUDA" if not tf.test.is_built_with_cuda() else ""
-    reason = built or "no GPU that TensorFlow can use was found"
+        return f"TensorFlow {tf.__version__} on CPU (--precision {precision} always runs there)"
+    if tf.test.is_built_with_cuda():
+        reason = "no GPU that TensorFlow can use was found"
+    else:
+        reason = "this TensorFlow is built without CUDA"
     return f"TensorFlow {tf.__version__} on CPU ({reason})"
 
 
-def keep_no_memory():
-    """Have TensorFlow give back what a tensor held, instead of keeping it for the next one.
+def keep_no_memory() -> None:
+    """Make TensorFlow free the memory of a tensor at once, instead of keeping it for the next one.
 
-    Where each weight is seen once that saves as much as the largest of them; in training it would
-    cost time. It only has an effect before TensorFlow's first operation.
+    A command that only reads the weights needs less memory, by the size of the largest weight;
+    training would be slower. This has an effect only before TensorFlow's first operation.
     """
     os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")

@@ -17,7 +17,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
-# what the programs of program.py leave there is no business of the user's own cache
+# keeps the skeletons of litert_program.py out of the user's own cache
 os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache" / "home")
 SHARED = ROOT.parent / "shared"
 TINY = ROOT / "models" / "tiny"
@@ -143,7 +143,7 @@ def check_golden(network, expected):
 
 def lively(config, seed=3):
     """Weights far from their gentle initial values, so that a wrong formula shows."""
-    from gpt2cli.model import network as model
+    from gpt2cli.model.network import GPT2
 
     noise = np.random.default_rng(seed)
     spread = {"g": (1, 0.3), "gamma": (1, 0.3), "wte": (0, 0.15), "word_embed": (0, 0.15)}
@@ -153,7 +153,7 @@ def lively(config, seed=3):
         mean, deviation = spread.get(name.rsplit("/", 1)[1], (0, 0.3))
         return noise.normal(mean, deviation, shape).astype(np.float32)
 
-    return model.GPT2(config, initial)
+    return GPT2(config, initial)
 
 
 @pytest.fixture(scope="session")
@@ -165,40 +165,40 @@ def network():
 
 
 def compiled(kind, network):
-    """A GPT2 made ready to generate: "graph", or "lite" with a copy of its weights."""
-    from gpt2cli.inference.engines import litert as lite
-    from gpt2cli.inference.engines import xla as graph
+    """A GPT2 in an engine: "graph" for XLA, or "lite" for LiteRT with a copy of its weights."""
+    from gpt2cli.inference.engines.litert import LitertEngine
+    from gpt2cli.inference.engines.xla import XlaEngine
 
     if kind == "graph":
-        return graph.Graph(network)
-    return lite.Lite(network.config, lambda name, _: network.weights[name].numpy())
+        return XlaEngine(network)
+    return LitertEngine(network.config, lambda name, _: network.weights[name].numpy())
 
 
 @pytest.fixture(scope="session", params=["lite", "graph"])
 def either(request, network):
-    """`network` compiled in both ways."""
+    """`network` in both engines."""
     return compiled(request.param, network)
 
 
 @pytest.fixture(scope="session")
 def plain_model(network):
-    """`network` as a Model, without a vocabulary."""
-    from gpt2cli.inference import generator as inference
+    """`network` as a LanguageModel without a vocabulary."""
+    from gpt2cli.inference.generator import LanguageModel
 
-    return inference.LanguageModel(compiled("lite", network), None)
+    return LanguageModel(compiled("lite", network), None)
 
 
 @pytest.fixture(scope="session")
 def either_model(either):
-    """`either` as a Model, without a vocabulary."""
-    from gpt2cli.inference import generator as inference
+    """`either` as a LanguageModel without a vocabulary."""
+    from gpt2cli.inference.generator import LanguageModel
 
-    return inference.LanguageModel(either, None)
+    return LanguageModel(either, None)
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """models/tiny as a Model, with its vocabulary."""
+    """models/tiny as a LanguageModel, with its vocabulary."""
     import gpt2cli
 
     return gpt2cli.load_model(TINY)
@@ -230,16 +230,16 @@ def cli(capsys, monkeypatch, tiny):
     tests that start a process of their own load it as users do.
     """
     from gpt2cli.cli import main
-    from gpt2cli.inference import generator as inference
+    from gpt2cli.inference import generator
 
-    load_model = inference.load_model
+    load_model = generator.load_model
 
-    def load_once(source, *options):
-        prefix = getattr(source, "checkpoint", source)
-        is_tiny = str(prefix) == str(TINY / "model.ckpt") and options[:1] in ((), ("auto",))
-        return tiny if is_tiny else load_model(source, *options)
+    def load_once(path, precision="auto", vocabulary=None):
+        prefix = getattr(path, "checkpoint", path)  # of a ModelFolder
+        is_tiny = str(prefix) == str(TINY / "model.ckpt") and precision == "auto"
+        return tiny if is_tiny else load_model(path, precision, vocabulary)
 
-    monkeypatch.setattr(inference, "load_model", load_once)
+    monkeypatch.setattr(generator, "load_model", load_once)
 
     def run(*words):
         status = 0

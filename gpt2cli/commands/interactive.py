@@ -95,7 +95,7 @@ def _continuations(
     if options.beams > 1:
         without_prompt = dataclasses.replace(options, include_prefix=False)
         for sample in model.samples([prompt], without_prompt, index):
-            yield iter([sample.text])
+            yield iter([sample.text or ""])
         return
     for number in range(options.nsamples):
         stream = model.stream(prompt, options, index + number)

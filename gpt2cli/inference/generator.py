@@ -1,302 +1,401 @@
 """A model with its vocabulary, ready for use: logits, loss, generated text.
 
-`sample`, `interactive`, `evaluate`, the samples of `train` and the Python functions all go through
-`LanguageModel`; text becomes ids and ids become text here, `sampling` knows only ids.
+`sample`, `interactive`, `evaluate`, `serve`, the samples of `train` and the Python functions all
+use `LanguageModel`. Here text becomes ids and ids become text; `sampling` knows only ids.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import difflib
 import itertools
 import operator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
+from gpt2cli.console import counted
 from gpt2cli.errors import UsageError, UserError
-from gpt2cli.inference import beams, sampling
-from gpt2cli.inference import rows as generation
-from gpt2cli.inference.engines import litert as lite
-from gpt2cli.inference.engines import xla as graph
-from gpt2cli.inference.score import score as score_batches
-from gpt2cli.inference.text import Continuation, Sample
-from gpt2cli.model import network as model
+from gpt2cli.inference import sampling
+from gpt2cli.inference.beams import Search
+from gpt2cli.inference.engines.engine import Engine
+from gpt2cli.inference.engines.litert import LitertEngine
+from gpt2cli.inference.engines.xla import SMALLEST_CACHE, XlaEngine, cache_sizes
+from gpt2cli.inference.rows import Generation, Row
+from gpt2cli.inference.score import Score, score
+from gpt2cli.inference.text import Prompt, RowText, Sample
+from gpt2cli.model.network import GPT2
 from gpt2cli.options import GenerateOptions, Precision, new_seed
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.tensorflow import gpus_for
-from gpt2cli.text import batches as windows
 from gpt2cli.text import encoder
+from gpt2cli.text.batches import Batch, Tokens
 from gpt2cli.text.encoder import Encoder
 
 STREAMED = 4  # tokens between two pieces of a streamed text
+
+Job = tuple[int, Prompt, list[int] | None]  # index, prompt, and its ids if they are known
+
+
+def _never() -> bool:
+    return False
 
 
 class LanguageModel:
     """A GPT-2 and its vocabulary. Made by `load_model`; every method may be called many times.
 
+    Args:
+        network: the engine that runs the network.
+        vocabulary: None for a model folder without one; then prompts are token ids.
+        name: the folder's, for `repr`.
+        precision: of the weights, for `repr`.
+
     Attributes:
-        network: a graph.Graph or a lite.Lite.
-        encoder: BPE, WordPiece, or None for a folder without a vocabulary.
-        config: ModelConfig.
+        network: as above.
+        encoder: BPE, WordPiece, or None.
+        config: the sizes.
     """
 
-    def __init__(self, network, vocabulary):
+    def __init__(
+        self,
+        network: Engine,
+        vocabulary: Encoder | None,
+        name: str = "",
+        precision: str = "float32",
+    ) -> None:
         self.network, self.encoder, self.config = network, vocabulary, network.config
+        self._name, self._precision = name, precision
 
-    def logits(self, tokens):
-        """Ids of one sequence, 1 to n_ctx -> float32 [T, n_vocab]: scores of what follows each."""
-        tokens = self._checked(tokens)
-        if not 1 <= len(tokens) <= self.config.n_ctx:
-            raise UserError(f"{len(tokens)} tokens; the model reads 1 to {self.config.n_ctx}")
-        return self.network.logits(tokens)
+    def __repr__(self) -> str:
+        """Return name, sizes and precision."""
+        sizes = self.config
+        name = f" {self._name}" if self._name else ""
+        return (
+            f"<LanguageModel{name}: {counted(sizes.n_layer, 'layer')}, {sizes.n_embd} wide, "
+            f"{counted(sizes.n_vocab, 'token')}, {self._precision}>"
+        )
 
-    def loss(self, tokens):
-        """Ids of one text, 2 or more -> mean nats a token; see `evaluate`."""
-        return self.evaluate(windows.Tokens([np.array(self._checked(tokens), np.int32)])).loss
+    def logits(self, tokens: Iterable[int]) -> np.ndarray:
+        """Return the scores of every possible next token, after each token of a text.
 
-    def logprobs(self, tokens):
-        """How likely each of up to n_ctx ids was: (nats, {id: nats} of the likeliest) of each.
+        Args:
+            tokens: ids of one text, 1 to n_ctx.
 
-        Of the first, which nothing goes before, None and {}.
+        Returns:
+            float32 [T, n_vocab].
+
+        Raises:
+            UserError: an id is not in the model, or there are too many ids or none.
         """
-        tokens, found = self._checked(tokens), [(None, {})]
-        for logits, token in zip(self.logits(tokens), tokens[1:], strict=False):
+        ids = self._checked(tokens)
+        if not 1 <= len(ids) <= self.config.n_ctx:
+            raise UserError(f"got {counted(len(ids), 'token')}; give 1 to {self.config.n_ctx}")
+        return self.network.logits(ids)
+
+    def loss(self, tokens: Iterable[int]) -> float:
+        """Return the mean loss in nats per token of one text; see `evaluate`.
+
+        Args:
+            tokens: ids, 2 or more.
+
+        Raises:
+            UserError: an id is not in the model, or there are fewer than 2.
+        """
+        return self.evaluate(Tokens([np.array(self._checked(tokens), np.int32)])).loss
+
+    def logprobs(self, tokens: Iterable[int]) -> list[tuple[float | None, dict[int, float]]]:
+        """Return how likely each token of a text is, and the likeliest ones in its place.
+
+        Args:
+            tokens: ids of one text, 1 to n_ctx.
+
+        Returns:
+            For each id its log-probability and {id: log-probability} of the likeliest, in nats; for
+            the first id, which follows nothing, None and {}.
+        """
+        ids = self._checked(tokens)
+        found: list[tuple[float | None, dict[int, float]]] = [(None, {})]
+        for logits, token in zip(self.logits(ids), ids[1:], strict=False):
             own = sampling.log_softmax(logits)
             best = sampling.likeliest(own, sampling.LIKELIEST)
-            found.append(
-                (float(own[token]), dict(zip(best.tolist(), own[best].tolist(), strict=True)))
-            )
+            likeliest = dict(zip(best.tolist(), own[best].tolist(), strict=True))
+            found.append((float(own[token]), likeliest))
         return found
 
-    def evaluate(self, tokens, batch_size=1):
-        """batches.Tokens -> Score: mean loss in nats a token, accuracy, tokens.
+    def evaluate(self, tokens: Tokens, batch_size: int = 1) -> Score:
+        """Return mean loss in nats per token, accuracy and number of tokens of a corpus.
 
-        The text is cut into windows of n_ctx predictions, each beginning with the last token of
-        the one before: every token but the first is predicted once.
+        The text is cut into windows of n_ctx predictions. Each window begins with the last token of
+        the one before it, so every token but the first is predicted once.
+
+        Args:
+            tokens: the corpus.
+            batch_size: number of windows to read at once.
         """
         return self.score(tokens.evaluation_windows(self.config.n_ctx, batch_size))
 
-    def score(self, batches):
-        """Batches -> Score."""
-        return score_batches(self.network, batches)
+    def score(self, batches: Iterable[Batch]) -> Score:
+        """Return how well the model predicts all batches together."""
+        return score(self.network, batches)
 
-    def generate(self, prompts=None, **settings):
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
+        **settings: Any,
+    ) -> list[Sample]:
         """Continue each prompt.
 
+            model.generate("The import statement", length=40, seed=1)[0].text
+            model.generate([[464, 2068], [50256]], nsamples=3, temperature=0.7)
+
         Args:
-            prompts: a text, a list of ids, a list of such, or None for text from nothing.
-            settings: the fields of GenerateOptions: length, temperature, top_k, ...
+            prompts: a text, the token ids of one prompt, a list of several texts or lists of ids,
+                or None for text from nothing.
+            settings: the fields of GenerateOptions, such as length, temperature, top_k, nsamples.
 
         Returns:
-            A list of Sample: all samples of the first prompt, of the second, ...
+            All samples of the first prompt, then of the second, ...
+
+        Raises:
+            UsageError: an unknown setting, or a value out of range.
+            UserError: a prompt cannot be continued.
         """
-        try:
-            settings = GenerateOptions(**settings)
-        except TypeError as error:
-            raise UsageError(str(error).removeprefix("GenerateOptions.__init__() ")) from None
-        if settings.nsamples == 0:
-            raise UsageError("nsamples must be at least 1 here; `samples` goes on for ever with 0")
-        one = prompts is None or isinstance(prompts, str)
-        prompts = prompts if one else list(prompts)
-        if one or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-            prompts = [prompts]
-        plain = [p if p is None or isinstance(p, str) else self._checked(p) for p in prompts]
-        return list(self.samples(plain, settings))
+        options = _generate_options(settings)
+        if options.nsamples == 0:
+            raise UsageError("nsamples must be at least 1 here; only `samples` can run without end")
+        several: Any = [prompts]
+        if prompts is not None and not isinstance(prompts, str):
+            is_one = len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+            several = [prompts] if is_one else prompts
+        plain = [p if p is None or isinstance(p, str) else self._checked(p) for p in several]
+        return list(self.samples(plain, options))
 
-    def samples(self, prompts, settings, first_index=0, stop=lambda: False):
-        """Yield the Samples of GenerateOptions for a list of prompts, batch by batch.
-
-        `stop` is asked between two parts of a batch; if it says so, nothing more comes.
-        """
-        if settings.beams > 1:
-            step = settings.nsamples
-            jobs = ((first_index + i * step, prompt) for i, prompt in enumerate(prompts))
-        elif settings.nsamples:
-            repeated = (prompt for prompt in prompts for _ in range(settings.nsamples))
-            jobs = enumerate(repeated, first_index)
-        else:
-            jobs = enumerate(itertools.cycle(prompts), first_index)
-        return self.answers(((*job, None) for job in jobs), settings, stop)
-
-    def answers(self, jobs, settings, stop=lambda: False, width=0):
-        """As `samples`, for (index, prompt, ids) of each sample; with beams, of a prompt's first.
+    def samples(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerateOptions,
+        first_index: int = 0,
+        stop: Callable[[], object] = _never,
+    ) -> Iterator[Sample]:
+        """Yield the samples of each prompt, batch by batch; without end if nsamples is 0.
 
         Args:
-            jobs: the ids are those that `check_prompt` returned, or None to encode the prompt here.
-            width: rows to compute in any case, where another number would take compiling.
+            prompts: what to continue.
+            options: how.
+            first_index: index of the first sample.
+            stop: is called between two parts of a batch; if its result is true, no samples follow.
         """
-        seed, jobs = new_seed() if settings.seed is None else settings.seed, iter(jobs)
-        if settings.beams > 1:
-            for row, score in self._beams(jobs, settings, stop):
-                yield self.sample(row, seed, score)
+        numbered: Iterable[tuple[int, Prompt]]
+        if options.beams > 1:
+            numbered = zip(itertools.count(first_index, options.nsamples), prompts)
+        elif options.nsamples:
+            repeated = (prompt for prompt in prompts for _ in range(options.nsamples))
+            numbered = enumerate(repeated, first_index)
+        else:
+            numbered = enumerate(itertools.cycle(prompts), first_index)
+        return self.answers(((index, prompt, None) for index, prompt in numbered), options, stop)
+
+    def answers(
+        self,
+        jobs: Iterable[Job],
+        options: GenerateOptions,
+        stop: Callable[[], object] = _never,
+        width: int = 0,
+    ) -> Iterator[Sample]:
+        """Yield samples as `samples` does, for prompts with an index.
+
+        Args:
+            jobs: (index, prompt, ids) of each sample, or with beams of each prompt's first. The ids
+                are the result of `check_prompt`, or None to encode the prompt here.
+            options: how to continue them; nsamples counts only with beams.
+            stop: as in `samples`.
+            width: least number of rows to compute, where another number would cost a compilation.
+        """
+        seed = new_seed() if options.seed is None else options.seed
+        jobs = iter(jobs)
+        if options.beams > 1:
+            for row, found in self._beams(jobs, options, stop):
+                yield self.sample(row, seed, found)
             return
-        while batch := list(itertools.islice(jobs, settings.batch_size)):
+        while batch := list(itertools.islice(jobs, options.batch_size)):
             width = width or len(batch)
-            for rows, finished in self._continue(batch, settings, seed, sampling.CHUNK, width):
+            rows = [self.begin(*job[:2], options, seed, job[2]) for job in batch]
+            for _ in self._grow(rows, sampling.CHUNK, width):
                 if stop():
                     return
-                if finished:
-                    yield from (self.sample(row, seed) for row in rows)
+            yield from (self.sample(row, seed) for row in rows)
 
-    def stream(self, prompt, settings, index=0):
+    def stream(
+        self, prompt: Prompt, options: GenerateOptions, index: int = 0
+    ) -> Iterator[str | Sample]:
         """Yield the text of one sample in pieces, as it is generated, and last the Sample.
 
-        With beams nothing is certain before the end: then the best comes, in one piece.
+        With beams nothing is certain before the end, so the best beam comes in one piece.
         """
-        seed = new_seed() if settings.seed is None else settings.seed
-        if settings.beams > 1:
-            ((row, score),) = self._beams([(index, prompt, None)], replace(settings, nsamples=1))
-            yield row.fresh(finished=True)
-            yield self.sample(row, seed, score)
+        seed = new_seed() if options.seed is None else options.seed
+        if options.beams > 1:
+            one = dataclasses.replace(options, nsamples=1)
+            ((row, found),) = self._beams([(index, prompt, None)], one)
+            yield row.text.fresh(finished=True)
+            yield self.sample(row, seed, found)
             return
-        job = (index, prompt, None)
-        for (row,), finished in self._continue([job], settings, seed, STREAMED, 1):
-            yield row.fresh(finished)
+        row = self.begin(index, prompt, options, seed)
+        for _ in self._grow([row], STREAMED, width=1):
+            yield row.text.fresh(row.finished)
         yield self.sample(row, seed)
 
-    def warm(self, width=1):
-        """Compile, and run once, what a Batch of up to so many rows needs."""
+    def warm(self, width: int = 1) -> None:
+        """Compile, and run once, everything that up to `width` rows side by side need."""
         compiles = self.network.needs_full_batches
-        sizes = graph.cache_sizes(self.config.n_ctx) if compiles else [graph.SMALLEST_CACHE]
-        cases = itertools.product(sizes, [width] if compiles else [1, width], [0, 2])
-        for slots, rows, ngram in cases:
+        sizes = cache_sizes(self.config.n_ctx) if compiles else [SMALLEST_CACHE]
+        numbers = [width] if compiles else [1, width]
+        for slots, number, ngram in itertools.product(sizes, numbers, [0, 2]):
             prompt = [0] * max(1, slots - 2)
-            settings = GenerateOptions(length=2, no_repeat_ngram=ngram)
-            batch = Batch(self.network, width)
-            batch.add([self.begin(number, prompt, settings, 0) for number in range(rows)])
-            while not batch.is_empty():
-                batch.step()
+            options = GenerateOptions(length=2, no_repeat_ngram=ngram)
+            rows = [self.begin(index, prompt, options, seed=0) for index in range(number)]
+            for _ in self._grow(rows, sampling.CHUNK, width):
+                pass
 
-    def check_prompt(self, prompt):
-        """Refuse (UserError) a prompt that cannot be continued; returns its ids."""
+    def check_prompt(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt; UserError if it cannot be continued."""
         if prompt is not None and not isinstance(prompt, str):
             ids = self._checked(prompt)
             if not ids:
-                raise UserError("a prompt of token ids must hold at least one")
+                raise UserError("a prompt of token ids needs at least one id")
             return ids
         if self.encoder is None:
             raise UserError(
                 "this model folder has no vocabulary: give the prompt as token ids, with "
                 '--prompts FILE.jsonl and lines such as {"tokens": [464, 2068]}'
             )
-        ids = self.encoder.prefix + self.encoder.encode(prompt or "")
-        if not ids and self.encoder.start is None:
-            raise UserError("this model has no start token: give it a prompt to continue")
-        return self._checked(ids or [self.encoder.start])
+        ids = [*self.encoder.prefix, *self.encoder.encode(prompt or "")]
+        if not ids:
+            if self.encoder.start is None:
+                raise UserError("this model has no start token: give it a prompt to continue")
+            ids = [self.encoder.start]
+        return self._checked(ids)
 
-    def length_of(self, settings, prompt):
-        """The tokens to generate: --length, or n_ctx, or half of that after a prompt."""
-        return settings.length or (self.config.n_ctx // 2 if prompt else self.config.n_ctx) or 1
-
-    def _checked(self, tokens):
-        try:
-            tokens = [operator.index(token) for token in tokens]
-        except TypeError:
-            raise UserError(f"token ids are whole numbers, not {tokens!r:.80}") from None
-        wrong = next((t for t in tokens if not 0 <= t < self.config.n_vocab), None)
-        if wrong is not None:
-            raise UserError(
-                f"token {wrong} is not in the model, whose n_vocab is {self.config.n_vocab}"
-            )
-        return tokens
-
-    def begin(self, index, prompt, settings, seed, ids=None):
-        """The Continuation of a prompt, for a Batch; refuses (UserError) as `check_prompt`.
+    def begin(
+        self,
+        index: int,
+        prompt: Prompt,
+        options: GenerateOptions,
+        seed: int,
+        ids: list[int] | None = None,
+    ) -> Row:
+        """Return the Row of a prompt, for a Generation.
 
         Args:
-            ids: what `check_prompt` gave for the prompt, if that was asked before.
+            index: the sample's number, which with the seed determines its random numbers.
+            prompt: what to continue.
+            options: how.
+            seed: of the random numbers.
+            ids: the result of `check_prompt`, if it is known: the prompt is not encoded again.
+
+        Raises:
+            UserError: as `check_prompt`; or an option needs a vocabulary and there is none.
         """
         ids = self.check_prompt(prompt) if ids is None else ids
-        if self.encoder is None and (settings.stop or settings.truncate):
+        if self.encoder is None and (options.stop or options.truncate):
             raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
-        length = self.length_of(settings, prompt)
-        row = generation.Row(
-            *(ids, self._rules(settings), length, seed, index, settings.window, settings.logprobs)
+        n_ctx = self.config.n_ctx
+        return Row(
+            ids,
+            self._rules(options),
+            length=options.length or (n_ctx // 2 if prompt else n_ctx) or 1,
+            seed=seed,
+            index=index,
+            window=options.window,
+            logprobs=options.logprobs,
+            text=RowText(prompt, self.encoder, options),
         )
-        return Continuation(index, prompt, self.encoder, settings, row)
 
-    def sample(self, text, seed, score=None):
-        """The Sample that a finished Continuation is."""
-        settings, prompt = text.settings, text.prompt or ""
-        full = len(text.tokens) >= self.length_of(settings, text.prompt)
-        reason = "stop" if text.stopped else "length" if full else "end"
-        shown = text.text if self.encoder else None
-        if settings.include_prefix and self.encoder:
+    def sample(self, row: Row, seed: int, score: float | None = None) -> Sample:
+        """Return the Sample of a finished row that `begin` made."""
+        text, tokens = row.text, row.continuation
+        reason = "stop" if text.stopped else "length" if len(tokens) >= row.length else "end"
+        shown = text.so_far
+        if text.options.include_prefix and self.encoder:
+            prompt = text.prompt or ""
             shown = (prompt if isinstance(prompt, str) else self.encoder.decode(prompt)) + shown
-        logprobs = text.logprobs if settings.logprobs else None
-        return Sample(text.index, text.prompt, shown, text.tokens, reason, seed, logprobs, score)
+        logprobs = row.logprobs if text.options.logprobs else None
+        return Sample(
+            index=row.index,
+            prompt=text.prompt,
+            text=shown if self.encoder else None,
+            tokens=tokens,
+            finish_reason=reason,
+            seed=seed,
+            logprobs=logprobs,
+            score=score,
+        )
 
-    def _continue(self, batch, settings, seed, limit, width):
-        """Generate a batch of (index, prompt, ids); yields (Continuations, all finished).
+    def _checked(self, tokens: Iterable[int]) -> list[int]:
+        """Return ids as a list of int; UserError if one is not in the model."""
+        try:
+            ids = [operator.index(token) for token in tokens]
+        except TypeError:
+            raise UserError(f"token ids must be whole numbers, got {tokens!r:.80}") from None
+        wrong = next((t for t in ids if not 0 <= t < self.config.n_vocab), None)
+        if wrong is not None:
+            raise UserError(
+                f"token {wrong} is not in the model: its ids are 0 to {self.config.n_vocab - 1}"
+            )
+        return ids
 
-        Args:
-            width: rows to compute at the least, where another number would take compiling.
-        """
-        texts = [self.begin(index, prompt, settings, seed, ids) for index, prompt, ids in batch]
-        growing = Batch(self.network, width)
-        growing.add(texts)
-        finished = False
-        while not finished:
-            growing.step(limit)
-            finished = growing.is_empty()
-            yield texts, finished
+    def _grow(self, rows: Sequence[Row], limit: int, width: int) -> Iterator[None]:
+        """Grow rows side by side to their ends; yield after each step of up to `limit` tokens."""
+        generation = Generation(self.network, rows, width)
+        while not generation.is_empty():
+            generation.step(limit)
+            yield
 
-    def _beams(self, jobs, settings, stop=lambda: False):
-        """Yield the nsamples likeliest Continuations of each prompt, with their scores."""
+    def _beams(
+        self, jobs: Iterable[Job], options: GenerateOptions, stop: Callable[[], object] = _never
+    ) -> Iterator[tuple[Row, float]]:
+        """Yield the nsamples likeliest rows of each prompt, with their scores."""
         for index, prompt, ids in jobs:
-            text = self.begin(index, prompt, settings, 0, ids)
-            search = beams.Search(generation.Generation(self.network, [text.row]), text, settings)
+            row = self.begin(index, prompt, options, 0, ids)
+            search = Search(Generation(self.network, [row]), options)
             while not search.finished:
                 if stop():
                     return
                 search.step()
-            for place, (score, row) in enumerate(search.kept[: settings.nsamples]):
-                row.finish()
-                row.index = index + place
-                yield row, score
+            for place, beam in enumerate(search.kept[: options.nsamples]):
+                beam.row.text.finish()
+                beam.row.index = index + place
+                yield beam.row, beam.score
 
-    def _rules(self, settings):
-        """The sampling.Rules of settings, with this model's end and banned tokens."""
+    def _rules(self, options: GenerateOptions) -> sampling.Rules:
+        """Return the options' rules, with this model's end token and banned tokens."""
         end, banned = None, []
         if self.encoder:
             unknown = range(self.encoder.n_vocab, self.config.n_vocab)
             end, banned = self.encoder.end, [*self.encoder.banned, *unknown]
         return sampling.Rules(
-            **{name: getattr(settings, name) for name in sampling.Rules._fields[:6]},
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            min_length=options.min_length,
+            no_repeat_ngram=options.no_repeat_ngram,
             end=-1 if end is None else end,
             banned=tuple(token for token in banned if token < self.config.n_vocab),
         )
 
 
-class Batch:
-    """Continuations that grow side by side: the loop of all that generates but beams.
-
-    Args:
-        network, width: as of generation.Generation.
-    """
-
-    def __init__(self, network, width=0):
-        self._generation = generation.Generation(network, width=width)
-        self._texts = {}  # generation.Row -> Continuation
-
-    def add(self, texts):
-        """Let Continuations join, between two steps."""
-        self._texts |= {text.row: text for text in texts}
-        self._generation.add([text.row for text in texts])
-
-    def step(self, limit=sampling.CHUNK):
-        """Up to `limit` tokens more; returns the Continuations that were worked on."""
-        grown = []
-        for row, tokens in self._generation.step(limit):
-            text = self._texts[row]
-            text.grow(tokens)
-            grown.append(text)
-        self._texts = {row: text for row, text in self._texts.items() if not row.finished}
-        return grown
-
-    def is_empty(self):
-        """Whether all have finished."""
-        return not self._texts
+def _generate_options(settings: dict[str, Any]) -> GenerateOptions:
+    """Return GenerateOptions; UsageError for a name that is not one of its fields."""
+    names = [field.name for field in dataclasses.fields(GenerateOptions)]
+    for name in settings:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UsageError(f"generate has no setting {name!r}{hint}; it has {', '.join(names)}")
+    return GenerateOptions(**settings)
 
 
 def load_model(
@@ -305,13 +404,14 @@ def load_model(
     """Load a model folder, a run folder, or a checkpoint's path without its extension.
 
     Args:
-        path: the folder or prefix; a folder without a vocabulary loads, for ids only.
+        path: the folder or path; a folder without a vocabulary loads, for ids only.
         precision: "float32", or "auto", which is the same; "bfloat16", for weights and activations;
             "int8", for matrices, on the CPU.
-        vocabulary: the folder's vocabulary, where it was loaded before.
+        vocabulary: the folder's vocabulary, if it was loaded before.
 
     Raises:
-        UserError: the text names the damaged or missing file, and what to do.
+        UsageError: there is no such precision.
+        UserError: a file is damaged or missing; the text names it, and what to do.
     """
     if precision not in get_args(Precision):
         known = ", ".join(get_args(Precision))
@@ -323,8 +423,9 @@ def load_model(
     if vocabulary is not None:
         encoder.check_fits(folder, vocabulary, sizes.n_vocab)
     precision = "float32" if precision == "auto" else precision
+    network: Engine
     if gpus_for(precision):
-        network = graph.Graph(model.GPT2(sizes, stored, precision))
+        network = XlaEngine(GPT2(sizes, stored, precision))
     else:
-        network = lite.Lite(sizes, stored, precision)
-    return LanguageModel(network, vocabulary)
+        network = LitertEngine(sizes, stored, precision)
+    return LanguageModel(network, vocabulary, folder.path.resolve().name, precision)

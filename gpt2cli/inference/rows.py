@@ -1,117 +1,158 @@
-"""Texts of token ids that grow side by side; one may join, and one leave, between two steps.
+"""Rows of token ids that grow side by side; a row may join or leave between two steps.
 
 Past n_ctx tokens a row's window slides: when it is full, its older half is dropped and the newer
-half read again; or, with `--window last`, its last n_ctx - 1 tokens are read again for every token.
-What a row becomes depends on that row alone, not on those beside it.
+half is read again. With `--window last` its last n_ctx - 1 tokens are read again for every token.
+A row's tokens depend on that row alone, not on those beside it.
 """
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from gpt2cli.inference import sampling
+from gpt2cli.inference.engines.engine import Cache, Engine
+from gpt2cli.inference.sampling import Candidate, Chosen, Rules
+from gpt2cli.inference.text import RowText
+from gpt2cli.options import GenerateOptions
+
+# Log-probabilities of M new tokens: their own [M], the likeliest tokens in their places [M, K], and
+# those tokens' [M, K].
+Logprobs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Row:
-    """A text that grows.
+    """A prompt and the tokens that continue it.
 
     Args:
         prompt: its token ids, at least one.
-        rules: sampling.Rules.
-        length: tokens to generate.
-        seed, index: with the same two it draws the same random numbers.
-        window: "half" or "last", what the model sees when n_ctx tokens are full.
-        logprobs: whether anybody asks for log-probabilities.
+        rules: how the row chooses its next token.
+        length: number of tokens to generate.
+        seed: the same seed and index draw the same random numbers.
+        index: its number among the rows of the same seed.
+        window: "half" or "last", the part that the model sees after n_ctx tokens.
+        logprobs: whether to keep log-probabilities.
+        text: its text, which grows with it: a stop text ends the row. By default ids alone.
 
     Attributes:
         tokens: ids, prompt included, without the end token.
         finished: set it to end the row now.
-        logprobs: with `logprobs` that of each generated token, before all rules, in nats.
-        likeliest: as well, of each generated token's place {id: log-probability} of the likeliest.
+        logprobs: of each generated token, if kept, before all rules; nats.
+        likeliest: {id: log-probability} of the likeliest tokens in each token's place, if kept.
     """
 
-    def __init__(self, prompt, rules, length, seed=0, index=0, window="half", logprobs=False):
-        self.tokens, self.prompt_length, self.length = list(prompt), len(prompt), length
-        self.rules, self.finished, self.wants_logprobs = rules, False, logprobs
-        self.logprobs, self.likeliest = [], []
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        rules: Rules,
+        length: int,
+        seed: int = 0,
+        index: int = 0,
+        window: str = "half",
+        logprobs: bool = False,
+        text: RowText | None = None,
+    ) -> None:
+        self.tokens = list(prompt)
+        self.prompt_length = len(prompt)
+        self.rules = rules
+        self.length = length
+        self.index = index
+        self.text = text or RowText(None, None, GenerateOptions())
+        self.finished = False
+        self.wants_logprobs = logprobs
+        self.logprobs: list[float] = []
+        self.likeliest: list[dict[int, float]] = []
         self._noise = np.random.Generator(np.random.Philox(key=[seed, index]))
         self._begin = 0  # of the part that the model sees
         self._sees_last = window == "last"
         self._is_read = False
 
     @property
-    def generated(self):
-        """Tokens that came after the prompt."""
+    def generated(self) -> int:
+        """The number of tokens after the prompt."""
         return len(self.tokens) - self.prompt_length
 
     @property
-    def seen(self):
-        """Tokens in the window."""
+    def continuation(self) -> list[int]:
+        """The ids after the prompt."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def seen(self) -> int:
+        """The number of tokens in the window."""
         return len(self.tokens) - self._begin
 
-    def full(self, n_ctx):
-        """Tokens that the window may hold."""
-        return n_ctx - (self._sees_last and n_ctx > 1)
+    def full(self, n_ctx: int) -> int:
+        """Return the number of tokens that fit into the window."""
+        return n_ctx - 1 if self._sees_last and n_ctx > 1 else n_ctx
 
-    def must_be_read(self, n_ctx):
-        """Whether its next token takes a pass over the window."""
+    def must_be_read(self, n_ctx: int) -> bool:
+        """Return whether its next token takes a pass over the window."""
         return not self._is_read or self.seen > self.full(n_ctx)
 
-    def window(self, n_ctx):
-        """The ids that the model is to read now, int32 [T]; a window that is full moves on."""
+    def window(self, n_ctx: int) -> np.ndarray:
+        """Return the ids that the model must read now, int32 [T]; a full window slides."""
         if self.seen > self.full(n_ctx):
             whole = not self._is_read or self._sees_last
             self._begin = len(self.tokens) - (self.full(n_ctx) if whole else max(1, n_ctx // 2))
         self._is_read = True
         return np.array(self.tokens[self._begin :], np.int32)
 
-    def uniform(self, count):
-        """[count] random numbers in [0, 1), float32; each is given out once."""
+    def uniform(self, count: int) -> np.ndarray:
+        """Return the next `count` random numbers in [0, 1), float32 [count]."""
         return self._noise.random(count, np.float32)
 
-    def grow(self, tokens, logprobs, others, other_logprobs):
-        """Add what one row of a sampling.Chosen has, up to its end; returns the new tokens."""
+    def grow(self, tokens: np.ndarray, logprobs: Logprobs | None = None) -> None:
+        """Add new tokens [M], up to the end token, a stop text or the row's length."""
         added = tokens[: self.length - self.generated].tolist()
         if self.rules.end in added:
             added = added[: added.index(self.rules.end)]
             self.finished = True
+        added = added[: self.text.feed(added)]
         self.tokens += added
-        if self.wants_logprobs:
-            self.logprobs += logprobs[: len(added)].tolist()
-            pairs = zip(others[: len(added)].tolist(), other_logprobs.tolist(), strict=False)
+        if logprobs is not None and self.wants_logprobs:
+            own, others, beside = (array[: len(added)].tolist() for array in logprobs)
+            self.logprobs += own
+            pairs = zip(others, beside, strict=True)
             self.likeliest += [dict(zip(*pair, strict=True)) for pair in pairs]
-        self.finished |= self.generated >= self.length
-        return added
+        self.finished |= self.text.stopped or self.generated >= self.length
+        if self.finished:
+            self.text.finish()
 
-    def branch(self, token):
-        """Another row: this one and a token more."""
+    def branch(self, token: int, logprob: float) -> Row:
+        """Return a copy with one more token, and that token's log-probability."""
         twin = copy.copy(self)
         twin.tokens = [*self.tokens, token]
+        twin.logprobs = [*self.logprobs, logprob]
+        twin.text = self.text.branch(token)
         return twin
 
 
 class Generation:
-    """Rows that grow side by side: `add` some, call `step` while there are any.
+    """Rows that grow side by side: `add` some, and call `step` until `is_empty`.
 
-    Or, for beams: `candidates`, then `take` those that are to go on.
+    For beams: `candidates`, then `take` the rows that continue.
 
     Args:
-        network: what reads and continues rows: a graph.Graph or a lite.Lite.
-        rows: the first Rows.
-        width: of rows so many are computed at the least, where another number takes compiling.
+        engine: it reads and continues the rows.
+        rows: the first rows.
+        width: least number of rows to compute, for an engine that compiles for each number.
 
     Attributes:
-        rows: the Row at each place of the cache; None where there is none.
+        rows: the Row at each place of the cache; None where the place is empty.
     """
 
-    def __init__(self, network, rows=(), width=0):
-        self.network, self._n_ctx = network, network.config.n_ctx
-        self.rows = [None] * (width if network.needs_full_batches else 0)
-        self._cache, self._held = None, []  # and whose rows it holds
+    def __init__(self, engine: Engine, rows: Iterable[Row] = (), width: int = 0) -> None:
+        self.engine, self._n_ctx = engine, engine.config.n_ctx
+        self.rows: list[Row | None] = [None] * (width if engine.needs_full_batches else 0)
+        self._cache: Cache | None = None
+        self._held: list[Row | None] = []  # the rows in the cache
         self.add(rows)
 
-    def add(self, rows):
-        """Let Rows join."""
+    def add(self, rows: Iterable[Row]) -> None:
+        """Let rows join."""
         self._forget_finished()
         for row in rows:
             if None in self.rows:
@@ -119,106 +160,121 @@ class Generation:
             else:
                 self.rows.append(row)
 
-    def live(self):
-        """The Rows that are not finished."""
+    def live(self) -> list[Row]:
+        """Return the rows that have not finished."""
         return [row for row in self.rows if row is not None and not row.finished]
 
-    def step(self, limit=sampling.CHUNK):
-        """Generate: pairs of each Row that was worked on and its new tokens.
+    def is_empty(self) -> bool:
+        """Return whether all rows have finished."""
+        return not self.live()
 
-        Where some must be read those get one token, else all get up to `limit`. The end token is
-        not among them; `finished` says which are done.
+    def step(self, limit: int = sampling.CHUNK) -> list[Row]:
+        """Generate, and return the rows that grew.
+
+        If rows must be read, these get one token; otherwise all get up to `limit`.
         """
         self._forget_finished()
         live = self.live()
-        if 2 * len(live) <= len(self.rows) and not self.network.needs_full_batches:
-            self.rows = live  # seldom, because what is in the cache has to move
+        if 2 * len(live) <= len(self.rows) and not self.engine.needs_full_batches:
+            self.rows = list(live)  # seldom, because rows have to move in the cache
         unread = [row for row in live if row.must_be_read(self._n_ctx)]
         if unread:
-            chosen = self._choose_first(unread)
-            return [(row, row.grow(*of)) for row, of in zip(unread, chosen, strict=True)]
-        if not live:
-            return []
-        chosen = self._decode(live, min(limit, sampling.CHUNK))
-        pairs = zip(self.rows, zip(*chosen[:4], strict=True), strict=True)
-        return [(row, row.grow(*of)) for row, of in pairs if row is not None]
+            for one, found in zip(unread, self._choose_first(unread), strict=True):
+                one.grow(*found)
+            return unread
+        if live:
+            chosen = self._decode(live, min(limit, sampling.CHUNK))
+            of_rows = zip(self.rows, *chosen[:4], strict=True)  # all fields but the cache
+            for row, tokens, own, others, beside in of_rows:
+                if row is not None:
+                    row.grow(tokens, (own, others, beside))
+        return live
 
-    def candidates(self, scores, count):
-        """The likeliest rows of one token more: tuples of score, row, token, its log-probability.
+    def candidates(self, scores: Sequence[float], count: int) -> list[Candidate]:
+        """Return the `count` likeliest ways to continue any row by a token; see `sampling.rank`.
 
         Args:
             scores: the log-probability of each row so far.
-            count: how many.
-
-        Returns:
-            Best first; fewer where the rules leave fewer.
+            count: number of candidates.
         """
-        if any(row.must_be_read(self._n_ctx) for row in self.rows):  # they are equally long
-            logits = self._read(self.rows)
+        rows = [row for row in self.rows if row is not None]  # equally long
+        if any(row.must_be_read(self._n_ctx) for row in rows):
+            logits = self._read(rows)
         else:
-            tokens = np.array([row.tokens[-1] for row in self.rows], np.int32)
-            position = np.array([row.seen - 1 for row in self.rows], np.int32)
-            logits, self._cache = self.network.feed(self._cache, tokens, position)
+            tokens = np.array([row.tokens[-1] for row in rows], np.int32)
+            position = np.array([row.seen - 1 for row in rows], np.int32)
+            logits, self._cache = self.engine.feed(self._cache, tokens, position)
             logits = np.asarray(logits)
-        parts = zip(*((row.tokens, row.generated, row.rules) for row in self.rows), strict=True)
-        return sampling.rank(logits, scores, *parts, count)
+        return sampling.rank(
+            logits,
+            scores,
+            rows=[row.tokens for row in rows],
+            generated=[row.generated for row in rows],
+            rules=[row.rules for row in rows],
+            count=count,
+        )
 
-    def take(self, parents, tokens):
-        """Go on with new rows: each one of the present ones, by its number, and a token more."""
-        self.rows = [self.rows[p].branch(token) for p, token in zip(parents, tokens, strict=True)]
-        if parents != list(range(len(self._held))):
-            self._cache = self.network.arrange(self._cache, None, parents)
+    def take(self, rows: Sequence[Row], parents: Sequence[int]) -> None:
+        """Continue with other rows.
+
+        Args:
+            rows: each is a present row and one more token.
+            parents: the number of that present row.
+        """
+        self.rows = list(rows)
+        if list(parents) != list(range(len(self._held))):
+            self._cache = self.engine.arrange(self._cache, None, parents)
         self._held = list(self.rows)
 
-    def _forget_finished(self):
+    def _forget_finished(self) -> None:
         self.rows = [None if row is None or row.finished else row for row in self.rows]
 
-    def _read(self, rows):
-        """Read the windows of these rows, which get their places in the cache; logits [N, V]."""
+    def _read(self, rows: Sequence[Row]) -> np.ndarray:
+        """Read the windows of rows and put them into the cache; return logits [N, V]."""
         windows = [row.window(self._n_ctx) for row in rows]
         slots = max(row.seen + row.length - row.generated for row in rows)
         if len(rows) == sum(row is not None for row in self.rows):
-            self._cache, self._held = None, []  # its memory is free for the new one
-        logits, new = self.network.read(windows, min(self._n_ctx, slots))
+            self._cache, self._held = None, []  # frees its memory for the new one
+        logits, new = self.engine.read(windows, min(self._n_ctx, slots))
         self._arrange(new, rows)
         return np.asarray(logits)
 
-    def _arrange(self, new=None, rows=()):
-        """Give the cache the rows of self.rows, some of which are in a new one."""
+    def _arrange(self, new: Cache | None = None, rows: Sequence[Row] = ()) -> None:
+        """Give the cache the order of self.rows; some of them are in a new cache."""
         number = {row: n for n, row in enumerate([*self._held, *rows]) if row is not None}
-        sources = [number.get(row, -1) for row in self.rows]
-        self._cache = self.network.arrange(self._cache, new, sources)
+        sources = [-1 if row is None else number.get(row, -1) for row in self.rows]
+        self._cache = self.engine.arrange(self._cache, new, sources)
         self._held = list(self.rows)
 
-    def _choose_first(self, rows):
-        """One token a row, after its window; of each row what `Row.grow` takes."""
+    def _choose_first(self, rows: Sequence[Row]) -> Iterator[tuple[np.ndarray, Logprobs | None]]:
+        """Yield one token for each row, after reading its window, as `Row.grow` takes it."""
         for row, logits in zip(rows, self._read(rows), strict=True):
             uniform = row.uniform(1)[0]
             token = sampling.choose(logits, uniform, row.tokens, row.generated, row.rules)
+            logprobs = None
             if row.wants_logprobs:
                 own = sampling.log_softmax(logits)
                 others = sampling.likeliest(own, sampling.LIKELIEST)
-                yield np.array([token]), own[[token]], others[None], own[others][None]
-            else:
-                yield np.array([token]), None, None, None
+                logprobs = own[[token]], others[None], own[others][None]
+            yield np.array([token]), logprobs
 
-    def _decode(self, live, limit):
-        """The sampling.Chosen of up to `limit` tokens, no further than the fullest window."""
+    def _decode(self, live: Sequence[Row], limit: int) -> Chosen:
+        """Generate up to `limit` tokens per row, no further than the fullest window."""
         if len(self.rows) != len(self._held):
             self._arrange()
         steps = min(limit, max(row.length - row.generated for row in live))
         steps = min(steps, *(row.full(self._n_ctx) - row.seen + 1 for row in live))
         nothing = np.zeros(steps, np.float32)
-        # idle places compute something that nobody reads
-        chosen = self.network.run(
+        # empty places compute tokens that nobody reads
+        chosen = self.engine.run(
             self._cache,
-            [row.tokens if row else [0] for row in self.rows],
-            np.array([row.seen - 1 if row else 0 for row in self.rows], np.int32),
-            np.array([row is None for row in self.rows]),
-            np.array([row.generated if row else 0 for row in self.rows], np.int32),
-            np.stack([row.uniform(steps) if row else nothing for row in self.rows]),
-            [row.rules if row else live[0].rules for row in self.rows],
-            np.array([row is not None and row.wants_logprobs for row in self.rows]),
+            rows=[row.tokens if row else [0] for row in self.rows],
+            position=np.array([row.seen - 1 if row else 0 for row in self.rows], np.int32),
+            finished=np.array([row is None for row in self.rows]),
+            generated=np.array([row.generated if row else 0 for row in self.rows], np.int32),
+            noise=np.stack([row.uniform(steps) if row else nothing for row in self.rows]),
+            rules=[row.rules if row else live[0].rules for row in self.rows],
+            logprobs=np.array([row is not None and row.wants_logprobs for row in self.rows]),
         )
         self._cache = chosen.cache
         return chosen

@@ -1,24 +1,30 @@
-"""Logits -> next token: the rules by which it is chosen, and the loop that chooses many."""
+"""Choose the next token from logits: the rules for one token, and the loop for many."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-CHUNK = 32  # tokens a call of the loop may generate; more would delay --stop
-LIKELIEST = 5  # tokens whose log-probabilities are kept beside the chosen one's, as OpenAI's API
-BLOCK = 256  # about sqrt(50257): the two cumulative sums of `draw` are equally long
+if TYPE_CHECKING:
+    from gpt2cli.inference.engines.engine import Engine
+
+CHUNK = 32  # tokens per call of the loop, at most; more would delay --stop
+LIKELIEST = 5  # number of likeliest tokens whose log-probabilities are kept, as in OpenAI's API
+BLOCK = 256  # about sqrt(50257), so that both cumulative sums of `draw` have the same length
 
 
 class Rules(NamedTuple):
     """How a row chooses its next token.
 
     Args:
-        temperature: by which logits are divided; 0 takes the likeliest.
-        top_k: choose among so many likeliest; 0 is all.
-        top_p: choose among the fewest likeliest that together reach it; 0 and 1 are all.
-        repetition_penalty: by which tokens that the row holds are made less likely.
-        min_length: tokens before `end` may come.
-        no_repeat_ngram: how many tokens in a row must not come twice; 0 allows it.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: choose among the K likeliest tokens; 0 is all.
+        top_p: choose among the fewest likeliest tokens that together reach P; 0 and 1 are all.
+        repetition_penalty: above 1 makes tokens that occur in the row less likely.
+        min_length: number of tokens before `end` is allowed.
+        no_repeat_ngram: never write the same N tokens in a row twice; 0 allows repeats.
         end: the token that ends a row, or -1.
         banned: tokens that are never chosen.
     """
@@ -30,18 +36,20 @@ class Rules(NamedTuple):
     min_length: int = 0
     no_repeat_ngram: int = 0
     end: int = -1
-    banned: tuple = ()
+    banned: tuple[int, ...] = ()
 
 
-def apply_rules(logits, row, generated, rules):
-    """Logits or log-probabilities [V] -> [V], before any temperature and cut.
+def apply_rules(logits: np.ndarray, row: Sequence[int], generated: int, rules: Rules) -> np.ndarray:
+    """Apply everything that comes before temperature, top-k and top-p; return logits [V].
 
     In this order: repetition penalty (arXiv 1909.05858), banned tokens, minimal length, repeated
     n-grams.
 
     Args:
+        logits: logits or log-probabilities [V].
         row: ids so far.
-        generated: how many of them came after the prompt.
+        generated: the number of those that came after the prompt.
+        rules: how the row chooses.
     """
     logits = logits.copy()  # a few microseconds
     if rules.repetition_penalty != 1:
@@ -54,48 +62,52 @@ def apply_rules(logits, row, generated, rules):
     if rules.no_repeat_ngram:
         left = logits.copy()
         left[repeats(row, rules.no_repeat_ngram)] = -np.inf
-        if left.max() > -np.inf:  # a row in which no token is left stays as it is
+        if left.max() > -np.inf:  # otherwise no token is left, and the row stays as it is
             logits = left
     return logits
 
 
-def repeats(row, size):
-    """The ids that would write `size` tokens in a row that are in `row` already."""
-    row = np.asarray(row)
-    found = np.arange(size - 1, len(row))  # where what would come again ends
+def repeats(row: Sequence[int], size: int) -> np.ndarray:
+    """Return the ids that would repeat an n-gram of the row, of `size` tokens."""
+    ids = np.asarray(row)
+    found = np.arange(size - 1, len(ids))  # ends of the n-grams that the next token could repeat
     for back in range(1, size):
         if not len(found):
             break
-        found = found[row[found - back] == row[len(row) - back]]
-    return row[found]
+        found = found[ids[found - back] == ids[len(ids) - back]]
+    return ids[found]
 
 
-def keep_top_k(logits, k):
-    """[V] -> the indices of the k likeliest, in order; with those that tie with the last."""
+def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
+    """Return the indices of the k likeliest of [V], in order, and of ties with the last of them."""
     k = min(k, len(logits))
     return np.flatnonzero(logits >= np.partition(logits, -k)[-k])
 
 
-def keep_top_p(mass, p):
-    """[V], a multiple of the probabilities -> the indices of the fewest that reach p, in order.
+def keep_top_p(mass: np.ndarray, p: float) -> np.ndarray:
+    """Return the indices of the fewest likeliest tokens that together reach p, in order.
 
     The token that crosses p is kept (openai/gpt-2 drops it), so at least one is, and those that tie
     with it. Nucleus sampling, arXiv 1904.09751.
+
+    Args:
+        mass: [V], a multiple of the probabilities.
+        p: in (0, 1).
     """
     falling = np.sort(mass)[::-1]
     return np.flatnonzero(mass >= falling[_crossing(falling, p, "left")])
 
 
-def draw(mass, uniform):
-    """The first index of mass [V] whose cumulative share exceeds a number in [0, 1)."""
+def draw(mass: np.ndarray, uniform: float) -> int:
+    """Return the first index of mass [V] whose cumulative share exceeds a number in [0, 1)."""
     return _crossing(mass, uniform, "right")
 
 
-def _crossing(mass, share, side):
-    """The index of mass [V] at which its sum reaches ("left") or exceeds ("right") a share of all.
+def _crossing(mass: np.ndarray, share: float, side: Literal["left", "right"]) -> int:
+    """Return where the sum of mass [V] reaches ("left") or exceeds ("right") a share of the total.
 
-    In two levels: one cumulative sum over [V] would take longer than all else that is done with a
-    row. Never an index without mass, whatever the rounding.
+    The sum is taken in two levels, because one cumulative sum over [V] would take longer than the
+    rest of a row's work. An index without mass is never returned, whatever the rounding.
     """
     sums = np.add.reduceat(mass, np.arange(0, len(mass), BLOCK))
     total = np.cumsum(sums, dtype=np.float64)
@@ -106,16 +118,25 @@ def _crossing(mass, share, side):
     return block * BLOCK + _first(np.cumsum(inside, dtype=np.float64), left, side, inside)
 
 
-def _first(cumulative, target, side, mass):
-    """The first index at which the sum is enough and that has mass; if none has, the last one."""
+def _first(
+    cumulative: np.ndarray, target: float, side: Literal["left", "right"], mass: np.ndarray
+) -> int:
+    """Return the first index with mass where the sum is enough, or the last index with mass."""
     index, with_mass = np.searchsorted(cumulative, target, side), np.flatnonzero(mass)
-    return int(with_mass[min(np.searchsorted(with_mass, index), len(with_mass) - 1)])
+    return int(with_mass[min(int(np.searchsorted(with_mass, index)), len(with_mass) - 1)])
 
 
-def choose(logits, uniform, row, generated, rules):
-    """The next token of a row, from logits [V] and a random number in [0, 1).
+def choose(
+    logits: np.ndarray, uniform: float, row: Sequence[int], generated: int, rules: Rules
+) -> int:
+    """Choose a row's next token: apply_rules, then temperature, top-k, top-p.
 
-    After apply_rules: temperature, top-k, top-p.
+    Args:
+        logits: [V].
+        uniform: a random number in [0, 1).
+        row: ids so far.
+        generated: the number of those that came after the prompt.
+        rules: how the row chooses.
     """
     logits = apply_rules(logits, row, generated, rules)
     if rules.temperature <= 0:
@@ -136,86 +157,123 @@ def choose(logits, uniform, row, generated, rules):
     return index if tokens is None else int(tokens[index])
 
 
-def log_softmax(logits):
-    """[..., V] -> the log-probabilities, in nats."""
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities of [..., V], in nats."""
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def rank(logits, scores, rows, generated, rules, count):
-    """The likeliest `count` rows of one token more, best first.
+class Candidate(NamedTuple):
+    """A row with one more token.
 
-    As in transformers, the rules apply to log-probabilities, and what they leave is not normalized.
+    Args:
+        score: the sum of its log-probabilities, after the rules.
+        row: the number of the row.
+        token: the new token.
+        logprob: the token's log-probability, before the rules; nats.
+    """
+
+    score: float
+    row: int
+    token: int
+    logprob: float
+
+
+def rank(
+    logits: np.ndarray,
+    scores: Sequence[float],
+    rows: Sequence[Sequence[int]],
+    generated: Sequence[int],
+    rules: Sequence[Rules],
+    count: int,
+) -> list[Candidate]:
+    """Return the `count` likeliest ways to continue any of the rows by one token, best first.
+
+    As in transformers, the rules change log-probabilities, and the result is not normalized. There
+    are fewer candidates if the rules leave fewer tokens.
 
     Args:
         logits: [N, V].
         scores: [N], the log-probability of each row so far.
-        rows, generated, rules: of each row, as for `apply_rules`.
-
-    Returns:
-        Tuples of score, row, token, the token's own log-probability; none of probability 0.
+        rows: [N], as for `apply_rules`.
+        generated: [N], as for `apply_rules`.
+        rules: [N], as for `apply_rules`.
+        count: number of candidates.
     """
     found = []
     for number, row in enumerate(rows):
         own = log_softmax(logits[number])
         total = scores[number] + apply_rules(own, row, generated[number], rules[number])
         tokens = np.argpartition(total, -min(count, len(total)))[-count:]
-        found += [(float(total[t]), number, int(t), float(own[t])) for t in tokens]
-    best = sorted((f for f in found if f[0] > -np.inf), key=lambda f: (-f[0], f[1], f[2]))
-    return best[:count]
+        found += [Candidate(float(total[t]), number, int(t), float(own[t])) for t in tokens]
+    possible = (candidate for candidate in found if candidate.score > -np.inf)
+    return sorted(possible, key=lambda one: (-one.score, one.row, one.token))[:count]
 
 
-def likeliest(logprobs, count):
-    """[V] -> the ids of the `count` likeliest, best first; the lower id where two are equal."""
+def likeliest(logprobs: np.ndarray, count: int) -> np.ndarray:
+    """Return the ids of the `count` likeliest of [V], best first; of equals the lower id first."""
     found = np.argpartition(logprobs, -min(count, len(logprobs)))[-count:]
     return found[np.lexsort((found, -logprobs[found]))]
 
 
 class Chosen(NamedTuple):
-    """What a call of the loop generated.
+    """The result of a call of the loop.
 
-    tokens: int32 [N, M].
-    logprobs: float32 [N, M], of the tokens, before all rules and temperature; nats.
-    others, other_logprobs: [N, M, LIKELIEST], the likeliest tokens in each one's place, best first.
-    cache: the network's, for the next call.
+    Only rows that need log-probabilities have them; elsewhere the values have no meaning.
 
-    The three in the middle have a meaning only if they were asked for.
+    Args:
+        tokens: int32 [N, M].
+        logprobs: float32 [N, M], of the tokens, before all rules and temperature; nats.
+        others: [N, M, LIKELIEST], the likeliest tokens in each token's place, best first.
+        other_logprobs: [N, M, LIKELIEST], their log-probabilities.
+        cache: the engine's, for the next call.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     others: np.ndarray
     other_logprobs: np.ndarray
-    cache: object = None
+    cache: Any = None
 
 
-def run(network, cache, rows, position, finished, generated, noise, rules, logprobs):
-    """Generate up to M tokens a row, one after another.
+def run(
+    engine: Engine,
+    cache: Any,
+    rows: Sequence[Sequence[int]],
+    position: np.ndarray,
+    finished: np.ndarray,
+    generated: np.ndarray,
+    noise: np.ndarray,
+    rules: Sequence[Rules],
+    logprobs: np.ndarray,
+) -> Chosen:
+    """Generate up to M tokens per row, one after another.
 
     Args:
-        network: what has `feed`: a lite.Lite.
-        cache: what `network.read` returned, filled before `position`.
+        engine: it feeds the tokens.
+        cache: the engine's, filled before `position`.
         rows: the ids of each row.
-        position: [N], the slot of each row's last token, which is to be fed next.
-        finished: bool [N], rows that have ended; they write nothing that counts.
-        generated: [N], tokens of each row that came after the prompt.
-        noise: [N, M], random numbers in [0, 1).
-        rules: the Rules of each row.
-        logprobs: bool [N], whether anybody asks for the log-probabilities of a row.
+        position: int32 [N], the slot of each row's last token, which is fed next.
+        finished: bool [N], rows that have ended; nothing they write counts.
+        generated: int32 [N], the number of each row's tokens that came after the prompt.
+        noise: float32 [N, M], random numbers in [0, 1).
+        rules: how each row chooses.
+        logprobs: bool [N], rows that need log-probabilities.
 
     Returns:
-        Chosen, of fewer than M tokens if all rows have ended.
+        Fewer than M tokens if all rows have ended.
     """
-    rows, finished = [list(row) for row in rows], finished.copy()
-    kept = min(LIKELIEST, network.config.n_vocab)
+    growing = [list(row) for row in rows]
+    finished = finished.copy()
+    kept = min(LIKELIEST, engine.config.n_vocab)
     tokens, found = np.zeros(noise.shape, np.int32), np.zeros(noise.shape, np.float32)
     others, beside = np.zeros([*noise.shape, kept], np.int32), np.zeros([*noise.shape, kept])
     for i in range(noise.shape[1]):
-        fed = np.array([row[-1] for row in rows], np.int32)
-        logits, cache = network.feed(cache, fed, position + i)
-        for n in np.flatnonzero(~finished):
-            token = choose(logits[n], noise[n, i], rows[n], generated[n] + i, rules[n])
-            rows[n].append(token)
+        fed = np.array([row[-1] for row in growing], np.int32)
+        logits, cache = engine.feed(cache, fed, position + i)
+        for n in np.flatnonzero(~finished).tolist():
+            token = choose(logits[n], noise[n, i], growing[n], generated[n] + i, rules[n])
+            growing[n].append(token)
             tokens[n, i] = token
             if logprobs[n]:
                 own = log_softmax(logits[n])

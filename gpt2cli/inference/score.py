@@ -1,18 +1,19 @@
 """How well a model predicts a text."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from gpt2cli.inference.engines.engine import Engine
 from gpt2cli.text.batches import Batch
 
 
 class Score(NamedTuple):
     """How well a text is predicted.
 
-    Attributes:
-        loss: mean loss of a token, in nats.
-        accuracy: share of tokens that were the likeliest.
-        tokens: number of predicted tokens.
+    Args:
+        loss: mean loss, in nats per token.
+        accuracy: share of the tokens that were the likeliest.
+        tokens: number of tokens predicted.
     """
 
     loss: float
@@ -20,12 +21,12 @@ class Score(NamedTuple):
     tokens: int
 
 
-def score(network: Any, batches: Iterable[Batch]) -> Score:
-    """Score batches with a graph.Graph or lite.Lite."""
+def score(engine: Engine, batches: Iterable[Batch]) -> Score:
+    """Return how well an engine predicts all batches together."""
     loss, hits, count = 0.0, 0.0, 0
     for batch in batches:
-        batch_loss, batch_hits = network.sums(*batch)
-        loss += float(batch_loss)
-        hits += float(batch_hits)
+        more_loss, more_hits = engine.sums(*batch)
+        loss += float(more_loss)
+        hits += float(more_hits)
         count += int(batch.mask.sum())
     return Score(loss / max(count, 1), hits / max(count, 1), count)

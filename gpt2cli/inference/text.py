@@ -1,32 +1,41 @@
-"""A text while it is generated: ids become text, stop texts are found; and its final form."""
+"""The text of a row while it grows: ids become text, and stop texts end it; and its final form."""
+
+from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
+
+from gpt2cli.options import GenerateOptions
+from gpt2cli.text.encoder import Encoder
 
 BANNER = "=" * 40  # openai/gpt-2 src/generate_unconditional_samples.py
+
+Prompt = str | list[int] | None  # a text, token ids, or None for text from nothing
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated text.
+    """A generated text.
 
     Args:
         index: its number among all samples of the call.
-        prompt: what it goes on from: a text, a list of ids, or None.
-        text: what was generated (after the prompt, with include_prefix); None without a vocabulary.
-        tokens: the generated ids, without the end token; with a stop text, up to the token that
-            completed it.
+        prompt: the prompt that it continues.
+        text: the generated text, after the prompt with include_prefix; None without a vocabulary.
+        tokens: the generated ids, without the end token; up to the token that completed a stop
+            text.
         finish_reason: length, stop (a stop text) or end (the end token).
-        seed: with the same seed and index the same text comes again.
-        logprobs: with the setting of that name, the log-probability (nats) of each of `tokens`,
+        seed: the same seed and index give the same text again.
+        logprobs: with the option of that name, the log-probability of each of `tokens`, in nats,
             before temperature, penalty and bans.
-        score: of a beam: the sum of its log-probabilities, after penalty and bans, / its number of
-            tokens (with the end token) ** length_penalty.
+        score: of a beam: the sum of its log-probabilities, after penalty and bans, divided by its
+            number of tokens (with the end token) ** length_penalty.
     """
 
     index: int
-    prompt: str | list[int] | None
+    prompt: Prompt
     text: str | None
     tokens: list[int]
     finish_reason: str
@@ -34,16 +43,17 @@ class Sample:
     logprobs: list[float] | None = None
     score: float | None = None
 
-    def as_json(self):
-        """A JSON object: the fields, without those of settings that are off."""
-        values = asdict(self)
-        off = [name for name in ("logprobs", "score") if values[name] is None]
-        return {name: value for name, value in values.items() if name not in off}
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON object, without logprobs and score where they are None."""
+        optional = ("logprobs", "score")
+        return {n: v for n, v in asdict(self).items() if v is not None or n not in optional}
 
-    def show(self, format, delimiter=None):
-        """The sample as it is printed: "text", OpenAI's banner and the text, or "jsonl".
+    def show(self, format: str, delimiter: str | None = None) -> str:
+        """Return the sample as it is printed.
 
-        With a delimiter, the text and then the delimiter, on a line of its own, and no banner.
+        Args:
+            format: "text" for OpenAI's banner and the text, or "jsonl" for a line of JSON.
+            delimiter: with it, "text" is the text and a line with the delimiter, without a banner.
         """
         if format == "jsonl":
             return json.dumps(self.as_json(), ensure_ascii=False)
@@ -53,92 +63,84 @@ class Sample:
         return f"{BANNER} SAMPLE {self.index + 1} {BANNER}\n{text}"
 
 
-class Continuation:
-    """The text of one row while it is generated: decodes, and finds where it stops.
+class RowText:
+    """The text of a Row: decodes its ids, and finds where a stop text ends it.
 
     Args:
-        index: its number among all samples of the call.
-        prompt: what it goes on from, as in `Sample`.
-        vocabulary: the encoder, or None.
-        settings: GenerateOptions.
-        row: the generation.Row that it is the text of, or None for beams.
+        prompt: the prompt that it continues.
+        vocabulary: the encoder; without it no text appears, and no stop text is found.
+        options: min_length, stop, keep_stop, truncate.
 
     Attributes:
-        text: what was generated, up to a stop text.
-        tokens: the ids, without the end token; with a stop text up to that which completed it.
-        stopped: a stop text has come.
+        so_far: the generated text so far, up to a stop text.
+        stopped: whether a stop text ended it.
     """
 
-    def __init__(self, index, prompt, vocabulary, settings, row=None):
-        self.index, self.prompt, self.settings, self.row = index, prompt, settings, row
-        self.tokens, self.logprobs = [], []
-        self.text = ""
+    def __init__(
+        self, prompt: Prompt, vocabulary: Encoder | None, options: GenerateOptions
+    ) -> None:
+        self.prompt = prompt
+        self.options = options
+        self.so_far = ""
         self.stopped = False
-        self._given = 0
+        self._count = 0  # ids
+        self._given = 0  # characters that `fresh` has returned
         self._stream = vocabulary.stream() if vocabulary else None
 
-    def _ends(self, always=False):
-        """The texts that end it now; --stop waits for --min_length, --truncate does not."""
-        enough = always or len(self.tokens) >= self.settings.min_length
-        truncate = (self.settings.truncate,) if self.settings.truncate else ()
-        return (*(self.settings.stop if enough else ()), *truncate)
-
-    def feed(self, tokens):
-        """Add generated ids; sets `stopped` where a stop text is complete."""
-        for token in tokens:
+    def feed(self, tokens: Sequence[int]) -> int:
+        """Add generated ids; return the number of them up to the end of a stop text, or of all."""
+        for number, token in enumerate(tokens):
             if self.stopped:
-                return
-            self.tokens.append(token)
+                return number
+            self._count += 1
             if self._stream:
                 self._add(self._stream.feed([token]))
+        return len(tokens)
 
-    def grow(self, tokens):
-        """Add what the row has got; a stop text ends the row."""
-        self.feed(tokens)
-        self.logprobs = self.row.logprobs[: len(self.tokens)]
-        self.row.finished |= self.stopped
-        if self.row.finished:
-            self.finish()
-
-    def branch(self, token, logprob):
-        """Another Continuation: this one with a token more, and that token's log-probability."""
+    def branch(self, token: int) -> RowText:
+        """Return a copy with one more id."""
         twin = copy.copy(self)
-        twin.tokens, twin.logprobs = self.tokens.copy(), [*self.logprobs, logprob]
         twin._stream = copy.copy(self._stream)
         twin.feed([token])
         return twin
 
-    def finish(self):
-        """No more ids will come: give out what a half character held back."""
+    def finish(self) -> None:
+        """Add the rest of an incomplete character: no more ids will come."""
         if self._stream and not self.stopped:
             self._add(self._stream.finish())
         self._stream = None
 
-    def _add(self, piece):
-        before, self.text = len(self.text), self.text + piece
-        found = []
-        for end in self._ends():
-            # It may have begun in the text before, but ends in this piece.
-            at = self.text.find(end, max(0, before - len(end) + 1))
-            keep = self.settings.keep_stop and end != self.settings.truncate
-            if at >= 0:
-                found.append((at, at + len(end) * keep))
-        if found:
-            self.text = self.text[: min(found)[1]]
-            self.stopped = True
+    def fresh(self, finished: bool) -> str:
+        """Return the text that was not returned before.
 
-    def fresh(self, finished):
-        """Text that was not given out before; what may be the start of a stop text waits."""
+        Text that may be the start of a stop text is held back, unless the row has finished.
+        """
         ends = () if finished or self.stopped else self._ends(always=True)
-        held = max(
-            (
-                n
-                for end in ends
-                for n in range(1, min(len(end), len(self.text) + 1))
-                if self.text.endswith(end[:n])
-            ),
-            default=0,
-        )
-        piece = self.text[self._given : len(self.text) - held]
+        held = max((_overlap(self.so_far, end) for end in ends), default=0)
+        piece = self.so_far[self._given : len(self.so_far) - held]
         self._given += len(piece)
         return piece
+
+    def _ends(self, always: bool = False) -> tuple[str, ...]:
+        """Return the texts that end it now; --stop waits for --min_length, --truncate does not."""
+        stop = self.options.stop if always or self._count >= self.options.min_length else ()
+        return (*stop, self.options.truncate) if self.options.truncate else stop
+
+    def _add(self, piece: str) -> None:
+        before, self.so_far = len(self.so_far), self.so_far + piece
+        found = []
+        for end in self._ends():
+            # it may have begun in earlier text, but ends in this piece
+            at = self.so_far.find(end, max(0, before - len(end) + 1))
+            if at >= 0:
+                is_kept = self.options.keep_stop and end != self.options.truncate
+                found.append((at, at + len(end) if is_kept else at))
+        if found:
+            self.so_far = self.so_far[: min(found)[1]]
+            self.stopped = True
+
+
+def _overlap(text: str, end: str) -> int:
+    """Return the length of the longest end of `text` that may be the start of `end`."""
+    lengths = range(1, min(len(end), len(text) + 1))
+    return max((n for n in lengths if text.endswith(end[:n])), default=0)

@@ -1,32 +1,42 @@
-"""Pieces of the network whose gradient is written out, because TensorFlow's own costs more.
+"""Functions of the network whose gradient is written out, because TensorFlow's costs more.
 
-Shape letters as in model.py. Forward they are plain compositions; backward they are one compiled
-program each, or keep less. All else of the gradient is TensorFlow's.
+Shape letters as in network.py. Forward, each is a plain composition. Backward, each is one compiled
+program or keeps less memory. TensorFlow derives the rest of the gradient.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from gpt2cli.tensorflow import tf
 
+if TYPE_CHECKING:
+    from gpt2cli.model.network import Dropout
+
 MASKED = -1e10  # openai/gpt-2 src/model.py, mask_attn_weights
 
-BLOCKS = 4  # of queries; each is multiplied with no more keys than its last query sees
+BLOCKS = 4  # of queries; a block is multiplied only with the keys that its last query sees
 
 
-def fused(function):
-    """One program of a function's many small steps, so that none writes an array the next reads.
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function's many small steps to one program, without arrays between the steps.
 
-    XLA compiles it for each new shape, so it is for training, where shapes stay, and for what is
-    no product: in bfloat16 XLA's are slow on a CPU.
+    XLA compiles again for each new shape, so this is for training, where shapes stay the same. Use
+    it for everything but products: XLA's bfloat16 products are slow on a CPU.
     """
     return tf.function(function, jit_compile=True, autograph=False)
 
 
-def fused_gradient(function):
-    """The same function of tensors, whose gradient is `fused`, in float32, and keeps them alone."""
+def fused_gradient(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """Return the same function of tensors with a `fused` float32 gradient.
+
+    Only the arguments are kept for the gradient, nothing in between.
+    """
 
     @fused
-    def backward(arguments, upstream):
+    def backward(arguments: Sequence[tf.Tensor], upstream: tf.Tensor) -> list[tf.Tensor]:
         wide = [tf.cast(argument, tf.float32) for argument in arguments]
         with tf.GradientTape() as tape:
             tape.watch(wide)
@@ -35,22 +45,22 @@ def fused_gradient(function):
         return [tf.cast(g, a.dtype) for g, a in zip(gradients, arguments, strict=True)]
 
     @tf.custom_gradient
-    def forward(*arguments):
+    def forward(*arguments: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], Any]]:
         return function(*arguments), lambda upstream: backward(arguments, upstream)
 
     return forward
 
 
-# The tanh form of GELU. The exact form differs by up to 5e-4: another model.
+# The tanh form of GELU is GPT-2's. The exact form, GPT2_ML's, differs by up to 5e-4.
 gelu = fused_gradient(functools.partial(tf.nn.gelu, approximate=True))
 exact_gelu = fused_gradient(functools.partial(tf.nn.gelu, approximate=False))
 
 
 @functools.cache  # one for all layers, to be compiled once
-def layer_norm(epsilon):
-    """The function of x [..., E], gain [E] and bias [E] that model.LayerNorm is."""
+def layer_norm(epsilon: float) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Return the function that network.LayerNorm applies to x [..., E], gain [E] and bias [E]."""
 
-    def normalize(x, g, b):
+    def normalize(x: tf.Tensor, g: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         wide = tf.cast(x, tf.float32)
         mean = tf.reduce_mean(wide, -1, keepdims=True)
         centred = wide - mean
@@ -62,44 +72,57 @@ def layer_norm(epsilon):
 
 
 @fused
-def _softmax_slope(probs, upstream, mean):
-    """The gradient of scores from that of their softmax; mean: of `upstream` by `probs`."""
+def _softmax_slope(probs: tf.Tensor, upstream: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
+    """Return the gradient by the scores from the gradient by their softmax.
+
+    Args:
+        probs: the softmax.
+        upstream: the gradient by it.
+        mean: the mean of `upstream`, weighted by `probs`.
+    """
     slope = tf.cast(upstream, tf.float32) - mean
     return tf.cast(tf.cast(probs, tf.float32) * slope, probs.dtype)
 
 
-def attend(q, k, v, dropout=None):
-    """Causal attention: q (scaled), k, v [B, H, T, D] -> [B, H, T, D].
+def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, dropout: Dropout | None = None) -> tf.Tensor:
+    """Compute causal attention in blocks of queries, so that most of the masked half is skipped.
 
-    In blocks of queries, so that most of the masked half is not computed. For the gradient only
-    the probabilities are kept.
+    Only the probabilities are kept for the gradient.
 
     Args:
-        dropout: a model.Dropout, of the probabilities.
+        q: [B, H, T, D], scaled.
+        k: [B, H, T, D].
+        v: [B, H, T, D].
+        dropout: of the probabilities.
+
+    Returns:
+        [B, H, T, D].
     """
     drops = [dropout.at(i) if dropout else tf.identity for i in range(BLOCKS)]
 
     @tf.custom_gradient
-    def blockwise(q, k, v):
+    def blockwise(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, Any]:
         length = tf.shape(q)[2]
         ends = [length * (i + 1) // BLOCKS for i in range(BLOCKS)]
         sizes = [end - before for before, end in zip([0, *ends], ends, strict=False)]
 
-        def split(x):
+        def split(x: tf.Tensor) -> list[tf.Tensor]:
             return tf.split(x, sizes, axis=2, num=BLOCKS)
 
-        def probs_of(q, k, size, end):
+        def probs_of(q: tf.Tensor, k: tf.Tensor, size: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
             scores = tf.cast(tf.matmul(q, k, transpose_b=True), tf.float32)
             seen = tf.range(end) <= tf.range(end - size, end)[:, None]
             return tf.cast(tf.nn.softmax(tf.where(seen, scores, MASKED)), q.dtype)
 
         until = [(k[:, :, :end], v[:, :, :end]) for end in ends]
-        parts = zip(split(q), until, sizes, ends, strict=True)
-        probs = [probs_of(q_i, k_i, size, end) for q_i, (k_i, _), size, end in parts]
-        parts = zip(probs, until, drops, strict=True)
-        a = tf.concat([tf.matmul(drop(p), v) for p, (_, v), drop in parts], axis=2)
+        probs = [
+            probs_of(q_i, k_i, size, end)
+            for q_i, (k_i, _), size, end in zip(split(q), until, sizes, ends, strict=True)
+        ]
+        seen = zip(probs, until, drops, strict=True)
+        a = tf.concat([tf.matmul(drop(p), v_i) for p, (_, v_i), drop in seen], axis=2)
 
-        def gradient(da):
+        def gradient(da: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             mean = tf.reduce_sum(tf.cast(da, tf.float32) * tf.cast(a, tf.float32), -1, True)
             dq, dk, dv = [], [], []
             parts = zip(split(q), split(da), split(mean), probs, until, drops, ends, strict=True)
@@ -117,8 +140,19 @@ def attend(q, k, v, dropout=None):
 
 
 @fused
-def cross_entropy(logits, targets, weight):
-    """Logits [N, V], targets, weight [N] -> sums of losses and of hits, gradient of the first."""
+def cross_entropy(
+    logits: tf.Tensor, targets: tf.Tensor, weight: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Return the weighted sums of losses and of hits, and the gradient of the loss.
+
+    Args:
+        logits: [N, V].
+        targets: ids [N].
+        weight: float32 [N].
+
+    Returns:
+        float32 [], float32 [], and [N, V] in the type of the logits.
+    """
     logits, kind = tf.cast(logits, tf.float32), logits.dtype
     log_sum = tf.reduce_logsumexp(logits, -1)
     nats = log_sum - tf.gather(logits, targets, batch_dims=1)

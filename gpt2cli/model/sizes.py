@@ -1,4 +1,4 @@
-"""A model's sizes, as hparams.json states them."""
+"""A model's sizes, as in its hparams.json."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from typing import Any
 from gpt2cli import files
 from gpt2cli.errors import UserError
 
-# The released sizes; 117M and 345M are the names of the first announcement, before a recount.
+# The released sizes. 117M and 345M were their names before OpenAI counted the weights again.
 ALIASES = {"117M": "124M", "345M": "355M"}
 RELEASED = ("124M", "355M", "774M", "1558M")  # openai/gpt-2 DEVELOPERS.md
 
 SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")  # openai/gpt-2 src/model.py
 
-# n_layer, n_head, n_embd. The released ones: openai/gpt-2 hparams.json of each; distil: half the
+# n_layer, n_head, n_embd. The released sizes are from OpenAI's hparams.json. distil has half the
 # layers of 124M, as Hugging Face's distilgpt2 and UER-py models/gpt2/distil_config.json.
 PRESETS = {
     "tiny": (4, 5, 160),
@@ -24,7 +24,7 @@ PRESETS = {
     "1558M": (48, 25, 1600),
 }
 
-LARGEST = {"n_layer": 10_000}  # ten times the deepest there are; each has a list of names
+LARGEST = {"n_layer": 10_000}  # each layer adds names to a list; no GPT-2 has even 100
 LN_EPSILON = 1e-5  # openai/gpt-2 src/model.py, norm; the same in GPT2_ML train/utils.py
 
 
@@ -42,10 +42,10 @@ class ModelConfig:
             (imcaspar/gpt2-ml, Chinese, 1.5B).
         ln_epsilon: number added to the variance in layer norms.
         extra: other keys of the file, kept when it is written again: lower_case, start_token and
-            end_token for the encoder, and keys that this program does not know.
+            end_token for the encoder, and unknown keys.
 
     Raises:
-        UserError: a value is of the wrong type or outside its limits.
+        UserError: a value has the wrong type or is outside its limits.
     """
 
     n_vocab: int
@@ -77,7 +77,11 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "hparams.json") -> "ModelConfig":
-        """Parse the text of hparams.json or of GPT2_ML's config.json, which `where` names.
+        """Parse hparams.json or GPT2_ML's config.json.
+
+        Args:
+            text: the content of the file.
+            where: its name, for errors.
 
         Raises:
             UserError: it is neither.
@@ -98,16 +102,17 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """Return the text of hparams.json: sizes, differences from OpenAI's models, other keys."""
-        optional = {
-            n: getattr(self, n) for n in OPTIONAL if getattr(self, n) != getattr(type(self), n)
-        }
-        values = {**{n: getattr(self, n) for n in SIZES}, **optional, **self.extra}
+        values = {name: getattr(self, name) for name in SIZES}
+        for name in OPTIONAL:
+            if getattr(self, name) != getattr(type(self), name):
+                values[name] = getattr(self, name)
+        values |= self.extra
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 OPTIONAL = ("arch", "ln_epsilon")
 
-# hparams.json's name of each size -> that of imcaspar/gpt2-ml configs/*.json
+# names in hparams.json -> names in imcaspar/gpt2-ml configs/*.json
 GPT2_ML_NAMES = {
     "n_vocab": "vocab_size",
     "n_ctx": "max_position_embeddings",

@@ -109,7 +109,7 @@ class Logged:
             line += f" {answer.prompt_tokens}+{answer.generated()} tokens"
         line += f" {seconds:.2f} s"
         if answer and self.service.options.log_prompts:
-            line += f" {[text.prompt for text in answer.texts[:: answer.request.n]]!a}"
+            line += f" {[row.text.prompt for row in answer.rows[:: answer.request.n]]!a}"
         LOG.info(line)
 
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from gpt2cli.inference.generator import STREAMED, Batch, LanguageModel
-from gpt2cli.inference.text import Continuation
+from gpt2cli.inference.generator import STREAMED, LanguageModel
+from gpt2cli.inference.rows import Generation, Row
 
 LOG = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Job:
 
     Args:
         model: the model of the texts.
-        texts: not yet in any Batch.
+        rows: of its texts, from `model.begin`; not yet in any Generation.
         report: receives new Pieces, on the scheduler's thread.
         seconds: time limit, including the time in the queue.
         streams: report texts while they grow, not only when they are finished.
@@ -56,17 +56,17 @@ class Job:
     def __init__(
         self,
         model: LanguageModel,
-        texts: list[Continuation],
+        rows: list[Row],
         report: Report,
         seconds: float,
         streams: bool = False,
     ) -> None:
-        self.model, self.texts, self.streams, self._report = model, texts, streams, report
+        self.model, self.rows, self.streams, self._report = model, rows, streams, report
         self.deadline = time.monotonic() + seconds
         self.first: float | None = None
-        self._reported = [0] * len(texts)  # tokens
+        self._reported = [0] * len(rows)  # tokens
         # only the scheduler's thread uses this and the rows
-        self._over = [False] * len(texts)
+        self._over = [False] * len(rows)
 
     def is_over(self) -> bool:
         """Return whether there is nothing more to report."""
@@ -77,23 +77,23 @@ class Job:
         self.first = self.first or time.monotonic()
         pieces = []
         for number in numbers:
-            text = self.texts[number]
-            begin, end, done = self._reported[number], len(text.tokens), text.row.finished
+            row = self.rows[number]
+            begin, end, done = self._reported[number], row.generated, row.finished
             if self._over[number] or not (self.streams or done):
                 continue
-            pieces.append(Piece(number, text.fresh(done), begin, end, done))
+            pieces.append(Piece(number, row.text.fresh(done), begin, end, done))
             self._reported[number], self._over[number] = end, done
         if pieces:
             self._report(pieces)
 
     def stop(self, error: str | None = None) -> None:
         """Take its rows out of the batch and report the error, if any, as the last thing."""
-        for text in self.texts:
-            text.row.finished = True
+        for row in self.rows:
+            row.finished = True
         if error and not self.is_over():
             left = [number for number, over in enumerate(self._over) if not over]
             self._report([Piece(number, done=True, error=error) for number in left])
-        self._over = [True] * len(self.texts)
+        self._over = [True] * len(self.rows)
         # the receiver holds the job: a reference cycle would keep the model in memory
         self._report = lambda pieces: None
 
@@ -110,8 +110,8 @@ class Scheduler:
         self.width, self.queue = width, queue
         self._change = threading.Condition()
         self._waiting: collections.deque[tuple[Job, int]] = collections.deque()  # number of a text
-        self._running: dict[Continuation, tuple[Job, int, float]] = {}  # and when it began
-        self._batches: dict[LanguageModel, Batch] = {}
+        self._running: dict[Row, tuple[Job, int, float]] = {}  # and when it began
+        self._batches: dict[LanguageModel, Generation] = {}
         self._cancelled: list[Job] = []
         self._closing = False
         self._pace = 1.0  # seconds that a text takes, a moving average
@@ -121,10 +121,10 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Start a Job as soon as there are places; raises Full if too many texts wait."""
         with self._change:
-            total = len(self._waiting) + len(self._running) + len(job.texts)
+            total = len(self._waiting) + len(self._running) + len(job.rows)
             if total > self.width + self.queue:
                 raise Full(max(1, round(self._pace * len(self._waiting) / self.width)))
-            self._waiting.extend((job, number) for number in range(len(job.texts)))
+            self._waiting.extend((job, number) for number in range(len(job.rows)))
             self._change.notify()
 
     def cancel(self, job: Job) -> None:
@@ -164,8 +164,10 @@ class Scheduler:
             if not (self._waiting or self._running or self._cancelled):
                 return False
             begun = self._admit()
-        for model, texts in begun.items():
-            self._batches.setdefault(model, Batch(model.network, self.width)).add(texts)
+        for model, rows in begun.items():
+            if model not in self._batches:
+                self._batches[model] = Generation(model.network, width=self.width)
+            self._batches[model].add(rows)
         for model, batch in list(self._batches.items()):
             try:
                 self._report(batch.step(STREAMED))
@@ -182,10 +184,10 @@ class Scheduler:
         self._forget_finished()
         return True
 
-    def _admit(self) -> dict[LanguageModel, list[Continuation]]:
+    def _admit(self) -> dict[LanguageModel, list[Row]]:
         """Move waiting texts to free places; return them by model."""
         now = time.monotonic()
-        begun: dict[LanguageModel, list[Continuation]] = {}
+        begun: dict[LanguageModel, list[Row]] = {}
         while self._cancelled:
             self._cancelled.pop().stop()
         jobs = {job for job, _ in self._waiting} | {job for job, _, _ in self._running.values()}
@@ -195,16 +197,16 @@ class Scheduler:
         self._waiting = collections.deque(pair for pair in self._waiting if not pair[0].is_over())
         while self._waiting and len(self._running) < self.width:
             job, number = self._waiting.popleft()
-            text = job.texts[number]
-            self._running[text] = job, number, now
-            begun.setdefault(job.model, []).append(text)
+            row = job.rows[number]
+            self._running[row] = job, number, now
+            begun.setdefault(job.model, []).append(row)
         return begun
 
-    def _report(self, grown: Iterable[Continuation]) -> None:
+    def _report(self, grown: Iterable[Row]) -> None:
         """Report texts that grew to their Jobs."""
         numbers: dict[Job, list[int]] = {}
-        for text in grown:
-            job, number, _ = self._running[text]
+        for row in grown:
+            job, number, _ = self._running[row]
             numbers.setdefault(job, []).append(number)
         for job, its in numbers.items():
             job.grown(its)
@@ -212,6 +214,6 @@ class Scheduler:
     def _forget_finished(self) -> None:
         now = time.monotonic()
         with self._change:
-            for text in [text for text in self._running if text.row.finished]:
-                *_, began = self._running.pop(text)
+            for row in [row for row in self._running if row.finished]:
+                *_, began = self._running.pop(row)
                 self._pace += 0.1 * (now - began - self._pace)

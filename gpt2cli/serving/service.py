@@ -21,7 +21,8 @@ import prometheus_client
 
 from gpt2cli.errors import UserError
 from gpt2cli.inference.generator import LanguageModel
-from gpt2cli.inference.text import Continuation
+from gpt2cli.inference.rows import Row
+from gpt2cli.inference.text import Prompt
 from gpt2cli.options import new_seed
 from gpt2cli.serving import api, scheduler
 from gpt2cli.serving.api import CompletionRequest, RequestError
@@ -183,8 +184,8 @@ class Service:
         """Encode a request's prompts and, for echo with logprobs, score them."""
         answer = await asyncio.to_thread(Answer, self, model, request, streams)
         if request.echo and request.logprobs is not None:
-            for text in answer.texts[:: request.n]:
-                prompt = text.row.tokens[: text.row.prompt_length]
+            for row in answer.rows[:: request.n]:
+                prompt = row.tokens[: row.prompt_length]
                 async with self._scores:
                     try:
                         found = await asyncio.to_thread(model.logprobs, prompt)
@@ -224,43 +225,42 @@ class Answer:
     def __init__(
         self, service: Service, model: LanguageModel, request: CompletionRequest, streams: bool
     ) -> None:
+        assert model.encoder is not None, "serve rejects folders without a vocabulary"
         self.service, self.model, self.request = service, model, request
+        self.encoder: Encoder = model.encoder
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.asked = time.monotonic()
         settings = request.settings()
         seed = new_seed() if request.seed is None else request.seed % 2**63
         most = service.options.max_prompt or model.config.n_ctx
-        self.texts: list[Continuation] = []
+        self.rows: list[Row] = []
         for prompt in request.prompts():
             try:
                 ids = model.check_prompt(prompt)
                 if len(ids) > most:
                     message = f"the prompt has {len(ids)} tokens; this server accepts up to {most}"
                     raise RequestError(400, message, "prompt", "context_length_exceeded")
-                self.texts += [
+                self.rows += [
                     model.begin(index, prompt, settings, seed, ids) for index in range(request.n)
                 ]
             except UserError as error:
                 raise api.from_user_error(error, "prompt") from None
-        self.prompt_tokens = sum(text.row.prompt_length for text in self.texts[:: request.n])
+        self.prompt_tokens = sum(row.prompt_length for row in self.rows[:: request.n])
         self._closed = False
-        self.scores: list[
-            list
-        ] = []  # for echo with logprobs: LanguageModel.logprobs of each prompt
+        # for echo with logprobs: LanguageModel.logprobs of each prompt
+        self.scores: list[list[tuple[float | None, dict[int, float]]]] = []
         self._news: asyncio.Queue[list[scheduler.Piece]] = asyncio.Queue()
-        self.job = scheduler.Job(
-            model, self.texts, self._receive, service.options.max_time, streams
-        )
-        shown = [self._prompt_text(text) for text in self.texts]
+        self.job = scheduler.Job(model, self.rows, self._receive, service.options.max_time, streams)
+        shown = [self._prompt_text(row.text.prompt) for row in self.rows]
         # for the logprobs of each text: its decoder, and the offset of its next token
-        self._streams = [None if request.echo else model.encoder.stream() for _ in shown]
+        self._streams = [None if request.echo else self.encoder.stream() for _ in shown]
         self._offsets = [0 if request.echo else len(text) for text in shown]
         self.echoes = shown if request.echo else [""] * len(shown)
 
-    def _prompt_text(self, text: Continuation) -> str:
-        if text.prompt is None or isinstance(text.prompt, str):
-            return text.prompt or ""
-        return self.model.encoder.decode(text.prompt)
+    def _prompt_text(self, prompt: Prompt) -> str:
+        if prompt is None or isinstance(prompt, str):
+            return prompt or ""
+        return self.encoder.decode(prompt)
 
     def _receive(self, pieces: list[scheduler.Piece]) -> None:
         """Hand pieces to the event loop; called on the scheduler's thread."""
@@ -273,7 +273,7 @@ class Answer:
         Raises:
             RequestError: the request took too long, or the server failed.
         """
-        left = len(self.texts) if self.request.max_tokens else 0
+        left = len(self.rows) if self.request.max_tokens else 0
         while left:
             for piece in await self._news.get():
                 if piece.error == "timeout":
@@ -287,15 +287,18 @@ class Answer:
         """Return the logprobs of a text's tokens; the first call includes an echoed prompt's."""
         if self.request.logprobs is None:
             return None
-        vocabulary = self.model.encoder
-        row, tokens = self.texts[number].row, self.texts[number].tokens[begin:end]
-        found = list(zip(row.logprobs, row.likeliest, strict=False))[begin:end]
+        vocabulary = self.encoder
+        row = self.rows[number]
+        tokens = row.continuation[begin:end]
+        found: list[tuple[float | None, dict[int, float]]] = []
+        found += list(zip(row.logprobs, row.likeliest, strict=True))[begin:end]
         if self.scores and self._streams[number] is None:
             begin = row.prompt_length - self._echoed_length(number)
             tokens = row.tokens[begin : row.prompt_length] + tokens
             found = self.scores[number // self.request.n][begin:] + found
         stream = self._streams[number] = self._streams[number] or vocabulary.stream()
-        offsets, tops = [], []
+        offsets: list[int] = []
+        tops: list[dict[str, float] | None] = []
         for token, (own, likeliest) in zip(tokens, found, strict=True):
             offsets.append(self._offsets[number])
             self._offsets[number] += len(stream.feed([token]))
@@ -311,9 +314,10 @@ class Answer:
 
     def _echoed_length(self, number: int) -> int:
         """Return the tokens of a prompt, without those the model puts before every text."""
-        prompt, row = self.texts[number].prompt, self.texts[number].row
+        row = self.rows[number]
+        prompt = row.text.prompt
         if prompt is None or isinstance(prompt, str):
-            return len(self.model.encoder.encode(prompt or ""))
+            return len(self.encoder.encode(prompt or ""))
         return row.prompt_length
 
     def _choice(self, number: int, text: str, done: bool, begin: int, end: int) -> dict[str, Any]:
@@ -322,7 +326,7 @@ class Answer:
         if done and not self.request.max_tokens:
             reason = "length"
         elif done:
-            reason = self.model.sample(self.texts[number], 0).finish_reason
+            reason = self.model.sample(self.rows[number], 0).finish_reason
         return {
             "text": text,
             "index": number,
@@ -332,7 +336,7 @@ class Answer:
 
     def generated(self) -> int:
         """Return the number of tokens generated so far."""
-        return sum(len(text.tokens) for text in self.texts)
+        return sum(row.generated for row in self.rows)
 
     def as_json(self, choices: list, **more: Any) -> dict[str, Any]:
         """Return the Completion that carries choices."""
@@ -361,9 +365,9 @@ class Answer:
         async for _ in self.pieces():
             pass
         choices = []
-        for number, (echo, text) in enumerate(zip(self.echoes, self.texts, strict=True)):
-            shown = echo + text.text if self.request.max_tokens else echo
-            choices.append(self._choice(number, shown, True, 0, len(text.tokens)))
+        for number, (echo, row) in enumerate(zip(self.echoes, self.rows, strict=True)):
+            shown = echo + row.text.so_far if self.request.max_tokens else echo
+            choices.append(self._choice(number, shown, True, 0, row.generated))
         return self.as_json(choices, usage=self.usage())
 
     async def events(self) -> AsyncIterator[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from gpt2cli import files
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
-from gpt2cli.inference.engines import xla
+from gpt2cli.inference.engines.xla import XlaEngine
 from gpt2cli.inference.generator import LanguageModel
 from gpt2cli.options import GenerateOptions, new_seed
 from gpt2cli.storage import checkpoint
@@ -91,7 +91,7 @@ class Run:
         self.say(memory_line(needed))
         with replicas.strategy.scope():
             network = checkpoint.load(start, options.precision, weights_precision="float32")
-        self.model = LanguageModel(xla.Graph(network), vocabulary)
+        self.model = LanguageModel(XlaEngine(network), vocabulary)
         slots, record = self.read(options, prefix, resumed)
         self.state = State.read(record, options.val_dataset)
         options = dataclasses.replace(options, seed=self.seed(options.seed, record))

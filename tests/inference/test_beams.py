@@ -8,38 +8,38 @@ import pytest
 from conftest import TINY, compiled, golden_models, lively
 
 from gpt2cli.errors import UsageError
-from gpt2cli.inference import beams, sampling
-from gpt2cli.inference import generator as inference
-from gpt2cli.inference import rows as generation
-from gpt2cli.inference import text as continuation
+from gpt2cli.inference.beams import Search
+from gpt2cli.inference.generator import LanguageModel, load_model
+from gpt2cli.inference.rows import Generation, Row
+from gpt2cli.inference.sampling import Rules
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.options import GenerateOptions
 
 
 def search(model, prompt, end=None, banned=(), **settings):
     """The search's result as (score, generated ids with the end token), best first."""
-    settings = GenerateOptions(**settings)
-    rules = sampling.Rules(
-        repetition_penalty=settings.repetition_penalty,
-        min_length=settings.min_length,
-        no_repeat_ngram=settings.no_repeat_ngram,
+    options = GenerateOptions(**settings)
+    rules = Rules(
+        repetition_penalty=options.repetition_penalty,
+        min_length=options.min_length,
+        no_repeat_ngram=options.no_repeat_ngram,
         end=-1 if end is None else end,
         banned=banned,
     )
-    row = generation.Row(prompt, rules, settings.length, window=settings.window)
-    text = continuation.Continuation(0, None, None, settings)
-    found = beams.Search(generation.Generation(model.network, [row]), text, settings)
+    row = Row(prompt, rules, options.length, window=options.window)
+    found = Search(Generation(model.network, [row]), options)
     while not found.finished:
         found.step()
+    ended = [end] if end is not None else []
     return [
-        (score, row.tokens + [end] * (len(row.tokens) < settings.length))
+        (score, row.continuation + (ended if row.generated < options.length else []))
         for score, row in found.kept
     ]
 
 
 @pytest.mark.parametrize("folder", golden_models("gpt2-openai"))
 def test_beams_equal_those_of_transformers(folder):
-    model = inference.load_model(folder)
+    model = load_model(folder)
     expected = np.load(folder / "expected.npz")
     count = int(expected["n_beam"])
     assert count >= 2
@@ -64,9 +64,7 @@ def test_beams_equal_those_of_transformers(folder):
 @pytest.fixture(scope="module")
 def small():
     """Seven tokens, a window of eight; random, lively weights."""
-    return inference.LanguageModel(
-        compiled("lite", lively(ModelConfig(7, 8, 16, 2, 2), seed=5)), None
-    )
+    return LanguageModel(compiled("lite", lively(ModelConfig(7, 8, 16, 2, 2), seed=5)), None)
 
 
 def after(model, window="half"):

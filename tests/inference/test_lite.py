@@ -11,22 +11,24 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import tensorflow as engine
+from gpt2cli import tensorflow
 from gpt2cli.errors import UserError
-from gpt2cli.inference import generator as inference
-from gpt2cli.inference.engines import litert as lite
-from gpt2cli.inference.engines import litert_program as program
-from gpt2cli.inference.engines import xla as graph
-from gpt2cli.model import network as model
+from gpt2cli.inference.engines import litert_program
+from gpt2cli.inference.engines.litert import LitertEngine
+from gpt2cli.inference.engines.xla import XlaEngine
+from gpt2cli.inference.generator import LanguageModel, load_model
+from gpt2cli.inference.rows import Generation
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.options import GenerateOptions
 from gpt2cli.tensorflow import tf
 
-GPT2 = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
+OPENAI = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
 GPT2_ML = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2, arch="gpt2_ml")
 TEXT = np.random.default_rng(0).integers(97, size=300).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=[GPT2, GPT2_ML], ids=lambda config: config.arch)
+@pytest.fixture(scope="module", params=[OPENAI, GPT2_ML], ids=lambda config: config.arch)
 def network(request):
     return lively(request.param)
 
@@ -60,26 +62,24 @@ def test_rows_of_any_length_are_read_together_and_go_on_alone(network, ours):
 
 
 def test_two_texts_may_be_continued_in_turn(ours):
-    alone = inference.LanguageModel(ours, None)
+    alone = LanguageModel(ours, None)
     expected = [list(alone.generate([t], length=150, temperature=0)[0].tokens) for t in (3, 4)]
-    settings = inference.GenerateOptions(length=150, temperature=0)
-    streams = [alone.samples([[t]], settings) for t in (3, 4)]
-    growing = [alone._continue([(0, [t])], settings, seed=1, limit=7, width=1) for t in (3, 4)]
-    rows = [None, None]
-    for _ in range(150):
-        for number in (0, 1):
-            for (row,), _finished in growing[number]:
-                rows[number] = row
-                break
+    options = GenerateOptions(length=150, temperature=0)
+    streams = [alone.samples([[t]], options) for t in (3, 4)]
+    rows = [alone.begin(0, [t], options, seed=1) for t in (3, 4)]
+    growing = [Generation(ours, [row]) for row in rows]
+    while not all(generation.is_empty() for generation in growing):
+        for generation in growing:
+            generation.step(7)
         alone.logits(TEXT[:20])
-    assert [row.tokens for row in rows] == expected
+    assert [row.continuation for row in rows] == expected
     assert [next(stream).tokens for stream in streams] == expected
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_a_rows_numbers_are_the_same_whatever_its_batch(network, precision):
     """To the last bit."""
-    ours = lite.Lite(network.config, lambda name, _: network.weights[name].numpy(), precision)
+    ours = LitertEngine(network.config, lambda name, _: network.weights[name].numpy(), precision)
     rows = [TEXT[:9], TEXT[40:190], TEXT[7:8]]
     logits, cache = ours.read(rows, 200)
     alone = [ours.read([row], 200) for row in rows]
@@ -102,9 +102,9 @@ def eight_bits(x):
 
 
 def test_int8_multiplies_what_numpy_does(network):
-    ours = lite.Lite(network.config, lambda name, _: network.weights[name].numpy(), "int8")
+    ours = LitertEngine(network.config, lambda name, _: network.weights[name].numpy(), "int8")
     x = np.random.default_rng(2).normal(0.3, 1, [5, 48]).astype(np.float32)
-    numbers, scale = program.quantize(network.wte.numpy())
+    numbers, scale = litert_program.quantize(network.wte.numpy())
     expected = eight_bits(x).astype(np.float64) @ (numbers * scale[:, None]).T
     np.testing.assert_allclose(ours._head(x=x)[0], expected, atol=1e-4)
     assert np.abs(x @ network.wte.numpy().T - expected).max() > 1e-3  # eight bits are not 32
@@ -112,12 +112,12 @@ def test_int8_multiplies_what_numpy_does(network):
 
 def test_quantized_numbers_are_the_nearest_and_columns_of_zeros_stay():
     matrix = np.array([[0.5, -1.27, 0.3], [0, 0, 0], [1e-9, 2e-9, 127e-9]], np.float32)
-    numbers, scale = program.quantize(matrix)
+    numbers, scale = litert_program.quantize(matrix)
     assert numbers.tolist() == [[50, -127, 30], [0, 0, 0], [1, 2, 127]]
     np.testing.assert_allclose(numbers * scale[:, None], matrix, rtol=1e-5)
 
 
-def test_a_damaged_skeleton_on_the_disk_is_made_anew(network, tmp_path, monkeypatch):
+def test_a_damaged_skeleton_on_the_disk_is_made_again(network, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = compiled("lite", network).logits(TEXT[:20])
     kept = sorted((tmp_path / "gpt2cli").iterdir())
@@ -127,7 +127,7 @@ def test_a_damaged_skeleton_on_the_disk_is_made_anew(network, tmp_path, monkeypa
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
-    monkeypatch.setattr(program, "_trace", None)  # not called again
+    monkeypatch.setattr(litert_program, "_trace", None)  # not called again
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
     for path in kept:
         path.unlink()
@@ -176,7 +176,7 @@ def test_int8_and_bfloat16_cost_little_on_a_real_text(cli, tmp_path):
         words = ("evaluate", text, "--model_name", "tiny", "--models_dir", TINY.parent)
         result = cli(*words, "--precision", precision, "--format", "json")
         losses[precision] = json.loads(result.stdout)["loss"]
-    assert losses["auto"] == losses["float32"]  # another Model, loaded anew
+    assert losses["auto"] == losses["float32"]  # two models, loaded one after the other
     for precision in ("bfloat16", "int8"):
         assert losses[precision] != losses["float32"]
         assert losses[precision] == pytest.approx(losses["float32"], rel=0.005)
@@ -201,9 +201,9 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         def seek(self, place):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(program, "_nameless_file", lambda: (Full(), ""))
+    monkeypatch.setattr(litert_program, "_nameless_file", lambda: (Full(), ""))
     config = ModelConfig(n_vocab=11, n_ctx=8, n_embd=8, n_head=2, n_layer=1)
-    with pytest.raises(UserError, match="no room .*No space left on device.*XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"no room .*No space left on device.*XDG_CACHE_HOME"):
         compiled("lite", lively(config))
 
 
@@ -226,7 +226,7 @@ def test_ctrl_c_between_two_shapes_leaves_a_model_that_works(network, monkeypatc
 
 
 def test_threads_take_turns(network):
-    plain = inference.LanguageModel(compiled("lite", network), None)
+    plain = LanguageModel(compiled("lite", network), None)
     jobs = [dict(prompts=[[n]], length=20 + n, seed=n, nsamples=1 + n % 3) for n in range(12)]
     alone = [[s.tokens for s in plain.generate(**job)] for job in jobs]
     with ThreadPoolExecutor(4) as pool:
@@ -236,18 +236,18 @@ def test_threads_take_turns(network):
 
 def test_the_device_and_the_precision_choose_how_a_model_runs(monkeypatch):
     for gpus, precision, kind in (
-        ([], "auto", lite.Lite),
-        ([], "float32", lite.Lite),
-        ([], "bfloat16", lite.Lite),
-        ([], "int8", lite.Lite),
-        (["a card"], "bfloat16", graph.Graph),
-        (["a card"], "auto", graph.Graph),
-        (["a card"], "int8", lite.Lite),
+        ([], "auto", LitertEngine),
+        ([], "float32", LitertEngine),
+        ([], "bfloat16", LitertEngine),
+        ([], "int8", LitertEngine),
+        (["a card"], "bfloat16", XlaEngine),
+        (["a card"], "auto", XlaEngine),
+        (["a card"], "int8", LitertEngine),
     ):
-        monkeypatch.setattr(engine, "GPUS", gpus)
-        assert type(inference.load_model(TINY, precision).network) is kind
-        if kind is lite.Lite:
-            assert " on CPU (" in engine.describe_devices(precision)
+        monkeypatch.setattr(tensorflow, "GPUS", gpus)
+        assert type(load_model(TINY, precision).network) is kind
+        if kind is LitertEngine:
+            assert " on CPU (" in tensorflow.describe_devices(precision)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
@@ -263,8 +263,8 @@ def test_sample_writes_in_every_precision(cli, precision):
 def test_bfloat16_on_a_cpu_is_float32_with_rounded_weights(network):
     exact = {name: variable.numpy() for name, variable in network.weights.items()}
     short = tf.bfloat16.as_numpy_dtype
-    rounded = model.GPT2(network.config, lambda name, _: exact[name].astype(short))
-    rounded = model.GPT2(network.config, lambda name, _: tf.cast(rounded.weights[name], tf.float32))
-    ours = lite.Lite(network.config, lambda name, _: exact[name], "bfloat16").logits(TEXT[:30])
+    rounded = GPT2(network.config, lambda name, _: exact[name].astype(short))
+    rounded = GPT2(network.config, lambda name, _: tf.cast(rounded.weights[name], tf.float32))
+    ours = LitertEngine(network.config, lambda name, _: exact[name], "bfloat16").logits(TEXT[:30])
     np.testing.assert_allclose(ours, rounded(TEXT[None, :30])[0], atol=2e-4)
     assert np.abs(ours - network(TEXT[None, :30])[0]).max() > 1e-3

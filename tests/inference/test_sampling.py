@@ -7,11 +7,11 @@ import oracle
 import pytest
 from conftest import compiled, golden_models, golden_vocabulary, lively
 
-from gpt2cli.inference import generator as inference
-from gpt2cli.inference import rows as generation
+from gpt2cli.errors import UsageError, UserError
 from gpt2cli.inference import sampling
-from gpt2cli.inference.engines import xla_rules as graph_rules
-from gpt2cli.inference.rows import Row
+from gpt2cli.inference.engines import xla_rules
+from gpt2cli.inference.generator import LanguageModel
+from gpt2cli.inference.rows import Generation, Row
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.options import GenerateOptions
 from gpt2cli.tensorflow import tf
@@ -23,8 +23,8 @@ def keep(how, logits, top_k=0, top_p=0.0):
     """bool [B, V]: what is left of each row; top_k and top_p may be one a row."""
     ks, ps = np.broadcast_to(top_k, len(logits)), np.broadcast_to(top_p, len(logits))
     if how == "tensorflow":
-        logits = graph_rules.keep_top_k(logits, tf.constant(ks, tf.int32))
-        return np.isfinite(graph_rules.keep_top_p(logits, tf.constant(ps, tf.float32)))
+        logits = xla_rules.keep_top_k(logits, tf.constant(ks, tf.int32))
+        return np.isfinite(xla_rules.keep_top_p(logits, tf.constant(ps, tf.float32)))
     left = np.zeros(logits.shape, bool)
     for row, k, p, found in zip(logits, ks, ps, left, strict=True):
         tokens = sampling.keep_top_k(row, k) if k else np.arange(len(row))
@@ -93,7 +93,7 @@ def test_repetition_penalty_is_that_of_the_paper(how):
     else:
         seen = np.zeros(ROWS.shape, bool)
         seen[:, [1, 7, 250]] = True
-        got = graph_rules.penalize_repetition(ROWS, seen, tf.fill([4], 1.3))
+        got = xla_rules.penalize_repetition(ROWS, seen, tf.fill([4], 1.3))
     expected = [oracle.next_probs(r, seen=[1, 7, 250], repetition_penalty=1.3) for r in ROWS]
     np.testing.assert_allclose(tf.nn.softmax(got), expected, atol=1e-6)
 
@@ -105,10 +105,10 @@ def choose(how, logits, uniform, **settings):
         drawn = zip(logits, uniform, strict=True)
         return np.array([sampling.choose(row, u, [], 0, rule) for row, u in drawn])
     rows = [[]] * len(logits)
-    rule = graph_rules.tensors_of([sampling.Rules(**settings)] * len(rows), False, logits.shape[1])
+    rule = xla_rules.tensors_of([sampling.Rules(**settings)] * len(rows), False, logits.shape[1])
     generated = np.zeros(len(rows), np.int32)
-    past = graph_rules.past_of(rows, generated, logits.shape[1], 1, 0)
-    return graph_rules.choose(logits, uniform, past, rule)[0].numpy()
+    past = xla_rules.past_of(rows, generated, logits.shape[1], 1, 0)
+    return xla_rules.choose(logits, uniform, past, rule)[0].numpy()
 
 
 @both
@@ -216,9 +216,7 @@ MIXED = [*PROMPTS, list(range(23)), list(range(24)), list(range(60))]  # around 
 
 
 @pytest.mark.parametrize("size", [4])
-def test_with_window_last_every_token_follows_the_last_of_them_read_anew(
-    plain_model, network, size
-):
+def test_with_window_last_every_token_follows_the_last_ones_read_again(plain_model, network, size):
     settings = dict(length=40, temperature=0, window="last", batch_size=size)
     for prompt, sample in zip(MIXED, plain_model.generate(MIXED, **settings), strict=True):
         assert sample.tokens == greedy(network, prompt, 40, "last")[0]
@@ -226,7 +224,7 @@ def test_with_window_last_every_token_follows_the_last_of_them_read_anew(
 
 def test_a_window_of_one_token_is_no_special_case():
     sizes = ModelConfig(n_vocab=11, n_ctx=1, n_embd=8, n_head=2, n_layer=1)
-    model = inference.LanguageModel(compiled("lite", lively(sizes)), None)
+    model = LanguageModel(compiled("lite", lively(sizes)), None)
     for window in ("half", "last"):
         (sample,) = model.generate([3, 4], length=5, temperature=0, window=window)
         row = [4]
@@ -242,10 +240,10 @@ def test_repeated_ngrams_are_found_wherever_they_are(how, size):
     lengths = np.array([1, 2, 5, 17, 31], np.int32)
     for room in (32, 64):
         rows = random.integers(4, size=[5, room]).astype(np.int32)
-        past = graph_rules.Past(None, rows, lengths, None)
+        past = xla_rules.Past(None, rows, lengths, None)
         logits = random.normal(size=[5, 7]).astype(np.float32)
         if how == "tensorflow":
-            found = np.array(graph_rules.forbid_repeats(logits, past, tf.fill([5], size)))
+            found = np.array(xla_rules.forbid_repeats(logits, past, tf.fill([5], size)))
         else:
             rule = sampling.Rules(no_repeat_ngram=size)
             before = zip(logits, rows, lengths, strict=True)
@@ -258,8 +256,8 @@ def test_repeated_ngrams_are_found_wherever_they_are(how, size):
 
 def grown(network, rows):
     """The tokens of Rows that have grown to their ends together."""
-    together = generation.Generation(network, rows, width=len(rows))
-    while together.live():
+    together = Generation(network, rows, width=len(rows))
+    while not together.is_empty():
         together.step()
     return [row.tokens for row in rows]
 
@@ -317,15 +315,13 @@ def test_logprobs_are_the_models_own(plain_model, network, settings, window):
     assert plain_model.generate([5], length=3)[0].logprobs is None
 
 
-def test_the_likeliest_are_told_beside_what_was_chosen(either_model, network):
+def test_the_likeliest_tokens_are_kept_beside_the_chosen_ones(either_model, network):
     settings = GenerateOptions(length=30, seed=3, logprobs=True)
-    texts = [either_model.begin(n, prompt, settings, 3) for n, prompt in enumerate(([5, 6], [7]))]
-    batch = inference.Batch(either_model.network, 2)
-    batch.add(texts)
-    while not batch.is_empty():
-        batch.step(7)
-    for text in texts:
-        row = text.row
+    rows = [either_model.begin(n, prompt, settings, 3) for n, prompt in enumerate(([5, 6], [7]))]
+    together = Generation(either_model.network, rows, width=2)
+    while not together.is_empty():
+        assert together.step(7)
+    for row in rows:
         assert len(row.likeliest) == len(row.logprobs) == 30
         for place, (found, logprob) in enumerate(zip(row.likeliest, row.logprobs, strict=True)):
             seen = row.tokens[: row.prompt_length + place][-23:]
@@ -360,8 +356,8 @@ def test_rows_that_join_and_leave_are_what_they_are_alone(either):
         grown(either, [one])
     either.read_apart()
     rows, waiting = [row(index) for index in range(12)], list(range(12))
-    batch = generation.Generation(either, width=4)
-    while waiting or batch.live():
+    batch = Generation(either, width=4)
+    while waiting or not batch.is_empty():
         while waiting and len(batch.live()) < 4 and random.random() < 0.5:
             batch.add([rows[waiting.pop(0)]])
         if len(waiting) == 3:
@@ -385,7 +381,7 @@ def test_of_a_prompt_longer_than_the_window_the_end_is_read(either_model):
 @pytest.mark.slow  # a quarter of a minute of compiling
 def test_nothing_is_traced_again_however_many_prompts_follow(network):
     ready = compiled("graph", network)
-    model = inference.LanguageModel(ready, None)
+    model = LanguageModel(ready, None)
     random = np.random.default_rng(0)
     for n in range(6):
         prompt = random.integers(97, size=random.integers(1, 40)).tolist()
@@ -409,8 +405,8 @@ def test_the_loop_ends_when_every_row_has_ended(either, monkeypatch):
     steps = []
     run = either.run
 
-    def counted(*arguments):
-        result = run(*arguments)
+    def counted(*arguments, **more):
+        result = run(*arguments, **more)
         steps.append(result.tokens.shape[1])
         return result
 
@@ -498,3 +494,66 @@ def test_gpt2_ml_stops_as_the_original_does(gpt2_ml):
     (sample,) = model.generate(prompt, **settings)
     assert prompt + sample.tokens == ids and sample.finish_reason == "stop"
     assert sample.text.endswith(stop) and sample.text.count(stop) == sample.tokens.count(eos) > 1
+
+
+def test_a_stop_text_ends_a_row_at_the_token_that_completes_it(tiny):
+    """Also in the middle of a step of many tokens; what a step adds after it does not count."""
+    options = dict(length=60, seed=1, logprobs=True)
+    (whole,) = tiny.generate("The import", **options)
+    stop = whole.text[30:33]
+    (sample,) = tiny.generate("The import", stop=(stop,), **options)
+    at = whole.text.index(stop)
+    assert sample.finish_reason == "stop" and sample.text == whole.text[:at]
+    count = len(sample.tokens)
+    assert sample.tokens == whole.tokens[:count] and sample.logprobs == whole.logprobs[:count]
+    assert stop in tiny.encoder.decode(sample.tokens)
+    assert stop not in tiny.encoder.decode(sample.tokens[:-1])
+
+
+def test_a_step_returns_the_rows_that_grew(either):
+    rules = sampling.Rules(temperature=0.0)
+    short, long = Row([5], rules, 3), Row([6], rules, 9)
+    batch = Generation(either, width=2)
+    assert batch.is_empty() and batch.step() == []
+    batch.add([long])
+    assert batch.step() == [long] and long.generated == 1
+    batch.add([short])
+    assert batch.step() == [short]  # it has to be read first
+    assert batch.step(2) == [long, short] and short.finished and long.generated == 3
+    assert short.continuation == short.tokens[1:] and len(short.continuation) == 3
+    while not batch.is_empty():
+        assert batch.step() == [long]
+    assert long.generated == 9 and short.generated == 3
+
+
+def test_an_unknown_setting_is_rejected_with_the_nearest_name(plain_model):
+    with pytest.raises(UsageError, match=r"no setting 'lenght' \(did you mean length\?\); it has "):
+        plain_model.generate([5], lenght=3)
+    with pytest.raises(UsageError, match="no setting 'xyzzy'; it has length, min_length, "):
+        plain_model.generate([5], xyzzy=3)
+
+
+def test_a_model_shows_its_name_sizes_and_precision(tiny, plain_model):
+    assert repr(tiny) == "<LanguageModel tiny: 4 layers, 160 wide, 2,048 tokens, float32>"
+    assert repr(plain_model) == "<LanguageModel: 2 layers, 32 wide, 97 tokens, float32>"
+
+
+def test_wrong_ids_are_rejected(plain_model):
+    for prompt, text in (
+        ([5, 97], "token 97 is not in the model: its ids are 0 to 96"),
+        ([5, 1.5], r"token ids must be whole numbers, got \[5, 1.5\]"),
+        ([[]], "a prompt of token ids needs at least one id"),
+        ("text", "this model folder has no vocabulary: give the prompt as token ids"),
+    ):
+        with pytest.raises(UserError, match=text):
+            plain_model.generate(prompt, length=3)
+    with pytest.raises(UserError, match="got 25 tokens; give 1 to 24"):
+        plain_model.logits([1] * 25)
+
+
+def test_a_prompt_whose_ids_are_known_is_not_encoded_again(tiny, monkeypatch):
+    options = GenerateOptions(length=5, seed=1)
+    ids = tiny.check_prompt("The import")
+    expected = tiny.generate("The import", length=5, seed=1)
+    monkeypatch.setattr(tiny.encoder, "encode", None)
+    assert list(tiny.answers([(0, "The import", ids)], options)) == expected

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2cli.model import kernels
-from gpt2cli.model import network as model
+from gpt2cli.model.network import Dropout
 from gpt2cli.tensorflow import tf
 
 
@@ -54,7 +54,7 @@ def test_gradients_written_out_are_those_of_the_plain_functions(length):
 
 
 def test_dropout_of_attention_has_the_gradient_of_its_mask():
-    length, dropout = 8, model.Dropout(0.4, [1, 2])
+    length, dropout = 8, Dropout(0.4, [1, 2])
     parts = [normal(2, 4, length, 5, seed=i) for i in (2, 3, 4)]
     size = length // kernels.BLOCKS
     mask = tf.concat(  # of each block of queries; the columns beyond are not seen

@@ -5,7 +5,7 @@ import oracle
 import pytest
 from conftest import check_golden, golden_models
 
-from gpt2cli.model import network as model
+from gpt2cli.model.network import GPT2, random_weights, weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint
 from gpt2cli.tensorflow import tf
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_finite_differences(network):
 
 
 def test_bfloat16_is_close_and_keeps_logits_in_float32(network):
-    small = model.GPT2(network.config, lambda name, _: network.weights[name], "bfloat16")
+    small = GPT2(network.config, lambda name, _: network.weights[name], "bfloat16")
     logits = small(TOKENS[None])
     assert logits.dtype == tf.float32
     expected = network(TOKENS[None])
@@ -78,8 +78,8 @@ def test_bfloat16_is_close_and_keeps_logits_in_float32(network):
 
 def test_initial_weights_have_the_deviations_of_the_release():
     config = ModelConfig(n_vocab=500, n_ctx=200, n_embd=64, n_head=2, n_layer=8)
-    initial = model.random_weights(config, seed=1)
-    deviation = {n: initial(n, s).std() for n, s in model.weight_shapes(config).items()}
+    initial = random_weights(config, seed=1)
+    deviation = {n: initial(n, s).std() for n, s in weight_shapes(config).items()}
     assert deviation["model/wte"] == pytest.approx(0.02, rel=0.03)
     assert deviation["model/wpe"] == pytest.approx(0.01, rel=0.03)
     assert deviation["model/h3/mlp/c_fc/w"] == pytest.approx(0.02, rel=0.03)
@@ -90,7 +90,7 @@ def test_initial_weights_have_the_deviations_of_the_release():
 
 def test_the_124m_model_has_124_million_weights():
     config = ModelConfig(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12)
-    assert sum(np.prod(s) for s in model.weight_shapes(config).values()) == 124_439_808
+    assert sum(np.prod(s) for s in weight_shapes(config).values()) == 124_439_808
 
 
 @pytest.mark.parametrize("folder", golden_models("gpt2-openai") + golden_models("gpt2_ml"))
@@ -100,7 +100,7 @@ def test_logits_and_losses_equal_the_original_program(folder):
 
 @pytest.mark.parametrize("rows", [1024, 24, 7])
 def test_the_loss_in_parts_has_the_gradients_of_the_whole(network, monkeypatch, rows):
-    monkeypatch.setattr(model, "LOGIT_ROWS", rows)
+    monkeypatch.setattr("gpt2cli.model.network.LOGIT_ROWS", rows)
     tokens = np.stack([TOKENS, np.roll(TOKENS, 3)])
     x, targets = network.hidden(tokens[:, :-1])[0], tokens[:, 1:]
     weight = tf.random.stateless_uniform(targets.shape, [1, 2])

@@ -622,11 +622,11 @@ def test_dropped_connections_and_noise_do_no_harm(served, count):
 
 def test_after_a_failed_step_the_next_request_succeeds(tiny, log, monkeypatch):
     with serving(tiny) as (address, made):
-        real = scheduler.Batch.step
-        monkeypatch.setattr(scheduler.Batch, "step", lambda *_: 1 / 0)
+        real = scheduler.Generation.step
+        monkeypatch.setattr(scheduler.Generation, "step", lambda *_: 1 / 0)
         found = complete(address, prompt="x")
         assert found.status_code == 500 and "ZeroDivisionError" not in found.text
-        monkeypatch.setattr(scheduler.Batch, "step", real)
+        monkeypatch.setattr(scheduler.Generation, "step", real)
         assert complete(address, prompt="x").status_code == 200
     assert "ZeroDivisionError" in log.text
 
@@ -746,18 +746,18 @@ def test_cancelling_a_request_changes_no_other_text(network):
     sys.setswitchinterval(1e-5)
     try:
         for number in range(150):
-            texts = [model.begin(n, [5] * (number % 20 + 1), settings, number) for n in range(2)]
-            gone = scheduler.Job(model, texts, lambda pieces: None, 60)
+            rows = [model.begin(n, [5] * (number % 20 + 1), settings, number) for n in range(2)]
+            gone = scheduler.Job(model, rows, lambda pieces: None, 60)
             stays = model.begin(0, [5, 6], settings, 1)
             made.submit(gone)
             made.submit(scheduler.Job(model, [stays], lambda _, s=stays: found.put(s), 60))
             time.sleep(0.0003 * (number % 11))
             made.cancel(gone)
-        texts = [found.get(timeout=60) for _ in range(150)]
+        rows = [found.get(timeout=60) for _ in range(150)]
     finally:
         sys.setswitchinterval(interval)
         made.close()
-    assert all(text.tokens == alone.tokens for text in texts)
+    assert all(row.continuation == alone.tokens for row in rows)
 
 
 @pytest.fixture

@@ -1,30 +1,37 @@
-"""The network on a CPU, by the programs of program.py: texts are read, continued and scored.
+"""The engine for a CPU: runs the network as the programs of litert_program.py.
 
-Faster than XLA there (benchmarks/README.md), and nothing is compiled for a batch or a length.
+It is faster than XLA there (benchmarks/README.md), and compiles nothing for a batch or a length.
 """
 
+from __future__ import annotations
+
 import functools
+import math
 import threading
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from gpt2cli.inference import sampling
-from gpt2cli.inference.engines import litert_program as program
+from gpt2cli.inference.engines import litert_program
 from gpt2cli.inference.engines.litert_program import Program
-from gpt2cli.model import kernels
-from gpt2cli.model import network as model
+from gpt2cli.inference.sampling import Chosen
+from gpt2cli.model.kernels import MASKED
+from gpt2cli.model.network import Values, losses, weight_shapes
+from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.tensorflow import tf
 
-SLOTS = 128  # a cache grows by so many
-ROWS = 256  # tokens whose logits exist at once when a text is scored
+SLOTS = 128  # a cache grows by this many
+ROWS = 256  # when a text is scored, the logits of this many tokens are in memory at once
 
 
-def _alone(method):
-    """One call at a time, from whichever thread: a program has one memory."""
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Allow one call at a time, because all threads share a program's memory."""
 
     @functools.wraps(method)
-    def locked(self, *arguments):
+    def locked(self: LitertEngine, *arguments: Any) -> Any:
         with self._lock:
             return method(self, *arguments)
 
@@ -32,58 +39,60 @@ def _alone(method):
 
 
 class Cache:
-    """The keys and values of N rows; in arrays, or in the memory of a Program.
+    """The keys and values of N rows, in arrays or in the memory of a Program.
 
     Attributes:
-        seen: float32 [N, 1, 1, S], 0 for the slots that hold a token, else kernels.MASKED.
-        used: slots from which on no row holds a token.
-        arrays: input's name -> [N, H, used, D]; None while the program holds them.
+        seen: float32 [N, 1, 1, S], 0 for the slots that contain a token, MASKED for the others.
+        used: number of slots up to the last that contains a token, in any row.
+        arrays: an input's name -> [N, H, used, D]; empty while they are in the program.
     """
 
-    def __init__(self, seen, used, arrays):
+    def __init__(self, seen: np.ndarray, used: int, arrays: dict[str, np.ndarray]) -> None:
         self.seen, self.used, self.arrays = seen, used, arrays
 
 
-class Lite:
-    """A network to read, to continue and to score texts with, on a CPU.
+class LitertEngine:
+    """An Engine for a CPU.
 
     Args:
-        config: ModelConfig.
-        stored: function of a weight's name and shape that gives its values.
-        precision: "float32"; "bfloat16": weights rounded to it, computed with in float32, because
-            XNNPACK has no such product; "int8": matrices in eight bits with a scale a column,
-            multiplied as integers with activations that get eight bits a token, all else float32.
+        config: the model's sizes.
+        stored: returns a weight's values.
+        precision: "float32"; "bfloat16": weights rounded to it, computed in float32, because
+            XNNPACK has no bfloat16 product; "int8": matrices in eight bits with a scale per column,
+            multiplied as integers with activations that get eight bits per token, and float32 for
+            everything else.
     """
 
-    needs_full_batches = False  # any number of rows is as good as another
+    needs_full_batches = False
 
-    def __init__(self, config, stored, precision="float32"):
+    def __init__(self, config: ModelConfig, stored: Values, precision: str = "float32") -> None:
         self.config = config
         if precision == "bfloat16":
             stored = _rounded(stored)
-        self._make_layers = lambda: Program(program.layers, config, stored, precision)
+        self._make_layers = lambda: Program(litert_program.layers, config, stored, precision)
         self._layers = self._reader = self._make_layers()
-        self._head = Program(program.head, config, stored, precision)
-        wpe = list(model.weight_shapes(config).items())[1]
-        self._positions = np.asarray(stored(*wpe), np.float32)
+        self._head = Program(litert_program.head, config, stored, precision)
+        wpe, shape = list(weight_shapes(config).items())[1]
+        self._positions = np.asarray(stored(wpe, shape), np.float32)
         depth = range(config.n_layer)
         # in the order of the outputs
         self._halves = [f"{half}{layer}" for layer in depth for half in ("keys", "values")]
         self._lock = threading.RLock()
-        self._resident = _nothing  # gives the Cache that the program holds, while it is wanted
+        # returns the Cache that is in the program's memory, as long as anybody needs it
+        self._resident: Callable[[], Cache | None] = _nothing
 
     @_alone
-    def read_apart(self):
-        """From now on read by a program of its own, so that a cache stays where it is meanwhile.
+    def read_apart(self) -> None:
+        """Read with a second program from now on, so that a cache can stay in the first.
 
-        For rows that join others: moving these takes as long as a step or two of all of them. It
-        takes the memory of the layers' weights once more.
+        To move a cache takes as long as one or two steps of all its rows. The second program needs
+        as much memory as the weights of the layers.
         """
         self._reader = self._make_layers()
 
     @_alone
-    def logits(self, tokens):
-        """Ids of one row, up to n_ctx -> float32 [T, V]."""
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return float32 [T, V]; see Engine."""
         x = self._read(np.asarray(tokens))[0]
         logits = np.empty([len(x), self.config.n_vocab], np.float32)
         for start in range(0, len(x), ROWS):
@@ -92,52 +101,53 @@ class Lite:
         return logits
 
     @_alone
-    def sums(self, inputs, targets, mask):
-        """Ids [B, T] and their weights -> the sum of their losses in nats, and of their hits."""
+    def sums(
+        self, inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray
+    ) -> tuple[float, float]:
+        """Return the weighted sums of losses and of hits; see Engine."""
         loss, hits = 0.0, 0.0
         for row, wanted, weight in zip(inputs, targets, mask, strict=True):
             x = self._read(row)[0]
             for start in range(0, len(x), ROWS):
                 part = slice(start, start + ROWS)
-                found = model.losses(self._head(x=x[part])[0], wanted[part])
-                loss += float(np.sum(found[0] * weight[part]))
-                hits += float(np.sum(found[1] * weight[part]))
+                nats, hit = losses(self._head(x=x[part])[0], wanted[part])
+                loss += float(np.sum(nats * weight[part]))
+                hits += float(np.sum(hit * weight[part]))
         return loss, hits
 
     @_alone
-    def read(self, rows, slots):
-        """Rows of ids -> logits [N, V] after them, and their Cache.
+    def read(self, rows: Sequence[np.ndarray], slots: int) -> tuple[np.ndarray, Cache]:
+        """Return logits and Cache; see Engine. `slots` is not used: a cache grows with its rows.
 
-        One after another, and equal ones once: so a row's numbers are the same to the last bit
-        whatever its batch, and side by side they would be little faster.
-
-        Args:
-            slots: not used; a cache grows with its rows.
+        Rows are read one after another, and equal rows once. So a row's numbers are the same to the
+        last bit in any batch; side by side the rows would be read only a little faster.
         """
         head, used = self.config.n_embd // self.config.n_head, max(map(len, rows))
         shape = len(rows), self.config.n_head, used, head
         arrays = {half: np.zeros(shape, np.float32) for half in self._halves}
-        seen = np.full([len(rows), 1, 1, _room(used + 1)], kernels.MASKED, np.float32)
-        equal = {}
+        seen = np.full([len(rows), 1, 1, _room(used + 1)], MASKED, np.float32)
+        equal: dict[tuple[int, ...], list[int]] = {}
         for number, row in enumerate(rows):
             equal.setdefault(tuple(row), []).append(number)
         last = np.empty([len(rows), self.config.n_embd], np.float32)
-        for row, numbers in equal.items():
-            x, new = self._read(np.array(row))
+        for ids, numbers in equal.items():
+            x, new = self._read(np.array(ids))
             last[numbers] = x[-1]
             for half, array in zip(self._halves, new, strict=True):
-                arrays[half][numbers, :, : len(row)] = array
-            seen[numbers, ..., : len(row)] = 0
+                arrays[half][numbers, :, : len(ids)] = array
+            seen[numbers, ..., : len(ids)] = 0
         return self._head(x=last)[0], Cache(seen, used, arrays)
 
     @_alone
-    def feed(self, cache, tokens, position):
-        """One token [N] more a row, at its slot position [N]; logits [N, V] and the Cache."""
+    def feed(
+        self, cache: Cache, token: np.ndarray, position: np.ndarray
+    ) -> tuple[np.ndarray, Cache]:
+        """Return logits [N, V] and the same Cache; see Engine."""
         self._enter(cache, int(position.max()) + 1)
-        rows = np.arange(len(tokens))
+        rows = np.arange(len(token))
         x, *new = self._layers(
-            x=self._embed(tokens, position),
-            beside=_mask(np.eye(len(tokens), dtype=bool)),
+            x=self._embed(token, position),
+            beside=_mask(np.eye(len(token), dtype=bool)),
             seen=cache.seen,
         )
         for half, array in zip(self._halves, new, strict=True):
@@ -147,41 +157,37 @@ class Lite:
         return self._head(x=x[0])[0], cache
 
     @_alone
-    def arrange(self, cache, new, sources):
-        """The Cache of other rows.
-
-        Args:
-            cache, new: Caches, of which one may be None; both are used up.
-            sources: for each row the number of one in `cache` or, counted on, in `new`; or -1 for
-                a place that holds nothing.
-        """
-        both, sources = [c for c in (cache, new) if c], np.array(sources)
+    def arrange(self, cache: Cache | None, new: Cache | None, sources: Sequence[int]) -> Cache:
+        """Return the Cache of other rows; see Engine."""
+        both, chosen = [c for c in (cache, new) if c], np.array(sources)
         rows = [(c, number) for c in both for number in range(len(c.seen))]
-        if len(both) == 1 and np.array_equal(sources, range(len(rows))):
+        if len(both) == 1 and np.array_equal(chosen, range(len(rows))):
             return both[0]
         lengths = np.concatenate([(c.seen == 0).sum((1, 2, 3)) for c in both])
-        lengths = np.where(sources < 0, 0, lengths[sources])
+        lengths = np.where(chosen < 0, 0, lengths[chosen])
         used = max(1, int(lengths.max()))
         slots = _room(used + 1)
         seen = _mask(np.arange(slots) < lengths[:, None, None, None])
-        stays = cache and self._resident() is cache and len(sources) == len(cache.seen)
-        if stays and slots <= cache.seen.shape[-1] <= 2 * slots:
-            seen = _widened(seen, cache.seen.shape[-1])
-            self._arrange_in_place(len(cache.seen), new, sources, lengths)
-            cache.seen, cache.used = seen, used
-            return cache
         if cache and self._resident() is cache:
+            has_room = slots <= cache.seen.shape[-1] <= 2 * slots
+            if has_room and len(chosen) == len(cache.seen):
+                self._arrange_in_place(len(cache.seen), new, chosen, lengths)
+                cache.seen, cache.used = _widened(seen, cache.seen.shape[-1]), used
+                return cache
             self._leave()
-        shape = len(sources), self.config.n_head, used, self.config.n_embd // self.config.n_head
+        shape = len(chosen), self.config.n_head, used, self.config.n_embd // self.config.n_head
         arrays = {half: np.zeros(shape, np.float32) for half in self._halves}
         for place, length in enumerate(lengths):
-            source, number = rows[sources[place]]
+            source, number = rows[chosen[place]]
             for half, array in arrays.items():
                 array[place, :, :length] = source.arrays[half][number, :, :length]
         return Cache(seen, used, arrays)
 
-    def _arrange_in_place(self, count, new, sources, lengths):
-        """`arrange` in the program's memory, which has `count` rows and room enough."""
+    def _arrange_in_place(
+        self, count: int, new: Cache | None, sources: np.ndarray, lengths: np.ndarray
+    ) -> None:
+        """Arrange rows in the program's memory, which has `count` rows and enough room."""
+        added = new.arrays if new else {}
         old = np.where((sources >= 0) & (sources < count), sources, np.arange(count))
         for half in self._halves:
             memory = self._layers.input(half)
@@ -189,19 +195,19 @@ class Lite:
                 memory[:, :, : lengths.max()] = memory[old, :, : lengths.max()]
             for place in np.flatnonzero(sources >= count):
                 length = lengths[place]
-                memory[place, :, :length] = new.arrays[half][sources[place] - count, :, :length]
+                memory[place, :, :length] = added[half][sources[place] - count, :, :length]
 
-    def run(self, *arguments):
-        """As `sampling.run`."""
-        return sampling.run(self, *arguments)
+    def run(self, *arguments: Any, **more: Any) -> Chosen:
+        """Generate tokens, as `sampling.run`."""
+        return sampling.run(self, *arguments, **more)
 
-    def _embed(self, tokens, position):
-        """[N], [N] -> [1, N, E], the sum of their rows."""
+    def _embed(self, tokens: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Return the sums of token and position embeddings: [N], [N] -> [1, N, E]."""
         x = self._head.rows(tokens)  # of wte
         return (x + self._positions[position])[None]
 
-    def _read(self, row):
-        """Ids [T] of one row -> x [T, E], and its keys and values, each [1, H, T, D]."""
+    def _read(self, row: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return x [T, E] of the ids [T] of one row, and its keys and values, each [1, H, T, D]."""
         if self._reader is self._layers:
             self._leave()
         head = self.config.n_embd // self.config.n_head
@@ -215,8 +221,8 @@ class Lite:
         )
         return x[0], new
 
-    def _enter(self, cache, needed):
-        """Have the program hold this cache, with room for as many slots as are needed."""
+    def _enter(self, cache: Cache, needed: int) -> None:
+        """Move a cache into the program's memory, with room for `needed` slots."""
         if self._resident() is cache and needed <= cache.seen.shape[-1]:
             return
         self._leave()
@@ -232,11 +238,11 @@ class Lite:
         for half in self._halves:
             memory = self._layers.input(half)
             memory[:, :, : cache.used] = cache.arrays.pop(half)
-            memory[:, :, cache.used :] = 0  # what lies there may be no number
-        cache.arrays, self._resident = None, weakref.ref(cache)
+            memory[:, :, cache.used :] = 0  # it may contain NaN
+        self._resident = weakref.ref(cache)
 
-    def _leave(self):
-        """Take the cache that the program holds out of it, before the program does other work."""
+    def _leave(self) -> None:
+        """Move the cache out of the program's memory, before the program does other work."""
         cache = self._resident()
         if cache is not None:
             cache.arrays = {
@@ -245,27 +251,27 @@ class Lite:
         self._resident = _nothing
 
 
-def _nothing():
+def _nothing() -> None:
     return None
 
 
-def _rounded(stored):
-    """The same function, of weights rounded to bfloat16."""
+def _rounded(stored: Values) -> Values:
+    """Return the same function with its values rounded to bfloat16."""
     short = tf.bfloat16.as_numpy_dtype
     return lambda name, shape: np.asarray(stored(name, shape)).astype(short).astype(np.float32)
 
 
-def _room(slots):
-    """So many slots, or the next multiple of SLOTS."""
-    return -(-slots // SLOTS) * SLOTS
+def _room(slots: int) -> int:
+    """Return the number of slots rounded up to a multiple of SLOTS."""
+    return math.ceil(slots / SLOTS) * SLOTS
 
 
-def _widened(seen, slots):
-    """The same [N, 1, 1, S] with at least so many slots."""
+def _widened(seen: np.ndarray, slots: int) -> np.ndarray:
+    """Return [N, 1, 1, S] with masked slots added, so that S is at least `slots`."""
     more = [(0, 0), (0, 0), (0, 0), (0, max(0, slots - seen.shape[-1]))]
-    return np.pad(seen, more, constant_values=kernels.MASKED)
+    return np.pad(seen, more, constant_values=MASKED)
 
 
-def _mask(looks):
-    """Bool -> float32: 0 where one token looks at another, else MASKED."""
-    return np.where(looks, 0, kernels.MASKED).astype(np.float32)
+def _mask(looks: np.ndarray) -> np.ndarray:
+    """Return float32: 0 where one token looks at another, MASKED elsewhere."""
+    return np.where(looks, 0, MASKED).astype(np.float32)

@@ -1,11 +1,15 @@
-"""Parts of the network as LiteRT programs: the graph of model.py with its weights packed for a CPU.
+"""Parts of the network as LiteRT programs: the graph of network.py with weights packed for a CPU.
 
-LiteRT is a part of TensorFlow. XNNPACK, its kernels, packs weights that never change in the order
-in which the processor reads them, and multiplies them as float32 or, in eight bits, as integers.
+LiteRT is a part of TensorFlow. Its kernels, XNNPACK, pack constant weights in the order in which
+the processor reads them, and multiply them as float32 or, in eight bits, as integers.
 
-A part is traced with its weights as arguments and converted, once for each ModelConfig: that is its
-skeleton, some hundred kilobytes, kept on disk. A Program is a skeleton whose arguments have become
-the weights of a checkpoint.
+A part is traced with its weights as arguments and converted, once for each ModelConfig. The result,
+some hundred kilobytes, is its skeleton and is kept on disk. A Program is a skeleton whose arguments
+were replaced by the weights of a checkpoint.
+
+This is the only module that uses tf.lite. Two of its interfaces are private: the schema of the file
+format (schema_py_generated) and the converter's experimental_lower_to_saved_model. They were tried
+with TensorFlow 2.18 and 2.21.
 """
 
 import contextlib
@@ -15,39 +19,66 @@ import mmap
 import os
 import tempfile
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import flatbuffers
 import numpy as np
 
 from gpt2cli import files, machine
 from gpt2cli.errors import UserError
-from gpt2cli.model import kernels
-from gpt2cli.model import network as model
-from gpt2cli.tensorflow import lite_schema, tf, without_noise
+from gpt2cli.model import kernels, network
+from gpt2cli.model.network import GPT2, Past, Values, weight_shapes
+from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.tensorflow import tf, without_noise
+
+with without_noise():
+    from tensorflow.lite.python import schema_py_generated as lite_schema
 
 ALIGNMENT = 64  # bytes, of a weight in the file; a cache line
 BLOCK = 256  # rows of a matrix that are quantized at once
-WEIGHT = "weight"  # what the names of the arguments that become weights begin with
+WEIGHT = "weight"  # start of the names of the arguments that become weights
+
+Part = Callable[..., Any]  # `layers` or `head`
 
 
-def layers(network, x, beside, seen, keys, values):
-    """What follows the embedding up to the last norm, of a GPT2: x, and new keys and values."""
-    past = [model.Past(beside, seen, *pair) for pair in zip(keys, values, strict=True)]
-    x, new = network.layers(network.normed(x), past)
+def layers(
+    gpt2: GPT2,
+    x: tf.Tensor,
+    beside: tf.Tensor,
+    seen: tf.Tensor,
+    keys: list[tf.Tensor],
+    values: list[tf.Tensor],
+) -> tuple[tf.Tensor, ...]:
+    """Run everything between the embedding and `head`.
+
+    Args:
+        gpt2: the network.
+        x: [1, N, E], sums of token and position embeddings.
+        beside: as in Past.
+        seen: as in Past.
+        keys: of each layer, as in Past.
+        values: of each layer, as in Past.
+
+    Returns:
+        x [1, N, E], and the new keys and values of each layer, [1, H, N, D].
+    """
+    past = [Past(beside, seen, *pair) for pair in zip(keys, values, strict=True)]
+    x, new = gpt2.layers(gpt2.normed(x), past)
     return x, *(half for pair in new for half in pair)
 
 
-def head(network, x):
-    """The product with wte."""
-    return network.head(x)
+def head(gpt2: GPT2, x: tf.Tensor) -> tf.Tensor:
+    """Return the product of x [N, E] with wte: logits [N, V]."""
+    return gpt2.head(x)
 
 
-def _inputs(part, config):
-    """The TensorSpecs of a part's inputs.
+def _inputs(part: Part, config: ModelConfig) -> list[Any]:
+    """Return the TensorSpecs of a part's inputs.
 
-    Sizes that are open here must not meet in one reshape: LiteRT hands a graph to XNNPACK whole
-    only if no shape is computed while it runs.
+    Two sizes that are None here must not meet in one reshape: LiteRT gives the whole graph to
+    XNNPACK only if no shape is computed at run time.
     """
     if part is head:
         return [tf.TensorSpec([None, config.n_embd], name="x")]
@@ -63,56 +94,58 @@ def _inputs(part, config):
     ]
 
 
-def weights_of(part, config):
-    """The names of the weights that a part takes, in the order of its arguments."""
-    wte, _, *others = model.weight_shapes(config)
+def weights_of(part: Part, config: ModelConfig) -> list[str]:
+    """Return the names of the weights that a part takes, in the order of its arguments."""
+    wte, _, *others = weight_shapes(config)
     return [wte] if part is head else others
 
 
-def _is_turned(name, shape):
-    """Whether a weight is a matrix [n_in, n_out], which XNNPACK wants as [n_out, n_in]."""
+def _is_transposed(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a weight is a matrix [n_in, n_out], which XNNPACK wants as [n_out, n_in]."""
     return len(shape) > 1 and not name.endswith(("wte", "word_embed"))
 
 
-def _trace(part, config):
-    """The concrete function of a part, with its weights as the last arguments."""
-    names, shapes = weights_of(part, config), model.weight_shapes(config)
-    turned = {n: shapes[n][-2:][::-1] if _is_turned(n, shapes[n]) else shapes[n] for n in names}
+def _trace(part: Part, config: ModelConfig) -> Any:
+    """Return the concrete function of a part, with its weights as the last arguments."""
+    names, shapes = weights_of(part, config), weight_shapes(config)
+    packed = {n: shapes[n][-2:][::-1] if _is_transposed(n, shapes[n]) else shapes[n] for n in names}
 
-    def traced(*inputs):
-        *inputs, weights = inputs
-        given = dict(zip(names, weights, strict=True))
+    def traced(*inputs: Any) -> Any:
+        *given, weights = inputs
+        weight_of = dict(zip(names, weights, strict=True))
 
-        def weight(name, shape):
-            if name not in given:
-                return tf.zeros([])  # of another part
-            given[name].set_shape(turned[name])
-            return tf.transpose(given[name]) if _is_turned(name, shape) else given[name]
+        def weight(name: str, shape: tuple[int, ...]) -> tf.Tensor:
+            if name not in weight_of:
+                return tf.zeros([])  # a weight of another part
+            weight_of[name].set_shape(packed[name])
+            is_transposed = _is_transposed(name, shape)
+            return tf.transpose(weight_of[name]) if is_transposed else weight_of[name]
 
-        return part(model.GPT2(config, weight, hold=lambda value, name: value), *inputs)
+        return part(GPT2(config, weight, hold=lambda value, name: value), *given)
 
-    # Without sizes, for which the converter would make arrays of zeros: the whole model's.
+    # With sizes, the converter would make arrays of zeros as large as the whole model.
     arguments = [
-        tf.TensorSpec([None] * len(turned[name]), name=f"{WEIGHT}{number}")
+        tf.TensorSpec([None] * len(packed[name]), name=f"{WEIGHT}{number}")
         for number, name in enumerate(names)
     ]
     signature = [*_inputs(part, config), arguments]
     return tf.function(traced, input_signature=signature, autograph=False).get_concrete_function()
 
 
-def cache_folder():
-    """Where skeletons are kept, and the nameless files of Programs lie; None without a home."""
+def cache_folder() -> Path | None:
+    """Return the folder for skeletons and the files of Programs; None without a home folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "gpt2cli" if os.path.isabs(home) else None
 
 
-def skeleton(part, config):
-    """The bytes of a part, converted, or taken from the disk where that was done before."""
-    sources = [Path(of.__file__).read_bytes() for of in (model, kernels)]
-    sources.append(Path(__file__).read_bytes())
+def skeleton(part: Part, config: ModelConfig) -> bytes:
+    """Convert a part; the result is kept on disk and read from there the next time."""
+    files_used = (network.__file__, kernels.__file__, __file__)
+    sources = [Path(name).read_bytes() for name in files_used]
     made_of = repr((part.__name__, config, tf.__version__)).encode()
     key = hashlib.sha256(b"\0".join([made_of, *sources])).hexdigest()
-    path = cache_folder() and cache_folder() / f"{key[:32]}.tflite"
+    folder = cache_folder()
+    path = folder / f"{key[:32]}.tflite" if folder else None
     with contextlib.suppress(OSError):
         kept = path.read_bytes() if path else b""
         if hashlib.sha256(kept[32:]).digest() == kept[:32]:
@@ -130,8 +163,8 @@ def skeleton(part, config):
     return made
 
 
-def quantize(matrix):
-    """float32 [n_out, n_in] -> int8 of the same shape and the float32 [n_out] that it counts in."""
+def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 [n_out, n_in] as int8 of the same shape and float32 [n_out], its unit."""
     scale = np.maximum(matrix.max(-1), -matrix.min(-1)) / 127
     scale[scale == 0] = 1
     numbers = np.empty(matrix.shape, np.int8)
@@ -141,25 +174,41 @@ def quantize(matrix):
     return numbers, scale
 
 
+class Matrix(NamedTuple):
+    """A weight in a Program's file.
+
+    Args:
+        place: its first byte.
+        dtype: the type of its numbers.
+        shape: as in the file.
+        scale: float32 [n_out], the unit of int8 numbers; None for float32.
+    """
+
+    place: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    scale: np.ndarray | None
+
+
 class Program:
     """A part with its weights, ready to run.
 
     Args:
         part: `layers` or `head`.
-        config: ModelConfig.
-        stored: function of a weight's name and shape that gives its values.
+        config: the model's sizes.
+        stored: returns a weight's values.
         precision: "float32", or "int8" for the matrices.
 
     Raises:
         UserError: there is no room for the file, which is as large as the weights.
     """
 
-    def __init__(self, part, config, stored, precision):
-        shapes = model.weight_shapes(config)
+    def __init__(self, part: Part, config: ModelConfig, stored: Values, precision: str) -> None:
+        shapes = weight_shapes(config)
 
-        def values(name):
+        def values(name: str) -> tuple[np.ndarray, np.ndarray | None]:
             array = np.asarray(stored(name, shapes[name]), np.float32)
-            if _is_turned(name, array.shape):
+            if _is_transposed(name, array.shape):
                 array = array.reshape(array.shape[-2:]).T
             return quantize(array) if array.ndim > 1 and precision == "int8" else (array, None)
 
@@ -172,53 +221,53 @@ class Program:
         except OSError as error:
             raise UserError(
                 f"no room for a file as large as the weights ({error.strerror}) in "
-                f"{cache_folder()} or, if that cannot be written to, {tempfile.gettempdir()}. "
-                "Free some, or set XDG_CACHE_HOME to a folder on another disk"
+                f"{cache_folder()} or, if that is read-only, {tempfile.gettempdir()}. "
+                "Free some space, or set XDG_CACHE_HOME to a folder on another disk"
             ) from error
         with warnings.catch_warnings(), without_noise():
-            warnings.simplefilter("ignore")  # it is to move to a package of its own
+            warnings.simplefilter("ignore")  # it announces its move to another package
             self._interpreter = tf.lite.Interpreter(path, num_threads=machine.cores())
             self._interpreter.allocate_tensors()  # packs the weights
         _forget(self._file)
         self._inputs = {d["name"]: d["index"] for d in self._interpreter.get_input_details()}
         self._outputs = [d["index"] for d in self._interpreter.get_output_details()]
-        self._shapes = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def __call__(self, **inputs):
-        """Run with these arrays; inputs that are not given are as they were. Returns arrays."""
+    def __call__(self, **inputs: np.ndarray) -> list[np.ndarray]:
+        """Run with these arrays and return the outputs; other inputs keep their values."""
         self.reshape(**{name: array.shape for name, array in inputs.items()})
         for name, array in inputs.items():
             self._interpreter.set_tensor(self._inputs[name], array)
         self._interpreter.invoke()
         return [self._interpreter.get_tensor(index) for index in self._outputs]
 
-    def reshape(self, **shapes):
-        """Give inputs new shapes; what they held is lost unless the shapes are as they were."""
+    def reshape(self, **shapes: tuple[int, ...]) -> None:
+        """Give inputs new shapes; if any shape changes, their values are lost."""
         changed = {name: s for name, s in shapes.items() if self._shapes.get(name) != s}
         if not changed:
             return
         for name, shape in changed.items():
-            self._shapes.pop(name, None)  # Ctrl-C may come before it has its new one
+            self._shapes.pop(name, None)  # Ctrl-C may come before it has its new shape
             self._interpreter.resize_tensor_input(self._inputs[name], shape)
         self._interpreter.allocate_tensors()
         self._shapes |= changed
 
-    def rows(self, indices):
-        """These rows of the first weight, float32 [N, n_in], read from the file."""
-        place, kind, (_, width), scale = self._first
-        found = np.empty([len(indices), width], kind)
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Return rows of the first weight, float32 [N, n_in], read from the file."""
+        place, dtype, (_, width), scale = self._first
+        found = np.empty([len(indices), width], dtype)
         for row, index in zip(found, indices, strict=True):
             self._file.seek(place + int(index) * row.nbytes)
             self._file.readinto(row)
         return found if scale is None else found * scale[indices, None]
 
-    def input(self, name):
-        """The memory of an input, to change in place; nothing may run while it is held."""
+    def input(self, name: str) -> np.ndarray:
+        """Return the memory of an input, to change in place; drop it before the next run."""
         return self._interpreter.tensor(self._inputs[name])()
 
 
-def _nameless_file():
-    """A file of which nothing is left when it is closed, however that happens, and a path to it."""
+def _nameless_file() -> tuple[Any, str]:
+    """Open a file that disappears when it is closed or the process dies; return it and a path."""
     linux = Path("/proc/self/fd").exists()
     make = tempfile.TemporaryFile if linux else tempfile.NamedTemporaryFile
     folder = cache_folder()
@@ -226,19 +275,27 @@ def _nameless_file():
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         file = make(dir=folder)
-    except OSError:  # a home that is read only: in the system's folder
+    except OSError:  # the home is read-only: use the system's folder
         file = make()
     return file, f"/proc/self/fd/{file.fileno()}" if linux else file.name
 
 
-def _assemble(skeleton, room, weights, file):
-    """Write a skeleton whose arguments have become constants: pairs of values and scale or None.
+def _assemble(
+    skeleton: bytes,
+    room: int,
+    weights: Iterable[tuple[np.ndarray, np.ndarray | None]],
+    file: IO[bytes],
+) -> Matrix:
+    """Write a skeleton with its arguments replaced by constants.
 
     Args:
-        room: bytes, at the least, for what describes the weights; they lie behind it.
+        skeleton: of a part.
+        room: least number of bytes for the description of the weights, which precedes them.
+        weights: the values of each argument, and the scale of int8 values.
+        file: what to write to.
 
     Returns:
-        Of the first of them its place in the file, its type, its shape and its scale.
+        The first weight.
     """
     program = lite_schema.ModelT.InitFromPackedBuf(skeleton)
     graph = program.subgraphs[0]
@@ -251,8 +308,8 @@ def _assemble(skeleton, room, weights, file):
         tensor, buffer = graph.tensors[constants[f"{WEIGHT}{number}"]], lite_schema.BufferT()
         place += -place % ALIGNMENT
         file.seek(place)
-        file.write(np.ascontiguousarray(values))
-        first = first or (place, values.dtype, values.shape, scale)
+        file.write(np.ascontiguousarray(values).data)
+        first = first or Matrix(place, values.dtype, values.shape, scale)
         buffer.offset, buffer.size = place, values.nbytes
         place += values.nbytes
         tensor.shape, tensor.shapeSignature = np.array(values.shape, np.int32), None
@@ -266,25 +323,26 @@ def _assemble(skeleton, room, weights, file):
     builder = flatbuffers.Builder(len(skeleton))
     builder.Finish(program.Pack(builder), b"TFL3")
     described = builder.Output()
-    assert len(described) <= first[0], "the weights begin inside what describes them"
+    assert first is not None, "a part has weights"
+    assert len(described) <= first.place, "the weights begin inside their description"
     file.seek(0)
     file.write(described)
     file.flush()
     return first
 
 
-def _forget(file):
-    """Drop the pages of a mapped file from memory; one that is read again comes back from it.
+def _forget(file: IO[bytes]) -> None:
+    """Drop the pages of a mapped file from memory; a page that is needed again is read again.
 
-    XNNPACK has packed copies of the weights. Where this does nothing, the system drops the pages
-    when it needs room.
+    XNNPACK has its own, packed copies of the weights. Outside Linux this does nothing, and the
+    system drops the pages when it needs memory.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no Linux
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not Linux
         libc, inode = ctypes.CDLL(None), str(os.fstat(file.fileno()).st_ino)
         for line in Path("/proc/self/maps").read_text().splitlines():
             addresses, allowed, _, _, of, *_ = line.split()
-            # the number may be that of another disk's file too: of a shared one that is only
-            # read, dropping pages loses nothing
+            # a file on another disk may have the same number; dropping pages of a shared mapping
+            # that is only read loses nothing
             if of == inode and allowed == "r--s":
                 start, end = (int(address, 16) for address in addresses.split("-"))
                 size = ctypes.c_size_t(end - start)

@@ -1,117 +1,147 @@
-"""The network as TensorFlow runs it: on a GPU, and of a model in training.
+"""The engine for a GPU, and for a model in training: TensorFlow runs the network.
 
-The loop that generates is one compiled program (XLA): keys and values lie in buffers made once,
-each row writes its next token at its own slot, and a finished mask ends the loop when all rows have
-ended. Prompts are padded at the right, so a token's slot is its position, whatever else is in the
-batch.
+The loop that generates is one compiled program (XLA). Keys and values are in buffers made once,
+each row writes its next token at its own slot, and the loop ends when all rows have finished.
+Prompts are padded on the right, so a token's slot is its position, whatever else is in the batch.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from gpt2cli.inference import sampling
-from gpt2cli.inference.engines import xla_rules as graph_rules
-from gpt2cli.model import kernels
-from gpt2cli.model import network as model
+from gpt2cli.inference.engines import xla_rules
+from gpt2cli.inference.sampling import CHUNK, LIKELIEST, Chosen
+from gpt2cli.model.kernels import MASKED
+from gpt2cli.model.network import GPT2, KeysAndValues, Past
 from gpt2cli.tensorflow import tf
 
-SMALLEST_CACHE = 64  # slots; caches double from here, one compilation each
+SMALLEST_CACHE = 64  # slots; the sizes of caches double from here, one compilation each
+
+Cache = list[KeysAndValues]  # a pair per layer, each [N, H, S, D]
 
 
-def step(network, cache, token, position):
-    """One token more a row: token [N] at its slot position [N].
+def step(
+    network: GPT2, cache: Cache, token: tf.Tensor, position: tf.Tensor
+) -> tuple[tf.Tensor, Cache]:
+    """Feed one more token per row; return logits [N, V] and the new cache.
 
     Args:
-        network: a GPT2.
-        cache: of each layer keys and values [N, H, S, D], filled before `position`.
-
-    Returns:
-        Logits [N, V] and the new cache.
+        network: the GPT2.
+        cache: filled before `position`.
+        token: [N].
+        position: [N], its slot.
     """
     rows, slots = tf.shape(token)[0], tf.shape(cache[0][0])[2]
     x = network.embed(token[None], position)  # [1, N, E]
-    apart = tf.where(tf.eye(rows) > 0, 0.0, kernels.MASKED)
-    seen = tf.where(tf.range(slots) < position[:, None], 0.0, kernels.MASKED)[:, None, None]
-    x, new = network.layers(x, [model.Past(apart, seen, *pair) for pair in cache])
+    apart = tf.where(tf.eye(rows) > 0, 0.0, MASKED)
+    seen = tf.where(tf.range(slots) < position[:, None], 0.0, MASKED)[:, None, None]
+    x, new = network.layers(x, [Past(apart, seen, *pair) for pair in cache])
     heads = tf.range(network.config.n_head)
     places = tf.meshgrid(tf.range(rows), heads, indexing="ij")  # [N, H]
     places = tf.stack([*places, tf.broadcast_to(position[:, None], tf.shape(places[0]))], -1)
 
-    def store(kept, added):  # [N, H, S, D], [1, H, N, D]
+    def store(kept: tf.Tensor, added: tf.Tensor) -> tf.Tensor:  # [N, H, S, D], [1, H, N, D]
         return tf.tensor_scatter_nd_update(kept, places, tf.transpose(added[0], [1, 0, 2]))
 
     return network.head(x[0]), tf.nest.map_structure(store, cache, new)
 
 
-def run(network, cache, token, position, finished, past, noise, steps, rules):
-    """Generate up to `steps` tokens a row.
+def run(
+    network: GPT2,
+    cache: Cache,
+    token: tf.Tensor,
+    position: tf.Tensor,
+    finished: tf.Tensor,
+    past: xla_rules.Past,
+    noise: tf.Tensor,
+    steps: tf.Tensor,
+    rules: xla_rules.Rules,
+) -> tuple[tuple[tf.Tensor, ...], tf.Tensor, Cache]:
+    """Generate up to `steps` tokens per row.
 
     Args:
-        network: a GPT2.
-        cache: of each layer [N, H, S, D], filled before `position`.
-        token, position: [N], the token to feed next and its slot.
-        finished: [N], rows that have ended; they write nothing that counts.
-        past: graph_rules.Past, `token` included.
-        noise: [N, M], random numbers in [0, 1); steps <= M.
-        rules: graph_rules.Rules.
+        network: the GPT2.
+        cache: filled before `position`.
+        token: [N], the token to feed next.
+        position: [N], its slot.
+        finished: bool [N], rows that have ended; nothing they write counts.
+        past: the rows, including `token`.
+        noise: [N, M], random numbers in [0, 1).
+        steps: int32 [], up to M.
+        rules: how each row chooses.
 
     Returns:
-        The arrays of sampling.Chosen, of which the first `steps done` [N, M] count, steps done, and
-        the cache.
+        The first four fields of sampling.Chosen, each [N, M, ...]; the number of steps done, of
+        which the results count; and the new cache.
     """
     size = tf.shape(noise)[1]
-    kept = min(sampling.LIKELIEST, network.config.n_vocab)
+    kept = min(LIKELIEST, network.config.n_vocab)
 
-    def one(i, cache, token, finished, past, told):
+    def one(
+        i: tf.Tensor,
+        cache: Cache,
+        token: tf.Tensor,
+        finished: tf.Tensor,
+        past: xla_rules.Past,
+        found: tuple[tf.Tensor, ...],
+    ) -> tuple[Any, ...]:
         logits, cache = step(network, cache, token, position + i)
         uniform = tf.gather(noise, i, axis=1)
-        chosen, past = graph_rules.choose(logits, uniform, past, rules)
+        chosen, past = xla_rules.choose(logits, uniform, past, rules)
         here = tf.range(size) == i
-        now = chosen, *graph_rules.logprobs_of(logits, chosen, kept, rules.logprobs)
+        now = chosen, *xla_rules.logprobs_of(logits, chosen, kept, rules.logprobs)
 
-        def put(old, new):  # [N, M, ...], [N, ...]
+        def put(old: tf.Tensor, new: tf.Tensor) -> tf.Tensor:  # [N, M, ...], [N, ...]
             shape = [1, size, *[1] * (len(old.shape) - 2)]
             return tf.where(tf.reshape(here, shape), new[:, None], old)
 
-        told = tf.nest.map_structure(put, told, now)
-        return i + 1, cache, chosen, finished | (chosen == rules.end), past, told
+        found = tf.nest.map_structure(put, found, now)
+        return i + 1, cache, chosen, finished | (chosen == rules.end), past, found
 
-    def go_on(i, cache, token, finished, *rest):
+    def is_growing(
+        i: tf.Tensor, cache: Cache, token: tf.Tensor, finished: tf.Tensor, *rest: Any
+    ) -> tf.Tensor:
         return (i < steps) & ~tf.reduce_all(finished)
 
     flat, deep = tf.shape(noise), [*tf.unstack(tf.shape(noise)), kept]
     empty = tf.zeros(flat, tf.int32), tf.zeros(flat), tf.zeros(deep, tf.int32), tf.zeros(deep)
     start = [tf.constant(0), cache, token, finished, past, empty]
-    i, cache, _, _, _, told = tf.while_loop(go_on, one, start)
-    return told, i, cache
+    i, cache, _, _, _, found = tf.while_loop(is_growing, one, start)
+    return found, i, cache
 
 
-def read(network, tokens, lengths):
-    """Rows [N, T], padded at the right -> logits [N, V] after the `lengths` [N] tokens; cache."""
+def read(network: GPT2, tokens: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, Cache]:
+    """Return logits [N, V] after rows [N, T] of `lengths` [N], padded on the right, and a cache."""
     x, cache = network.hidden(tokens)
     return network.head(tf.gather(x, lengths - 1, batch_dims=1)), cache
 
 
-def sums(network, inputs, targets, mask):
-    """Ids [B, T] and their weights -> the sum of their losses in nats, and of their hits."""
+def sums(
+    network: GPT2, inputs: tf.Tensor, targets: tf.Tensor, mask: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the weighted sums of losses and of hits; see Engine."""
     nats, hits = network.losses(network.hidden(inputs)[0], targets)
     return tf.reduce_sum(nats * mask), tf.reduce_sum(hits * mask)
 
 
-class Graph:
-    """A network to read, to continue and to score texts with. Each function is traced once.
+class XlaEngine:
+    """An Engine for a GPU. Each of its functions is traced once.
 
     Args:
-        network: a model.GPT2, whose variables may change between two calls.
+        network: the GPT2; its variables may change between two calls.
     """
 
     needs_full_batches = True  # the loop is compiled for each number of rows
 
-    def __init__(self, network):
+    def __init__(self, network: GPT2) -> None:
         self.config = network.config
 
-        def compiled(function, *signature, xla=False):
+        def compiled(function: Callable[..., Any], *signature: Any, xla: bool = False) -> Any:
             return tf.function(
                 partial(function, network),
                 input_signature=signature,
@@ -119,8 +149,8 @@ class Graph:
                 jit_compile=xla,
             )
 
-        def array(kind, rank):
-            return tf.TensorSpec([None] * rank, kind)
+        def array(dtype: tf.DType, rank: int) -> tf.TensorSpec:
+            return tf.TensorSpec([None] * rank, dtype)
 
         ints, batch = array(tf.int32, 1), array(tf.int32, 2)
         head = self.config.n_embd // self.config.n_head
@@ -131,24 +161,33 @@ class Graph:
         self._read = compiled(read, batch, ints)
         self._feed = compiled(step, cache, ints, ints, xla=True)
         self._run = compiled(
-            *(run, cache, ints, ints, array(tf.bool, 1), graph_rules.PAST_SPEC),
-            *(array(tf.float32, 2), array(tf.int32, 0), graph_rules.RULES_SPEC),
+            run,
+            cache,
+            ints,  # token
+            ints,  # position
+            array(tf.bool, 1),
+            xla_rules.PAST_SPEC,
+            array(tf.float32, 2),
+            array(tf.int32, 0),
+            xla_rules.RULES_SPEC,
             xla=True,
         )
 
-    def read_apart(self):
-        """Nothing: reading does not move a cache here; see lite.Lite."""
+    def read_apart(self) -> None:
+        """Do nothing: here reading never moves a cache; see Engine."""
 
-    def logits(self, tokens):
-        """Ids of one row, up to n_ctx -> float32 [T, V]."""
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return float32 [T, V]; see Engine."""
         return self._call(np.array([tokens], np.int32))[0].numpy()
 
-    def sums(self, inputs, targets, mask):
-        """Ids [B, T] and their weights -> the sum of their losses in nats, and of their hits."""
+    def sums(
+        self, inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the weighted sums of losses and of hits; see Engine."""
         return self._sums(inputs, targets, mask)
 
-    def read(self, rows, slots):
-        """Rows of ids -> logits [N, V] after them, and their cache, of at least so many slots."""
+    def read(self, rows: Sequence[np.ndarray], slots: int) -> tuple[tf.Tensor, Cache]:
+        """Return logits [N, V] and a cache of at least `slots` slots; see Engine."""
         lengths = np.array([len(row) for row in rows], np.int32)
         padded = np.zeros([len(rows), lengths.max()], np.int32)
         for number, row in enumerate(rows):
@@ -156,36 +195,43 @@ class Graph:
         logits, cache = self._read(padded, lengths)
         return logits, _wide(cache, slots, self.config.n_ctx)
 
-    def feed(self, cache, token, position):
-        """One token more a row: logits [N, V] and the new cache."""
+    def feed(
+        self, cache: Cache, token: np.ndarray, position: np.ndarray
+    ) -> tuple[tf.Tensor, Cache]:
+        """Return logits [N, V] and the new cache; see Engine."""
         return self._feed(cache, token, position)
 
-    def run(self, cache, rows, position, finished, generated, noise, rules, logprobs):
-        """As `sampling.run`, in one compiled loop."""
+    def run(
+        self,
+        cache: Cache,
+        rows: Sequence[Sequence[int]],
+        position: np.ndarray,
+        finished: np.ndarray,
+        generated: np.ndarray,
+        noise: np.ndarray,
+        rules: Sequence[sampling.Rules],
+        logprobs: np.ndarray,
+    ) -> Chosen:
+        """Generate tokens in one compiled loop; arguments and result as of `sampling.run`."""
         steps, n_vocab = noise.shape[1], self.config.n_vocab
-        ngrams = any(row.no_repeat_ngram for row in rules)
-        padded = np.zeros([len(rows), sampling.CHUNK], np.float32)  # one shape, one compilation
+        history = self.config.n_ctx if any(row.no_repeat_ngram for row in rules) else 0
+        padded = np.zeros([len(rows), CHUNK], np.float32)  # one shape, one compilation
         padded[:, :steps] = noise
-        told, done, cache = self._run(
+        found, done, cache = self._run(
             cache,
             np.array([row[-1] for row in rows], np.int32),
             position,
             finished,
-            graph_rules.past_of(rows, generated, n_vocab, steps, ngrams and self.config.n_ctx),
+            xla_rules.past_of(rows, generated, n_vocab, steps, history),
             padded,
             np.int32(steps),
-            graph_rules.tensors_of(rules, logprobs.any(), n_vocab),
+            xla_rules.tensors_of(rules, bool(logprobs.any()), n_vocab),
         )
-        return sampling.Chosen(*(array.numpy()[:, : int(done)] for array in told), cache)
+        tokens, own, others, beside = (array.numpy()[:, : int(done)] for array in found)
+        return Chosen(tokens, own, others, beside, cache)
 
-    def arrange(self, cache, new, sources):
-        """The cache of other rows.
-
-        Args:
-            cache, new: caches, of which one may be None.
-            sources: for each row the number of one in `cache` or, counted on, in `new`; or -1 for
-                a place that holds nothing.
-        """
+    def arrange(self, cache: Cache | None, new: Cache | None, sources: Sequence[int]) -> Cache:
+        """Return the cache of other rows; see Engine."""
         both = [c for c in (cache, new) if c is not None]
         slots = max(c[0][0].shape[2] for c in both)
         both = [_wide(c, slots, slots) for c in both]
@@ -193,16 +239,16 @@ class Graph:
         return tf.nest.map_structure(lambda *rows: tf.gather(tf.concat(rows, 0), places), *both)
 
 
-def cache_sizes(n_ctx):
-    """The numbers of slots that caches have, of which each is compiled."""
+def cache_sizes(n_ctx: int) -> list[int]:
+    """Return the sizes in slots that caches may have; each costs a compilation."""
     sizes = [n_ctx]
     while sizes[0] > SMALLEST_CACHE:
         sizes.insert(0, max(SMALLEST_CACHE, 1 << (sizes[0] - 1).bit_length() - 1))
     return sizes
 
 
-def _wide(cache, needed, most):
-    """The cache with room for as many slots as are needed, in one of few sizes."""
+def _wide(cache: Cache, needed: int, most: int) -> Cache:
+    """Return the cache with at least `needed` slots, but not above `most`, in one of few sizes."""
     size = max(SMALLEST_CACHE, 1 << (needed - 1).bit_length())
     more = min(size, most) - cache[0][0].shape[2]
     if more <= 0:
