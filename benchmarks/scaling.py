@@ -7,6 +7,7 @@ The formulas are explained in docs/scaling.md.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -153,7 +154,7 @@ def measured(folder, text, count, steps=8):
         said = (Path(place) / "log0").read_text()
         assert ended == [0] * count, said
     times = [float(found) for found in re.findall(r"^\[\d+ \| ([\d.]+)\]", said, re.M)]
-    return statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 
 
 def check(folder):

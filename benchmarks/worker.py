@@ -69,7 +69,7 @@ class Worker:
     """
 
     def __init__(self, python, script, folder, kind, cores, environment):
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the process
         self._process = subprocess.Popen(
             [python, HERE / script, folder, kind, str(cores)],
             stdin=subprocess.PIPE,

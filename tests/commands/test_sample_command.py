@@ -54,7 +54,7 @@ def test_every_way_to_give_a_prompt_gives_the_same(cli, tmp_path, monkeypatch):
     assert jsonl(cli("sample", "--prompt_file", tmp_path / "p.txt", *rest))[0]["text"] == expected
     assert jsonl(cli("sample", "--prompts", tmp_path / "p.txt", *rest))[0]["text"] == expected
     three = jsonl(cli("sample", "--prompts", tmp_path / "p.jsonl", *rest, "--batch_size", 3))
-    assert [s["text"] for s in three][0] == expected
+    assert three[0]["text"] == expected
     assert [s["prompt"] for s in three] == ["The import statement", "A class", [5, 6]]
 
 
