@@ -84,14 +84,7 @@ def train_wordpiece(
     for char, number in raw.items():
         for part in normalizer.normalize_str(char):
             times[part] += number
-    alphabet, inner, room = [], [], size - len(SPECIAL)
-    for char in sorted((t for t in found if len(t) == 1), key=lambda c: (-times[c], c)):
-        forms = [f"##{char}"] if f"##{char}" in found else []
-        if times[char] < min_frequency or room < 1 + len(forms):
-            break
-        alphabet.append(char)
-        inner += forms
-        room -= 1 + len(forms)
+    alphabet, inner = _alphabet(found, times, min_frequency, room=size - len(SPECIAL))
     first = [*SPECIAL, *sorted(inner)]
     trained = _train_pieces(
         texts(),
@@ -111,6 +104,22 @@ def train_wordpiece(
     if not lower_case:
         made["tokenizer_config.json"] = json.dumps({"do_lower_case": False}) + "\n"
     return made
+
+
+def _alphabet(
+    found: set[str], times: collections.Counter[str], min_frequency: int, room: int
+) -> tuple[list[str], list[str]]:
+    """Return the most frequent characters for which there is room, and their ## forms."""
+    alphabet: list[str] = []
+    inner: list[str] = []
+    for char in sorted((t for t in found if len(t) == 1), key=lambda c: (-times[c], c)):
+        forms = [f"##{char}"] if f"##{char}" in found else []
+        if times[char] < min_frequency or room < 1 + len(forms):
+            break
+        alphabet.append(char)
+        inner += forms
+        room -= 1 + len(forms)
+    return alphabet, inner
 
 
 def _train_pieces(texts: Iterable[str], normalizer: Any, **options: Any) -> list[str]:

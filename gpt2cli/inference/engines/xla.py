@@ -82,14 +82,8 @@ def run(
     size = tf.shape(noise)[1]
     kept = min(LIKELIEST, network.config.n_vocab)
 
-    def one(
-        i: tf.Tensor,
-        cache: Cache,
-        token: tf.Tensor,
-        finished: tf.Tensor,
-        past: xla_rules.Past,
-        found: tuple[tf.Tensor, ...],
-    ) -> tuple[Any, ...]:
+    def one(*state: Any) -> tuple[Any, ...]:
+        i, cache, token, finished, past, found = state
         logits, cache = step(network, cache, token, position + i)
         uniform = tf.gather(noise, i, axis=1)
         chosen, past = xla_rules.choose(logits, uniform, past, rules)
@@ -103,10 +97,8 @@ def run(
         found = tf.nest.map_structure(put, found, now)
         return i + 1, cache, chosen, finished | (chosen == rules.end), past, found
 
-    def is_growing(
-        i: tf.Tensor, cache: Cache, token: tf.Tensor, finished: tf.Tensor, *rest: Any
-    ) -> tf.Tensor:
-        return (i < steps) & ~tf.reduce_all(finished)
+    def is_growing(*state: Any) -> tf.Tensor:
+        return (state[0] < steps) & ~tf.reduce_all(state[3])
 
     flat, deep = tf.shape(noise), [*tf.unstack(tf.shape(noise)), kept]
     empty = tf.zeros(flat, tf.int32), tf.zeros(flat), tf.zeros(deep, tf.int32), tf.zeros(deep)
