@@ -7,7 +7,6 @@ options.
 """
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import json
@@ -16,7 +15,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt2cli import __version__, console, flags
@@ -129,7 +128,7 @@ def read_command_line(argv: Sequence[str]) -> Any:
         return None
     if command not in COMMANDS:
         raise UsageError(
-            f"unknown command {command!r}{nearest(command, COMMANDS)}. The commands are "
+            f"unknown command {command!r}{flags.nearest(command, COMMANDS)}. The commands are "
             f"{', '.join(COMMANDS)}; see gpt2cli --help"
         )
     if "--help" in argv or "-h" in argv:
@@ -181,7 +180,7 @@ def _read_flag(
         name, equals, value = name[2:], "=", "false"
     if name not in fields:
         raise UsageError(
-            f"{command} has no flag --{flag}{nearest(name, fields, '--')}; "
+            f"{command} has no flag --{flag}{flags.nearest(name, fields, '--')}; "
             f"see gpt2cli {command} --help"
         )
     if equals:
@@ -234,12 +233,6 @@ def _reader(name: str, hint: Any) -> Callable[[str], Any]:
             raise UsageError(f"--{name} takes {wanted}, not {texts[0]!r}") from None
 
     return read
-
-
-def nearest(word: str, words: Iterable[str], dashes: str = "") -> str:
-    """Return ` (did you mean WORD?)`, or nothing where no word is close."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 
 def _filled(text: str, indent: str) -> list[str]:

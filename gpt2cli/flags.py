@@ -5,12 +5,14 @@ The fields are the flags. The docstring has sections of fields (`Sampling:` and,
 """
 
 import dataclasses
+import difflib
 import inspect
 import math
 import numbers
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from gpt2cli.errors import UsageError
@@ -182,6 +184,12 @@ def parse_value(hint: Any, text: str) -> Any:
     if hint in (int, float):
         return hint(text)
     return _accepted(hint, text)
+
+
+def nearest(word: str, words: Iterable[str], dashes: str = "") -> str:
+    """Return ` (did you mean WORD?)`, or nothing where no word is close."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 
 def check(options: Any, **limits: tuple[float | None, float | None]) -> None:

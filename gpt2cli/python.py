@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2cli import console, flags
-from gpt2cli.cli import COMMANDS, nearest, options_class
+from gpt2cli.cli import COMMANDS, options_class
 from gpt2cli.errors import UsageError, names_without_dashes
 
 # What a command's `run` returns, where it returns something.
@@ -62,7 +62,7 @@ def function(command: str) -> Callable[..., Any]:
     def call(*arguments: Any, **settings: Any) -> Any:
         wrong = next((name for name in settings if name not in signature.parameters), None)
         if wrong is not None:
-            close = nearest(wrong, signature.parameters)
+            close = flags.nearest(wrong, signature.parameters)
             raise UsageError(f"{command}() has no setting {wrong!r}{close}")
         try:
             bound = signature.bind(*arguments, **settings)

@@ -52,7 +52,21 @@ def test_a_wrong_setting_gets_the_nearest_name():
 
 
 def test_messages_name_settings_as_python_does(workdir):
-    with pytest.raises(gpt2cli.UsageError, match="^top_p must be at most 1, got 3"):
+    with pytest.raises(gpt2cli.UsageError, match=r"^top_p must be at most 1, got 3"):
         gpt2cli.train("a.txt", top_p=3)
     with pytest.raises(gpt2cli.UserError, match="another folder with models_dir"):
         gpt2cli.encode("a.txt", "a.npz", model_name="none-such")
+
+
+def test_evaluate_returns_its_numbers(workdir, capsys):
+    (workdir / "a.txt").write_text("The import statement combines two operations.\n" * 3)
+    found = gpt2cli.evaluate("a.txt", model_name="tiny")
+    assert set(found) == {"loss", "perplexity", "accuracy", "tokens"} and found["tokens"] > 5
+    assert f"loss {found['loss']:.6f} nats/token" in capsys.readouterr().out
+
+
+def test_generate_names_a_wrong_setting_as_python_does(tiny):
+    with pytest.raises(gpt2cli.UsageError, match=r"'lenght' \(did you mean length\?\)"):
+        tiny.generate("The", lenght=3)
+    with pytest.raises(gpt2cli.UsageError, match="^top_p must be at most 1"):
+        tiny.generate("The", top_p=2)

@@ -39,8 +39,8 @@ class EvaluateOptions(TextOptions, CheckpointOptions):
         self._check_source()
 
 
-def run(options: EvaluateOptions) -> None:
-    """Print mean loss in nats per token, perplexity, accuracy and the number of tokens."""
+def run(options: EvaluateOptions) -> dict[str, float]:
+    """Print and return mean loss in nats per token, perplexity, accuracy and number of tokens."""
     from gpt2cli.storage import folders
     from gpt2cli.text import corpus, encoded, encoder
 
@@ -61,10 +61,12 @@ def run(options: EvaluateOptions) -> None:
     with progress(total, " batches", items=batches) as bar:
         score = model.score(bar)
     perplexity = math.exp(min(score.loss, 700))  # a float overflows above exp(709)
+    found = {"perplexity": perplexity, **score._asdict()}
     if options.format == "json":
-        print(json.dumps({"perplexity": perplexity, **score._asdict()}))
+        print(json.dumps(found))
     else:
         print(
             f"loss {score.loss:.6f} nats/token  perplexity {perplexity:.4f}  "
             f"accuracy {score.accuracy:.4f}  tokens {score.tokens}"
         )
+    return found

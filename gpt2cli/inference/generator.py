@@ -7,7 +7,6 @@ use `LanguageModel`. Here text becomes ids and ids become text; `sampling` knows
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +15,9 @@ from typing import Any, get_args
 
 import numpy as np
 
+from gpt2cli import flags
 from gpt2cli.console import counted
-from gpt2cli.errors import UsageError, UserError
+from gpt2cli.errors import UsageError, UserError, names_without_dashes
 from gpt2cli.inference import sampling
 from gpt2cli.inference.beams import Search
 from gpt2cli.inference.engines.engine import Engine
@@ -163,7 +163,8 @@ class LanguageModel:
             UsageError: an unknown setting, or a value out of range.
             UserError: a prompt cannot be continued.
         """
-        options = _generate_options(settings)
+        with names_without_dashes():
+            options = _generate_options(settings)
         if options.nsamples == 0:
             raise UsageError("nsamples must be at least 1 here; only `samples` can run without end")
         several: Any = [prompts]
@@ -392,8 +393,7 @@ def _generate_options(settings: dict[str, Any]) -> GenerateOptions:
     names = [field.name for field in dataclasses.fields(GenerateOptions)]
     for name in settings:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            hint = flags.nearest(name, names)
             raise UsageError(f"generate has no setting {name!r}{hint}; it has {', '.join(names)}")
     return GenerateOptions(**settings)
 

@@ -7,12 +7,12 @@ TensorFlow 2.21: tf.summary.scalar would need TensorBoard installed.
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gpt2cli import files
+from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.tensorflow import tf
 
@@ -91,7 +91,7 @@ class Journal:
         except tf.errors.OpError as error:
             self._events = None
             reason = str(error).partition("\n")[0][:150]
-            print(f"TensorBoard events are no longer written: {reason}", file=sys.stderr)
+            say(f"TensorBoard events are no longer written: {reason}")
 
     def close(self) -> None:
         """Flush the events."""

@@ -105,7 +105,7 @@ def test_adafactor_of_gpt2_ml_matches_the_original(golden, name, tolerance, reco
     for step, tokens in enumerate(trace["batches"]):
         inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
         # the rate of each step is the original's; a step's number makes no other difference here
-        trainer.config = dataclasses.replace(config, learning_rate=float(trace["lrs"][step]))
+        trainer.options = dataclasses.replace(config, learning_rate=float(trace["lrs"][step]))
         data = windows.Batch(inputs, targets, (targets != 0).astype(np.float32))
         loss = trainer.step(step, data).loss
         assert loss == pytest.approx(float(trace["losses"][step]), abs=tolerance)
