@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from gpt2cli.inference.engines.engine import Engine
 
 CHUNK = 32  # tokens per call of the loop, at most; more would delay --stop
 LIKELIEST = 5  # number of likeliest tokens whose log-probabilities are kept, as in OpenAI's API
@@ -237,7 +234,8 @@ class Chosen(NamedTuple):
 
 
 def run(
-    engine: Engine,
+    feed: Callable[[Any, np.ndarray, np.ndarray], tuple[np.ndarray, Any]],
+    n_vocab: int,
     cache: Any,
     rows: Sequence[Sequence[int]],
     position: np.ndarray,
@@ -250,8 +248,10 @@ def run(
     """Generate up to M tokens per row, one after another.
 
     Args:
-        engine: it feeds the tokens.
-        cache: the engine's, filled before `position`.
+        feed: function of a cache, one token per row and their positions; returns logits [N, V] and
+            the new cache.
+        n_vocab: width of the logits.
+        cache: filled before `position`.
         rows: the ids of each row.
         position: int32 [N], the slot of each row's last token, which is fed next.
         finished: bool [N], rows that have ended; nothing they write counts.
@@ -265,12 +265,12 @@ def run(
     """
     growing = [list(row) for row in rows]
     finished = finished.copy()
-    kept = min(LIKELIEST, engine.config.n_vocab)
+    kept = min(LIKELIEST, n_vocab)
     tokens, found = np.zeros(noise.shape, np.int32), np.zeros(noise.shape, np.float32)
     others, beside = np.zeros([*noise.shape, kept], np.int32), np.zeros([*noise.shape, kept])
     for i in range(noise.shape[1]):
         fed = np.array([row[-1] for row in growing], np.int32)
-        logits, cache = engine.feed(cache, fed, position + i)
+        logits, cache = feed(cache, fed, position + i)
         for n in np.flatnonzero(~finished).tolist():
             token = choose(logits[n], noise[n, i], growing[n], generated[n] + i, rules[n])
             growing[n].append(token)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gpt2cli.model.dropout import Dropout
 from gpt2cli.tensorflow import tf
-
-if TYPE_CHECKING:
-    from gpt2cli.model.network import Dropout
 
 MASKED = -1e10  # openai/gpt-2 src/model.py, mask_attn_weights
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2cli.model import kernels
-from gpt2cli.model.network import Dropout
+from gpt2cli.model.dropout import Dropout
 from gpt2cli.tensorflow import tf
 
 

@@ -199,7 +199,7 @@ class LitertEngine:
 
     def run(self, *arguments: Any, **more: Any) -> Chosen:
         """Generate tokens, as `sampling.run`."""
-        return sampling.run(self, *arguments, **more)
+        return sampling.run(self.feed, self.config.n_vocab, *arguments, **more)
 
     def _embed(self, tokens: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Return the sums of token and position embeddings: [N], [N] -> [1, N, E]."""
