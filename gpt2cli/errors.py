@@ -1,4 +1,4 @@
-"""Errors the user can fix. Any other exception is a bug."""
+"""Errors the user can fix. Any other exception is a bug. cli.py maps them to exit statuses."""
 
 import contextlib
 import re

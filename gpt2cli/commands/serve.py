@@ -100,7 +100,7 @@ def run(options: ServeOptions) -> None:
     from gpt2cli.text import encoder
 
     try:
-        from gpt2cli.serving import connections, http
+        from gpt2cli.serving import connections, routes
     except ImportError as error:
         raise UserError(
             f"serve needs the package {error.name}, which is not installed. Install all it needs "
@@ -134,7 +134,7 @@ def run(options: ServeOptions) -> None:
 
     shared = service.Service(options, load, leave)
     allow_connections(options.max_connections)
-    served = connections.make_server(http.make_app(shared), options)
+    served = connections.make_server(routes.make_app(shared), options)
     log = logging.getLogger("gpt2cli")  # the parent of every module's
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())

@@ -33,7 +33,7 @@ from gpt2cli.inference import generator
 from gpt2cli.options import GenerateOptions
 from gpt2cli.serving import connections, scheduler, service
 from gpt2cli.serving.api import CompletionRequest, RequestError
-from gpt2cli.serving.http import make_app
+from gpt2cli.serving.routes import make_app
 
 SECRET = "Nobody may read this in the log"
 
@@ -848,7 +848,7 @@ def test_serve_reports_an_impossible_start_at_once(cli, workdir, monkeypatch):
     (workdir / "models" / "tiny" / "encoder.json").unlink()
     found = cli("serve", "--model_name", "tiny")
     assert found.returncode == 1 and "vocabulary" in found.stderr
-    monkeypatch.setitem(sys.modules, "gpt2cli.serving.http", None)
-    monkeypatch.delattr("gpt2cli.serving.http")
+    monkeypatch.setitem(sys.modules, "gpt2cli.serving.routes", None)
+    monkeypatch.delattr("gpt2cli.serving.routes")
     found = cli("serve", "--model_name", "tiny")
     assert found.returncode == 1 and 'pip install ".[serve]"' in found.stderr
