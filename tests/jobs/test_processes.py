@@ -437,7 +437,7 @@ def test_a_process_that_fails_is_reported_and_the_others_finish_their_parts(
 def test_a_new_job_waits_for_the_processes_of_an_old_one(cli, children):
     with files.locked(Path(".out.jsonl.2-of-2.lock"), "sample", target="out.jsonl.2-of-2"):
         result = job(cli, "out.jsonl", "--processes", 2)
-    assert result.returncode == 75 and "filling out.jsonl.2-of-2" in result.stderr
+    assert result.returncode == 75 and "writing out.jsonl.2-of-2" in result.stderr
     assert job(cli, "out.jsonl", "--processes", 2).returncode == 0
     check_finished(cli)
 
