@@ -217,7 +217,7 @@ def run(options: TrainOptions) -> Path:
                 return run_folder
             hosts.meet(cluster, say)
         with devices.lost_hosts(cluster.hosts, lambda: how_to_resume(options, current)):
-            replicas = devices.Replicas(options.strategy)
+            replicas = devices.Replicas(options.strategy, cluster)
             with stop_signals() as stop:  # after TensorFlow, which takes SIGTERM on several hosts
                 if cluster.hosts > 1:
                     start.compare(replicas, options, folder, state, tokens, held_out)

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt2cli.errors import UserError
 from gpt2cli.tensorflow import GPUS, tf
-from gpt2cli.training.hosts import of_strategy
+from gpt2cli.training.hosts import Cluster
 
 # TensorFlow's errors for a connection that broke, or on which nobody answers
 GONE = (
@@ -31,8 +31,9 @@ class Replicas:
     """The devices that train, and how they share their results.
 
     Args:
-        kind: "one", "mirrored", "multiworker", or "auto": the hosts in TF_CONFIG if it names more
-            than one, else all GPUs of this host.
+        kind: "one", "mirrored", "multiworker", or "auto": the cluster if it has more than one host,
+            else all GPUs of this host.
+        cluster: the hosts, as `hosts.of_strategy` found them.
 
     Attributes:
         strategy: the tf.distribute.Strategy; with one device the default, which does nothing.
@@ -40,13 +41,11 @@ class Replicas:
         hosts: the number of hosts.
         is_chief: whether this host writes the files.
 
-    Raises:
-        UserError: TF_CONFIG is malformed or missing.
     """
 
-    def __init__(self, kind: str = "one") -> None:
-        hosts = of_strategy(kind)
-        self.hosts, self.is_chief = hosts.hosts, hosts.is_chief
+    def __init__(self, kind: str = "one", cluster: Cluster | None = None) -> None:
+        cluster = cluster or Cluster()
+        self.hosts, self.is_chief = cluster.hosts, cluster.is_chief
         if self.hosts > 1 or kind == "multiworker":
             self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         elif kind == "mirrored" or (kind == "auto" and len(GPUS) > 1):

@@ -296,6 +296,7 @@ workers = [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]
 task = {"type": "worker", "index": number}
 os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
 from gpt2cli.training.devices import Replicas, tf
+from gpt2cli.training.hosts import of_strategy
 from gpt2cli.errors import UserError
 from tensorflow.python.distribute import collective_all_reduce_strategy as strategy
 # as many CPUs as a host might have GPUs
@@ -304,7 +305,7 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 strategy.CollectiveAllReduceExtended._initialize_local_devices = lambda self, resolver, worker: (
     tuple(f"{worker}/device:CPU:{number}" for number in range(devices)), "CPU")
 try:
-    print(Replicas("multiworker").compare(fields))
+    print(Replicas("multiworker", of_strategy("multiworker")).compare(fields))
 except UserError as error:
     print(error)
 """
