@@ -30,6 +30,7 @@ setup(
     python_requires=">=3.10,<3.14",  # the Pythons that TensorFlow has wheels for
     install_requires=[
         "tensorflow>=2.18,<2.22",  # the graph; the suite was run on both ends
+        "keras>=3.5,<3.16",  # the optimizers; pinned, private attributes of theirs are used
         "flatbuffers>=24.3",  # LiteRT's files; TensorFlow's too
         "numpy>=1.26",  # arrays of ids, random numbers of samples
         "regex>=2023.12",  # where a long text may be cut before it is encoded

@@ -58,10 +58,10 @@ def convert(
         to: format to write: openai, which all commands here read, or hf, for transformers.
         from_: format of SRC; auto detects it from the files.
         overwrite: replace DST if it exists.
-        config: JSON file with the sizes, where it is not in SRC (GPT2_ML, UER-py).
-        vocab: vocabulary file or folder, where it is not in SRC.
-        n_head: number of attention heads, where no JSON file gives it (UER-py); the weights do
-            not show it.
+        config: JSON file with the sizes, if SRC does not contain it (GPT2_ML, UER-py).
+        vocab: vocabulary file or folder, if SRC does not contain it.
+        n_head: number of attention heads, if no JSON file gives it (UER-py); it cannot be read
+            from the weights.
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
         verbose: show TensorFlow's own messages.
@@ -78,14 +78,14 @@ def download(
     models_dir: str | Path = "models",
     verbose: bool = False,
 ) -> None:
-    """Download a released model to models/NAME, or list the names.
+    """Download a model to models/NAME, or list the released models.
 
     Runs `gpt2cli download` with the same settings.
 
     Args:
         model: 124M, 355M, 774M or 1558M (117M and 345M are older names of the first two), or
-            hf:OWNER/NAME for a GPT-2 from the Hugging Face hub; without it, the names are
-            listed.
+            hf:OWNER/NAME for a GPT-2 from the Hugging Face hub (default: list the released
+            models).
         revision: branch, tag or commit of an hf: model (default: main).
         url: mirror to use instead of OpenAI's bucket, with the same layout:
             URL/124M/hparams.json, ...
@@ -114,13 +114,13 @@ def encode(
     checkpoint_dir: str | Path = "checkpoint",
     verbose: bool = False,
 ) -> None:
-    """Encode text once, so that training starts without a wait.
+    """Convert text to token ids, so that training starts immediately.
 
     Runs `gpt2cli encode` with the same settings.
 
     Args:
         in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
-        out_npz: file to write: .npz (as nshepperd/gpt-2's encode.py), or .npy for a corpus
+        out_npz: file to write: .npz (the format of nshepperd/gpt-2), or .npy for a corpus
             larger than memory.
         combine: join files shorter than N characters, with a separator between them.
         encoding: text encoding of the files.
@@ -254,12 +254,12 @@ def init(
             (`gpt2cli vocab` makes one).
         seed: seed of the weights.
         overwrite: replace the model if it exists.
-        size: released size whose layers, heads and width to use; the flags below override it.
-        n_layer: layers.
-        n_head: attention heads in a layer.
+        size: named size for layers, heads and width; the flags below override it.
+        n_layer: number of layers.
+        n_head: number of attention heads in each layer.
         n_embd: width of the embeddings.
-        n_ctx: positions the model can see.
-        n_vocab: rows of the token embedding, where it should have more than the vocabulary.
+        n_ctx: number of tokens that the model can see.
+        n_vocab: rows of the token embedding (default: the number of tokens in the vocabulary).
         models_dir: folder that contains the model folders.
         verbose: show TensorFlow's own messages.
 
@@ -306,7 +306,7 @@ def sample(
     checkpoint_dir: str | Path = "checkpoint",
     verbose: bool = False,
 ) -> None:
-    """Write text: from nothing, or continuing a prompt.
+    """Generate text, with or without a prompt.
 
     Runs `gpt2cli sample` with the same settings.
 
@@ -331,12 +331,12 @@ def sample(
         delimiter: line to print after each sample, instead of OpenAI's banner before it.
         out: file to write instead of standard output. With --format jsonl, results go to
             FILE.part first; rerun the same command to resume.
-        nfiles: number of files to write, NAME-1.txt, ... for --out NAME.txt, with --nsamples
-            each.
+        nfiles: number of files to write (NAME-1.txt, ... for --out NAME.txt), each with
+            --nsamples.
         sample_dir: folder in which samples/RUN_NAME/ is created.
         shard: part of --prompts to answer: 3/8 is the third of eight. auto/8 takes the part
             from Slurm's array index (--array=0-7) or Kubernetes' JOB_COMPLETION_INDEX. {shard}
-            in --out stands for it, as 3-of-8.
+            in --out is replaced by the part, such as 3-of-8.
         processes: split the prompts across N processes, one GPU each if available; 0 means one
             process per GPU. Needs --format jsonl --out FILE.
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
@@ -354,7 +354,7 @@ def sample(
             1909.05858).
         no_repeat_ngram: never write the same N tokens in a row twice; 0 allows repeats.
         seed: seed of the samples: the same seed gives the same samples at any batch size
-            (default: drawn and printed).
+            (default: random, and printed).
         window: context after n_ctx tokens: half drops the older half and continues; last reads
             the last n_ctx - 1 tokens again for every token (slow).
         beams: number of beams; more than 1 returns the --nsamples likeliest continuations
@@ -434,10 +434,10 @@ def train(
         sampling: order of the training data: random (windows that begin anywhere), sequential
             (one window after another), or documents (pieces of one document each, shuffled
             every epoch).
-        noise: fraction of input tokens replaced by random ones, against overfitting.
-        seed: seed of the data order and the samples (default: drawn and printed).
+        noise: fraction of input tokens to replace with random ones, to reduce overfitting.
+        seed: seed of the data order and the samples (default: random, and printed).
         model_name: model to start from (default: 124M).
-        run_name: name of the run: its folder under checkpoint/ and samples/.
+        run_name: name of the run and of its folders in checkpoint/ and samples/.
         restore_from: latest (resume the run's newest checkpoint, else start from the model),
             weights (the same, with the optimizer from scratch), fresh (the model), or the path
             of a checkpoint, run folder or model folder.
@@ -445,8 +445,8 @@ def train(
         sample_dir: folder in which samples/RUN_NAME/ is created.
         steps: total number of steps of the run; 0 trains until Ctrl-C.
         epochs: number of passes over the text, instead of --steps.
-        batch_size: sequences per step on each device; with --accumulate_gradients, in each of
-            its batches.
+        batch_size: sequences in a batch on each device; --accumulate_gradients N reads N such
+            batches per step.
         seq_length: tokens in a sequence; 0 uses the model's n_ctx.
         accumulate_gradients: number of batches whose gradients are averaged into one step.
         optimizer: adam and sgd as in nshepperd/gpt-2; adamw; adafactor needs the least memory
@@ -469,7 +469,7 @@ def train(
         precision: number format of the activations; weights always stay in float32.
         strategy: devices that train, each with --batch_size sequences: one, mirrored (all GPUs
             of this host), multiworker (all hosts that TF_CONFIG names; the first writes the
-            run, which all must see), or auto (every device it finds).
+            run, and all must be able to read it), or auto (every device it finds).
         print_every: steps between progress lines; each shows the last step's loss.
         sample_every: steps between samples; 0 writes none.
         sample_length: tokens in a sample.
@@ -480,7 +480,7 @@ def train(
             from all.
         save_every: steps between checkpoints.
         keep: number of newest checkpoints to keep; 0 keeps all.
-        keep_every_hours: hours after which one more checkpoint is kept for good; 0 keeps none.
+        keep_every_hours: hours between checkpoints that are kept permanently; 0 keeps none.
         keep_best: also save and keep the checkpoint with the lowest validation loss.
         val_dataset: text or encoded file for the validation loss; same forms as --dataset.
         val_every: steps between validations; 0 turns validation off.

@@ -41,9 +41,9 @@ EXIT_STATUSES = {
     0: "Success.",
     1: "An error the user can fix; one line on standard error says how.",
     2: "A wrong command line.",
-    75: "Another process is doing the same work or stopped it; the same command may succeed later.",
+    75: "Another process uses the same files, or another host was stopped; try again later.",
     130: "Ctrl-C.",
-    141: "The reader of standard output closed it.",
+    141: "The program that read standard output closed it.",
     143: "SIGTERM.",
 }
 STATUS_OF = {UsageError: 2, BusyError: 75, UserError: 1}  # 75 is EX_TEMPFAIL of sysexits.h
@@ -160,7 +160,7 @@ def _given_values(command: str, words: Sequence[str]) -> dict[str, list[str]]:
         raise UsageError(f"{command} needs {missing}; see gpt2cli {command} --help")
     for name, values in given.items():
         if len(values) > 1 and fields[name].hint != tuple[str, ...]:
-            raise UsageError(f"--{name} is given {len(values)} times: {', '.join(values)}")
+            raise UsageError(f"--{name} was given {len(values)} times: {', '.join(values)}")
     return given
 
 
@@ -247,7 +247,7 @@ def general_help() -> str:
     for name in COMMANDS:
         first, *rest = _filled(flags.summary_of(options_class(name)), " " * 15)
         lines += [f"  {name:<13}{first.lstrip()}", *rest]
-    lines += ["", "gpt2cli COMMAND --help lists a command's flags; gpt2cli --version."]
+    lines += ["", "Run gpt2cli COMMAND --help to list a command's flags."]
     return "\n".join(lines)
 
 

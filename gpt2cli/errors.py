@@ -23,5 +23,7 @@ def names_without_dashes() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.args = (re.sub(r"--(?=[a-z])", "", str(error)),)
+        # a command line in the message stays one, and so does -- in a path
+        flag = r"(gpt2cli [a-z]+ [^.;]*)|(?<![\w/.-])--(?=[a-z])"
+        error.args = (re.sub(flag, lambda match: match[1] or "", str(error)),)
         raise

@@ -97,8 +97,8 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 def cannot_write(path: str | Path, error: OSError) -> UserError:
     """Return the UserError for an OSError from writing `path`."""
     return UserError(
-        f"cannot write {path}: {error.strerror or error}. Free space, or choose a folder you may "
-        "write to. The previous content is unchanged"
+        f"cannot write {path}: {error.strerror or error}. Free some space, or choose a folder you "
+        "can write to. The previous content is unchanged"
     )
 
 
@@ -107,7 +107,7 @@ def check_room(path: str | Path, size: int) -> None:
     there = next(folder for folder in Path(path).absolute().parents if folder.exists())
     free = shutil.disk_usage(there).free
     if free < size + SPARE:
-        reason = f"it needs {size:,} bytes and the disk has {free:,} free"
+        reason = f"it needs {size:,} bytes, but the disk has only {free:,} free"
         raise cannot_write(path, OSError(errno.ENOSPC, reason))
 
 

@@ -6,6 +6,7 @@ The fields are the flags. The docstring has sections of fields (`Sampling:` and,
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import numbers
@@ -62,6 +63,7 @@ def examples_of(cls: type) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+@functools.cache
 def sections_of(cls: type) -> dict[str, list[str]]:
     """Return the fields of each section: a class's own before inherited ones, LAST at the end."""
     order = {field.name: place for place, field in enumerate(dataclasses.fields(cls))}
@@ -83,6 +85,7 @@ def sections_of(cls: type) -> dict[str, list[str]]:
     }
 
 
+@functools.cache
 def fields_of(cls: type) -> dict[str, Flag]:
     """Return a Flag for each field, section by section."""
     hints = typing.get_type_hints(cls)

@@ -135,7 +135,7 @@ class TextOptions:
         try:
             "x".encode(self.encoding)
         except (LookupError, UnicodeError):
-            raise UsageError(f"Python does not know the --encoding {self.encoding!r}") from None
+            raise UsageError(f"unknown --encoding {self.encoding!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class GenerateOptions:
             1909.05858).
         no_repeat_ngram: never write the same N tokens in a row twice; 0 allows repeats.
         seed: seed of the samples: the same seed gives the same samples at any batch size (default:
-            drawn and printed).
+            random, and printed).
         window: context after n_ctx tokens: half drops the older half and continues; last reads the
             last n_ctx - 1 tokens again for every token (slow).
 
@@ -229,5 +229,5 @@ class GenerateOptions:
         given = [name for name, default in drawn.items() if getattr(self, name) != default]
         if given:
             raise UsageError(
-                f"--beams takes the likeliest texts and does not sample: remove --{given[0]}"
+                f"--beams searches for the likeliest texts and does not sample: remove --{given[0]}"
             )

@@ -23,10 +23,10 @@ class ConvertOptions:
         overwrite: replace DST if it exists.
 
     Missing information:
-        config: JSON file with the sizes, where it is not in SRC (GPT2_ML, UER-py).
-        vocab: vocabulary file or folder, where it is not in SRC.
-        n_head: number of attention heads, where no JSON file gives it (UER-py); the weights do not
-            show it.
+        config: JSON file with the sizes, if SRC does not contain it (GPT2_ML, UER-py).
+        vocab: vocabulary file or folder, if SRC does not contain it.
+        n_head: number of attention heads, if no JSON file gives it (UER-py); it cannot be read
+            from the weights.
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
 

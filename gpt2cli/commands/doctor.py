@@ -66,7 +66,7 @@ IMPORT_ADVICE = (  # pattern in the end of a failed import -> advice
     (r"SIGKILL|MemoryError", "out of memory: the machine or container needs 2 GB"),
     (r"No module named 'tensorflow'", f"pip install tensorflow; for a GPU: {INSTALL_GPU}"),
     (r"lib(cu|nv|nccl)\w*\.so", f"install CUDA's libraries: {INSTALL_GPU}"),
-    (r"", "see all with --verbose, or reinstall: pip install --force-reinstall tensorflow"),
+    (r"", "show all with --verbose, or reinstall: pip install --force-reinstall tensorflow"),
 )
 
 
@@ -156,7 +156,7 @@ def check_disk() -> Findings:
     free = shutil.disk_usage(".").free
     advice = None
     if free < 2e9:
-        advice = "free space: 124M takes 0.5 GB, and each checkpoint of its training 1.5 GB"
+        advice = "free some space: 124M takes 0.5 GB, and each of its training checkpoints 1.5 GB"
     yield Finding("disk", f"{free / GIGABYTE:.1f} GB free in {Path.cwd()}", advice)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(home)

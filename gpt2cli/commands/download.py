@@ -14,11 +14,11 @@ from gpt2cli.options import check_name
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadOptions:
-    """Download a released model to models/NAME, or list the names.
+    """Download a model to models/NAME, or list the released models.
 
     Model:
         model: 124M, 355M, 774M or 1558M (117M and 345M are older names of the first two), or
-            hf:OWNER/NAME for a GPT-2 from the Hugging Face hub; without it, the names are listed.
+            hf:OWNER/NAME for a GPT-2 from the Hugging Face hub (default: list the released models).
         revision: branch, tag or commit of an hf: model (default: main).
         url: mirror to use instead of OpenAI's bucket, with the same layout:
             URL/124M/hparams.json, ...

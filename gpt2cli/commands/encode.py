@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions(TextOptions, SourceOptions):
-    """Encode text once, so that training starts without a wait.
+    """Convert text to token ids, so that training starts immediately.
 
     Files:
         in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
-        out_npz: file to write: .npz (as nshepperd/gpt-2's encode.py), or .npy for a corpus larger
+        out_npz: file to write: .npz (the format of nshepperd/gpt-2), or .npy for a corpus larger
             than memory.
 
     Examples:

@@ -28,12 +28,12 @@ class InitOptions:
         overwrite: replace the model if it exists.
 
     Sizes:
-        size: released size whose layers, heads and width to use; the flags below override it.
-        n_layer: layers.
-        n_head: attention heads in a layer.
+        size: named size for layers, heads and width; the flags below override it.
+        n_layer: number of layers.
+        n_head: number of attention heads in each layer.
         n_embd: width of the embeddings.
-        n_ctx: positions the model can see.
-        n_vocab: rows of the token embedding, where it should have more than the vocabulary.
+        n_ctx: number of tokens that the model can see.
+        n_vocab: rows of the token embedding (default: the number of tokens in the vocabulary).
 
     Folders and messages:
         models_dir: folder that contains the model folders.

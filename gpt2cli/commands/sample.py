@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(GenerateOptions, CheckpointOptions):
-    """Write text: from nothing, or continuing a prompt.
+    """Generate text, with or without a prompt.
 
     Prompt:
         prompt: text to continue; - reads it from standard input.
@@ -47,13 +47,13 @@ class SampleOptions(GenerateOptions, CheckpointOptions):
         delimiter: line to print after each sample, instead of OpenAI's banner before it.
         out: file to write instead of standard output. With --format jsonl, results go to FILE.part
             first; rerun the same command to resume.
-        nfiles: number of files to write, NAME-1.txt, ... for --out NAME.txt, with --nsamples each.
+        nfiles: number of files to write (NAME-1.txt, ... for --out NAME.txt), each with --nsamples.
         sample_dir: folder in which samples/RUN_NAME/ is created.
 
     Sharing work:
         shard: part of --prompts to answer: 3/8 is the third of eight. auto/8 takes the part from
             Slurm's array index (--array=0-7) or Kubernetes' JOB_COMPLETION_INDEX. {shard} in --out
-            stands for it, as 3-of-8.
+            is replaced by the part, such as 3-of-8.
         processes: split the prompts across N processes, one GPU each if available; 0 means one
             process per GPU. Needs --format jsonl --out FILE.
 
@@ -103,7 +103,7 @@ class SampleOptions(GenerateOptions, CheckpointOptions):
             if self.prompts is None or not self.nsamples:
                 raise UsageError("--shard needs --prompts FILE, and --nsamples above 0")
         elif "{shard}" in (self.out or ""):
-            raise UsageError("{shard} in --out stands for --shard, which is not given")
+            raise UsageError("{shard} in --out needs --shard")
         names = ("prompt", "prefix", "prompt_file", "prompts")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:

@@ -50,7 +50,7 @@ class ServeOptions(CheckpointOptions):
         max_connections: simultaneous connections (503).
 
     Environment:
-        GPT2CLI_API_KEY: the key that requests must carry; see --api_key.
+        GPT2CLI_API_KEY: API key that requests must send; see --api_key.
 
     Examples:
         gpt2cli serve --run_name books

@@ -30,12 +30,12 @@ class TrainOptions(TextOptions, FolderOptions):
             `gpt2cli encode` wrote.
         sampling: order of the training data: random (windows that begin anywhere), sequential (one
             window after another), or documents (pieces of one document each, shuffled every epoch).
-        noise: fraction of input tokens replaced by random ones, against overfitting.
-        seed: seed of the data order and the samples (default: drawn and printed).
+        noise: fraction of input tokens to replace with random ones, to reduce overfitting.
+        seed: seed of the data order and the samples (default: random, and printed).
 
     Model and run:
         model_name: model to start from (default: 124M).
-        run_name: name of the run: its folder under checkpoint/ and samples/.
+        run_name: name of the run and of its folders in checkpoint/ and samples/.
         restore_from: latest (resume the run's newest checkpoint, else start from the model),
             weights (the same, with the optimizer from scratch), fresh (the model), or the path of a
             checkpoint, run folder or model folder.
@@ -47,8 +47,8 @@ class TrainOptions(TextOptions, FolderOptions):
         epochs: number of passes over the text, instead of --steps.
 
     Batch:
-        batch_size: sequences per step on each device; with --accumulate_gradients, in each of its
-            batches.
+        batch_size: sequences in a batch on each device; --accumulate_gradients N reads N such
+            batches per step.
         seq_length: tokens in a sequence; 0 uses the model's n_ctx.
         accumulate_gradients: number of batches whose gradients are averaged into one step.
 
@@ -73,7 +73,7 @@ class TrainOptions(TextOptions, FolderOptions):
         precision: number format of the activations; weights always stay in float32.
         strategy: devices that train, each with --batch_size sequences: one, mirrored (all GPUs of
             this host), multiworker (all hosts that TF_CONFIG names; the first writes the run,
-            which all must see), or auto (every device it finds).
+            and all must be able to read it), or auto (every device it finds).
 
     Messages and samples:
         print_every: steps between progress lines; each shows the last step's loss.
@@ -88,7 +88,7 @@ class TrainOptions(TextOptions, FolderOptions):
     Checkpoints:
         save_every: steps between checkpoints.
         keep: number of newest checkpoints to keep; 0 keeps all.
-        keep_every_hours: hours after which one more checkpoint is kept for good; 0 keeps none.
+        keep_every_hours: hours between checkpoints that are kept permanently; 0 keeps none.
         keep_best: also save and keep the checkpoint with the lowest validation loss.
 
     Validation:
@@ -99,7 +99,7 @@ class TrainOptions(TextOptions, FolderOptions):
         patience: stop after N validations without improvement; 0 disables early stopping.
 
     Environment:
-        TF_CONFIG: hosts that train together, as Vertex and Kubeflow set it.
+        TF_CONFIG: hosts that train together, in the format of Vertex AI and Kubeflow.
 
     Examples:
         gpt2cli train data/books.npz --run_name books --steps 2000
@@ -182,7 +182,7 @@ class TrainOptions(TextOptions, FolderOptions):
             if getattr(self, flag) and not self.val_every:
                 raise UsageError(f"--{flag} uses the validation loss: add --val_every")
         if self.val_every and self.val_dataset is None:
-            raise UsageError("--val_every needs --val_dataset, a text that is not trained on")
+            raise UsageError("--val_every needs --val_dataset, a text kept out of training")
 
 
 def run(options: TrainOptions) -> Path:
@@ -264,7 +264,7 @@ class Stop:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-        say("stopping after this step; saving the run first")
+        say("finishing this step, then saving the run and stopping")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from gpt2cli.formats.vocabularies import Vocabulary
 from gpt2cli.model.network import GPT2, W_STDDEV, weight_shapes
 from gpt2cli.model.sizes import SIZES, ModelConfig
 from gpt2cli.storage import checkpoint, folders
+from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import encoder
 
 FORMATS = {
@@ -155,11 +156,12 @@ def _kind_of(path: Path) -> str:
 def _open_tensorflow(path: Path, config_path: Path | None) -> Source:
     """Open a checkpoint of OpenAI or GPT2_ML."""
     prefix = folders.find_checkpoint(path)
-    folder = dataclasses.replace(folders.open_folder(prefix.parent), checkpoint=prefix)
-    if config_path is not None:
+    if config_path is None:
+        folder = dataclasses.replace(folders.open_folder(prefix.parent), checkpoint=prefix)
+    else:
         sizes = ModelConfig.from_json(files.read_bytes(config_path), where=str(config_path))
-        folder = dataclasses.replace(folder, sizes=sizes, sizes_path=config_path)
-    elif folder.sizes is None:
+        folder = ModelFolder(prefix.parent, sizes, sizes_path=config_path, checkpoint=prefix)
+    if folder.sizes is None:
         raise UserError(
             f"{prefix.parent} has neither hparams.json nor GPT2_ML's config JSON file. Name the "
             "file with the sizes with --config"
@@ -240,12 +242,12 @@ def convert(
     dst = Path(os.path.abspath(dst))
     if to == "hf" and source.config.arch == "gpt2_ml":
         raise UserError(
-            f"{source.path} cannot be written for transformers, which has no class for GPT2_ML: it "
-            "has no layer norm before attention but one after each sum. Leave out --to hf"
+            f"{source.path} cannot be converted for transformers, which has no class for GPT2_ML: "
+            "its layer norms are in other places than in GPT-2. Leave out --to hf"
         )
     folders.check_destination(dst, overwrite, source.path)
     if re.search(r"[\[\]]", str(dst)):
-        raise UserError(f"TensorFlow cannot read paths with [ or ]: choose another than {dst}")
+        raise UserError(f"TensorFlow cannot read paths with [ or ]: choose a name other than {dst}")
     with files.replacing_folder(dst) as part:
         difference = _write_checked(source, part, to)
         finish(part)
@@ -279,8 +281,8 @@ def _write_checked(source: Source, part: Path, to: str) -> float:
     difference = float(np.abs(found - expected).max())
     if not difference <= CHECK_TOLERANCE or written.tokens() != source.tokens():
         raise UserError(
-            f"the copy of {source.path} is not the same model when read again (logits differ by "
-            f"{difference:.2g}), so it was removed. Is the disk failing? Try another disk"
+            f"the copy of {source.path} differs from the original (logits by {difference:.2g}), so "
+            "it was removed. Is the disk failing? Try another disk"
         )
     return difference
 

@@ -326,7 +326,7 @@ def _config_of(
     if not stated and n_head is None:
         known = f"{where} has no {SIZE_FIELDS[format]['n_head'][0]}" if values else f"no {where}"
         raise UserError(
-            f"weights do not show the number of attention heads, and there is {known}: "
+            f"the number of attention heads cannot be read from the weights, and there is {known}: "
             "give --config FILE or --n_head NUMBER"
         )
     epsilon = values.get("layer_norm_epsilon", LN_EPSILON) if format == "hf" else LN_EPSILON
@@ -350,7 +350,7 @@ def _sizes_of(names: dict[str, Stored], format: str, where: Path) -> dict[str, A
         )
     for name in (table, positions):
         if len(names[name].shape) != 2:
-            raise UserError(f"{names[name].file}: {name} is {list(names[name].shape)}, not a table")
+            raise UserError(f"{names[name].file}: {name} is {list(names[name].shape)}, not 2-D")
     layer = re.compile(re.escape(LAYERS[format]) + r"(\d+)\.")
     layers = {int(found[1]) for name in names if (found := layer.match(name))}
     n_vocab, n_embd = names[table].shape
@@ -392,7 +392,7 @@ def _check_names_and_shapes(
     missing = [name for name in expected if name not in names]
     extra = [name for name in names if name not in expected]
     if missing:
-        raise UserError(f"{file} lacks {_few(missing)}, so it is not a whole GPT-2")
+        raise UserError(f"{file} lacks {_few(missing)}, so the model is incomplete")
     if extra:
         raise UserError(f"{file} has {_few(extra)}, unlike GPT-2: it is another kind of model")
     for name, shape in shapes.items():

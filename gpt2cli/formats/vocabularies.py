@@ -90,7 +90,7 @@ def _reading_options(folder: ModelFolder) -> tuple[dict[str, Any], list[str]]:
             warnings.append("its tokenizer puts a space before a text; gpt2cli does not")
         made_for = values.get("tokenizer_class")
         if made_for is not None and made_for not in TOKENIZERS:
-            warnings.append(f"its tokenizer is {made_for}; gpt2cli may give texts other ids")
+            warnings.append(f"its tokenizer is {made_for}; gpt2cli may encode text differently")
     if folder.sizes is not None:
         extra = folder.sizes.extra
         options |= {key: extra[key] for key in OPTIONS if key in extra}

@@ -64,10 +64,9 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     job = {k: v for k, v in dataclasses.asdict(options).items() if k not in IRRELEVANT}
     job["stop"] = list(options.stop)  # JSON has no tuples
     job["prompts"] = hashlib.sha256(json.dumps(prompts).encode("ascii")).hexdigest()
-    job["weights"] = files.digest(
-        f"{folder.checkpoint}.index"
-    )  # it holds the checksum of each tensor
-    job["processes"] = count if count > 1 else None
+    # the index contains the checksum of each tensor
+    job["weights"] = files.digest(f"{folder.checkpoint}.index")
+    job["processes"] = count
     with lines_file.gathered(Path(options.out), job, new_seed(), parts) as lines:
         options = dataclasses.replace(options, seed=lines.job["seed"])
         if parts:
@@ -82,7 +81,7 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
         f"{made.failures:,} failed{earlier}"
     )
     if made.failures:
-        raise UserError(f'{summary}. The lines with "error" hold the reasons')
+        raise UserError(f'{summary}. The lines with "error" give the reasons')
     say(summary)
 
 
@@ -152,7 +151,7 @@ def _count_processes(options: SampleOptions, number: int) -> int:
     count = min(options.processes or len(gpus), number)
     if options.processes > 1 and not can_reread:
         raise UsageError(
-            f"{path} can be read only once, but each of the --processes reads it. "
+            f"{path} can be read only once, but every process has to read it. "
             "Write the prompts to a file"
         )
     if count < 2 or options.processes:
@@ -212,7 +211,7 @@ def _answer_parts(parts: list[Path], options: SampleOptions, folder: ModelFolder
     }
     if commands:
         gpus = ", ".join(_gpus(options)) or "none"
-        todo = f"{len(commands)} of {len(parts)} parts to do, one process each; GPUs: {gpus}"
+        todo = f"{len(commands)} of {len(parts)} parts left, one process each; GPUs: {gpus}"
         say(f"{options.out}: {todo}")
     failed = 0
     with contextlib.closing(workers.run("sample", commands)) as ended:

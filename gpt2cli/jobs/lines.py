@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,8 +58,8 @@ def gathered(
     Args:
         job: JSON object with everything that the lines depend on, and the number of "processes".
         seed: for a new job whose "seed" is None.
-        parts: files from which the block takes the lines. They are moved away if the job is new,
-            and removed when it is finished.
+        parts: files from which the block takes the lines, removed when the job is finished.
+            Those of an older job are moved away.
 
     Raises:
         BusyError: another process writes it.
@@ -70,21 +71,23 @@ def gathered(
         if part.exists():
             with contextlib.suppress(UserError):  # damaged: the lines may be of any job
                 before = files.read_object(note)
+                before["processes"] = before.get("processes") or 1
         is_drawn = job["seed"] is None
         known = job | {"seed": before.get("seed")} if is_drawn else job
         if before != known:
             if before | {"processes": job["processes"]} == known:
                 raise UserError(
-                    f"{path} was begun with --processes {before.get('processes') or 1}, not "
-                    f"{job['processes'] or 1}. Use that number to resume, or delete {note} to "
-                    "start from scratch"
+                    f"{path} was begun with --processes {before['processes']}, not "
+                    f"{job['processes']}. Use that number to resume, or delete {note} to start "
+                    "from scratch"
                 )
             _move_away(part)
-            for each in parts:
-                unfinished, _, own_lock = _beside(each)
+            for each in _parts_of(path):  # of an older job, with any number of processes
+                unfinished, own_note, own_lock = _beside(each)
                 with files.locked(own_lock, "sample", target=each):  # of a process that still runs
                     _move_away(each)
                     _move_away(unfinished)
+                    own_note.unlink(missing_ok=True)
             known = job | {"seed": seed} if is_drawn else job
             with files.replacing(note, "w", encoding="utf-8") as file:
                 json.dump(known, file, indent=1)
@@ -100,6 +103,13 @@ def gathered(
             for name in (each, *_beside(each)):
                 name.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """Return NAME.1-of-3 and the like that exist, finished or not."""
+    name = re.compile(re.escape(path.name) + r"\.\d+-of-\d+(?=\Z|\.part\Z|\.part\.json\Z)")
+    found = (name.match(other.name) for other in path.parent.iterdir())
+    return [path.with_name(each) for each in sorted({match[0] for match in found if match})]
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

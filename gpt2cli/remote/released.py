@@ -87,7 +87,7 @@ def open_checkpoint(folder: Path) -> None:
         checkpoint.verify(folder)
     except UserError as error:
         raise UserError(
-            f"{error}. The server has these files: delete {folder} and name another with --url"
+            f"{error}. The files on the server are wrong: delete {folder}, and set another --url"
         ) from error
     folders.write_sums(folder)
     manifest.write(folder, {**manifest.read(folder), "opened": True})

@@ -109,7 +109,7 @@ def fetch(session: requests.Session, wanted: Wanted) -> Record | None:
         best = max(best, size_of(part))
         wait = BACKOFF * 2 ** (failures - 1) if problem.wait is None else problem.wait
         if failures >= problem.tries or wait > MAX_WAIT:
-            asked = f" and asks for a wait of {wait:,.0f} s" if wait > MAX_WAIT else ""
+            asked = f" and asks to wait {wait:,.0f} s" if wait > MAX_WAIT else ""
             raise UserError(
                 f"cannot download {url}: {problem}{asked}. Run the same command later to resume, "
                 f"or choose another server with {wanted.mirror}"
@@ -161,7 +161,7 @@ def put_in_place(wanted: Wanted, note: Note) -> Record:
         raise TryAgain(fault, tries=DAMAGED_TRIES)
     if path.exists():  # damaged, or the user's own fine-tuned weights: not ours to delete
         os.replace(path, path.with_name(path.name + ".old"))
-        say(f"{path} differed from the server's file; the old one is now {path.name}.old")
+        say(f"{path} differed from the server's file; the old file was moved to {path.name}.old")
     os.replace(part, path)
     note_path.unlink()
     return record_of(path, note["etag"])

@@ -138,7 +138,7 @@ class CompletionRequest(BaseModel):
     min_length: int = Field(0, ge=0, le=INT32)
     """Number of tokens before which neither the end token nor a stop string ends a sample."""
     best_of: int | None = None
-    """Not supported: the same as n, or null."""
+    """Not supported; only null or the value of n is accepted."""
     presence_penalty: float = Field(0.0, ge=0, le=0)
     """Not supported: 0. See repetition_penalty."""
     frequency_penalty: float = Field(0.0, ge=0, le=0)

@@ -195,7 +195,7 @@ async def _whole(request: Request, wanted: CompletionRequest) -> api.Completion:
 
 
 async def complete(request: Request) -> Response:
-    """POST /v1/api."""
+    """POST /v1/completions."""
     _authorized(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # other sites' pages cannot send this type without asking

@@ -291,7 +291,8 @@ class Answer:
         row = self.rows[number]
         tokens = row.continuation[begin:end]
         found: list[tuple[float | None, dict[int, float]]] = []
-        found += list(zip(row.logprobs, row.likeliest, strict=True))[begin:end]
+        # slices first: the scheduler's thread may be adding to the lists' ends
+        found += zip(row.logprobs[begin:end], row.likeliest[begin:end], strict=True)
         if self.scores and self._streams[number] is None:
             begin = row.prompt_length - self._echoed_length(number)
             tokens = row.tokens[begin : row.prompt_length] + tokens

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpt2cli.errors import UserError
-from gpt2cli.files import digest, read_bytes, read_text, replacing
+from gpt2cli.files import digest, read_bytes, read_object, read_text, replacing
 from gpt2cli.model.sizes import ALIASES, ModelConfig
 from gpt2cli.options import CheckpointOptions, SourceOptions, check_name
 from gpt2cli.storage import runs
@@ -61,8 +61,8 @@ class ModelFolder:
         recorded = self.sums.get(name)
         if recorded is not None and recorded != hashlib.sha256(content).hexdigest():
             raise UserError(
-                f"{self.path / name} differs from its checksum: it is damaged, so fetch or copy it "
-                f"again, or you changed it, so remove its line from {self.path / SUMS}"
+                f"{self.path / name} differs from its checksum. If it is damaged, fetch or copy "
+                f"it again; if you changed it, remove its line from {self.path / SUMS}"
             )
         return content
 
@@ -171,12 +171,6 @@ def open_source(options: CheckpointOptions) -> ModelFolder:
     return open_model(folder / f"{name}.index")
 
 
-def source_checkpoint(options: CheckpointOptions) -> Path:
-    folder = open_source(options)
-    assert folder.checkpoint is not None
-    return folder.checkpoint
-
-
 def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
     """Return the prefix of the checkpoint that `path` means: the newest undamaged one of a run.
 
@@ -282,13 +276,23 @@ def check_destination(dst: Path, overwrite: bool, *sources: Path) -> None:
     """
     for source in sources:
         if dst.resolve() in (source.resolve(), *source.resolve().parents):
-            raise UserError(f"{dst} is or contains {source}, which is read. Name another folder")
+            raise UserError(f"{dst} is or contains the source, {source}. Name another folder")
     if not os.path.lexists(dst):
         return
     if not overwrite:
         raise UserError(f"{dst} exists. Name another folder, or replace it with --overwrite")
     is_folder = dst.is_dir() and not dst.is_symlink()
-    names = os.listdir(dst) if is_folder else []
-    is_model = not names or {*CONFIGS[:2]} & set(names) or open_folder(dst).sizes is not None
-    if not (is_folder and is_model) or runs.steps(dst):
+    if not (is_folder and _is_model_or_empty(dst)) or runs.steps(dst):
         raise UserError(f"{dst} is not a model folder, so it is not replaced. Name another folder")
+
+
+def _is_model_or_empty(folder: Path) -> bool:
+    """Return whether a folder is empty, or contains our, GPT2_ML's or Hugging Face's sizes."""
+    if not os.listdir(folder) or (folder / CONFIGS[0]).is_file():
+        return True
+    for name in CONFIGS[1:]:
+        with contextlib.suppress(UserError):
+            values = read_object(folder / name)
+            if "num_hidden_layers" in values or values.get("model_type") == "gpt2":
+                return True
+    return False

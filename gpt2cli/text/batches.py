@@ -58,8 +58,8 @@ class Tokens:
         self.total = int(self.sizes.sum())
         if self.sizes.max(initial=0) < 2:
             raise UserError(
-                f"{path} contains {counted(self.total, 'token')}, but it takes 2 in a row to "
-                "predict one. Is it the right file?"
+                f"{path} contains {counted(self.total, 'token')}, but at least 2 in one chunk are "
+                "needed. Is it the right file?"
             )
 
     def whole(self) -> np.ndarray:
@@ -239,8 +239,7 @@ class DocumentPieces(Sampler):
         self.count = len(self.starts)
         if not self.count:
             raise UserError(
-                f"no document in {tokens.path} has two tokens, but it takes 2 to predict one. "
-                "Is it the right file?"
+                f"every document in {tokens.path} has fewer than 2 tokens. Is it the right file?"
             )
         self._pass: int | None = None  # the pass whose order is kept
         self._order: np.ndarray = np.zeros(0, np.int32)

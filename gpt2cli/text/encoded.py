@@ -339,7 +339,7 @@ def _checked(ids: Any, n_vocab: int, where: str) -> np.ndarray:
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         kind = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "no array"
         raise UserError(
-            f"{where} is {kind}, not one row of whole numbers. Make it with: gpt2cli encode"
+            f"{where} is {kind}, not a 1-D array of integers. Make it with: gpt2cli encode"
         )
     _check_range(ids, n_vocab, where)
     return ids

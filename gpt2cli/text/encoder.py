@@ -43,8 +43,8 @@ def load(folder: str | Path | ModelFolder) -> Encoder:
     found = f"only {' and '.join(sorted(present))}" if present else "none of them"
     raise UserError(
         f"no vocabulary in {opened.path.absolute()}: it needs encoder.json and vocab.bpe, or "
-        f"vocab.json and merges.txt, or vocab.txt, and has {found}. Copy them from the model that "
-        "this one was made from"
+        f"vocab.json and merges.txt, or vocab.txt, but has {found}. Copy them from the model that "
+        "this one is based on"
     )
 
 

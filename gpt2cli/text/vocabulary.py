@@ -143,6 +143,8 @@ def write(folder: Path, made: Mapping[str, str]) -> None:
     Raises:
         UserError: the folder cannot be written to.
     """
+    had_sums = (folder / folders.SUMS).is_file()
+    (folder / folders.SUMS).unlink(missing_ok=True)  # those of the old vocabulary
     with contextlib.ExitStack() as stack:
         for name, text in made.items():
             file = stack.enter_context(files.replacing(folder / name))
@@ -150,3 +152,5 @@ def write(folder: Path, made: Mapping[str, str]) -> None:
     for name in folders.ENCODER_FILES:
         if name not in made:
             (folder / name).unlink(missing_ok=True)
+    if had_sums:
+        folders.write_sums(folder)

@@ -40,7 +40,7 @@ class WordPiece:
         if lacking:
             raise UserError(
                 f"{path} lacks {', '.join(lacking)} ({len(self._vocab)} tokens read): it is not a "
-                "BERT vocabulary, or not a whole one. Copy it again, one token a line"
+                "BERT vocabulary, or is incomplete. Copy it again, with one token per line"
             )
         self._tokens = dict(enumerate(tokens))
         self._missing: dict[str, bool] = {}  # character -> whether the vocabulary lacks it

@@ -263,7 +263,7 @@ class Run:
         if options.patience and state.worse >= options.patience:
             best = state.best or {"step": 0, "loss": math.nan}
             self.say(
-                f"the validation loss has not fallen {state.worse} times in a row; it was lowest "
+                f"no improvement in {state.worse} validations; the validation loss was lowest "
                 f"at step {best['step']}, {best['loss']:.4f}"
             )
             return True
@@ -363,7 +363,7 @@ class Run:
         try:
             self.checkpoints.write(self.plan, self.state, self.trainer, self.journal)
         except UserError as error:
-            kept = f"the last checkpoint is of step {self.checkpoints.step}"
+            kept = f"the last checkpoint is from step {self.checkpoints.step}"
             kept = kept if self.checkpoints.exist() else "no step of this run is saved"
             if is_last:
                 raise UserError(f"{error}. Step {step} is not saved; {kept}") from error

@@ -317,7 +317,7 @@ class Trainer:
         ours = self.state()
         if {n: tuple(v.shape) for n, v in ours.items()} != {n: t.shape for n, t in tensors.items()}:
             raise UserError(
-                "the run's optimizer state belongs to another --optimizer or another choice of "
+                "the run's optimizer state was saved with another --optimizer or with other "
                 "trained weights. Resume with the same flags, or start a new run from its weights: "
                 "--restore_from checkpoint/RUN --run_name NEW"
             )
