@@ -205,7 +205,8 @@ def check(options: Any, **limits: tuple[float | None, float | None]) -> None:
     Raises:
         UsageError: a value has the wrong type or is outside its limits.
     """
-    for name, flag in fields_of(type(options)).items():
+    cls: type = type(options)
+    for name, flag in fields_of(cls).items():
         value = getattr(options, name)
         try:
             object.__setattr__(options, name, _accepted(flag.hint, value))

@@ -70,3 +70,11 @@ def test_generate_names_a_wrong_setting_as_python_does(tiny):
         tiny.generate("The", lenght=3)
     with pytest.raises(gpt2cli.UsageError, match="^top_p must be at most 1"):
         tiny.generate("The", top_p=2)
+
+
+def test_paths_and_commands_in_messages_keep_their_dashes(tmp_path):
+    (tmp_path / "a--b").mkdir()
+    with pytest.raises(gpt2cli.UserError, match="a--b: it needs encoder.json"):
+        gpt2cli.load_encoder(tmp_path / "a--b")
+    with pytest.raises(gpt2cli.UserError, match="gpt2cli train --dataset FILE --run_name nope"):
+        gpt2cli.sample(run_name="nope", checkpoint_dir=tmp_path)

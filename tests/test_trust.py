@@ -458,7 +458,7 @@ def test_training_continues_on_a_full_disk_and_saves_when_there_is_room(cli, min
             if ballast is None and line.startswith("[6 |"):
                 ballast = fill(disk, 16384)
             if "Training continues" in line:
-                assert "cannot write" in line and "the last checkpoint is of step" in line
+                assert "cannot write" in line and "the last checkpoint is from step" in line
                 saved = max(runs.steps(disk / "run1"))
                 assert saved >= 5
                 ballast.unlink()
@@ -475,7 +475,7 @@ def test_training_continues_on_a_full_disk_and_saves_when_there_is_room(cli, min
         words[words.index(100_000)] = step + 2
         result = cli(*words)
         assert result.returncode == 1, result.stderr
-        assert f"Step {step + 2} is not saved; the last checkpoint is of step {step}" in (
+        assert f"Step {step + 2} is not saved; the last checkpoint is from step {step}" in (
             result.stderr
         )
         assert runs.newest(disk / "run1") == step

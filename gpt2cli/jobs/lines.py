@@ -82,7 +82,7 @@ def gathered(
                     "from scratch"
                 )
             _move_away(part)
-            for each in _parts_of(path):  # of an older job, with any number of processes
+            for each in {*_parts_of(path), *parts}:  # of an older job, with any number of processes
                 unfinished, own_note, own_lock = _beside(each)
                 with files.locked(own_lock, "sample", target=each):  # of a process that still runs
                     _move_away(each)

@@ -49,7 +49,8 @@ def usable_gpus() -> int:
 def words_of(options: Any) -> list[str]:
     """Return a command's dataclass as flags, without those that have their default value."""
     words = []
-    for name, (_, default, _) in flags.fields_of(type(options)).items():
+    cls: type = type(options)
+    for name, (_, default, _) in flags.fields_of(cls).items():
         value = getattr(options, name)
         if value != default:
             values = value if isinstance(value, tuple) else (value,)

@@ -144,7 +144,8 @@ def write(folder: Path, made: Mapping[str, str]) -> None:
         UserError: the folder cannot be written to.
     """
     had_sums = (folder / folders.SUMS).is_file()
-    (folder / folders.SUMS).unlink(missing_ok=True)  # those of the old vocabulary
+    if had_sums:  # those of the old vocabulary
+        (folder / folders.SUMS).unlink()
     with contextlib.ExitStack() as stack:
         for name, text in made.items():
             file = stack.enter_context(files.replacing(folder / name))

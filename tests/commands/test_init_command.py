@@ -225,7 +225,7 @@ def test_a_full_disk_is_reported_before_the_work(cli, workdir, monkeypatch):
     # 1,557,611,200 of the release, less the embeddings of 48,209 tokens
     needed = 4 * (1_557_611_200 - 1600 * (50257 - 2048))
     assert f"cannot write models/new/model.ckpt: it needs {needed:,} bytes" in result.stderr
-    assert "the disk has 1,000,000 free" in result.stderr
+    assert "the disk has only 1,000,000 free" in result.stderr
     assert [p.name for p in (workdir / "models").iterdir()] == ["tiny"]
 
 
@@ -233,3 +233,21 @@ def test_hparams_are_plain_json_that_other_programs_read(cli, workdir):
     assert cli("init", "new", "--vocab", "models/tiny", *SMALL).returncode == 0
     values = json.loads((workdir / "models/new/hparams.json").read_text())
     assert values == {"n_vocab": 2048, "n_ctx": 32, "n_embd": 16, "n_head": 2, "n_layer": 2}
+
+
+@pytest.mark.parametrize("command", ["init", "export", "convert"])
+def test_a_folder_that_is_no_model_is_not_replaced(cli, workdir, command):
+    """Not even one with a config.json, which many programs have."""
+    folder = workdir / "models" / "project"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"name": "mine"}')
+    (folder / "data.txt").write_text("mine")
+    words = {
+        "init": ("project", "--vocab", "models/tiny", "--n_layer", 1, "--n_head", 1, "--n_embd", 8),
+        "export": ("run", folder),
+        "convert": ("models/tiny", folder),
+    }[command]
+    shutil.copytree("models/tiny", "checkpoint/run")
+    result = cli(command, *words, "--overwrite")
+    assert result.returncode == 1 and "is not a model folder" in result.stderr
+    assert (folder / "data.txt").read_text() == "mine"

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers
 
+from gpt2cli.storage import folders
 from gpt2cli.text import encoder, vocabulary
 from gpt2cli.text.bpe import BYTE_OF, END, SPLIT
 
@@ -235,3 +236,11 @@ def test_missing_or_encoded_input_and_a_bad_output_are_reported(cli, tmp_path):
     assert result.returncode == 1 and "cannot write" in result.stderr
     assert (tmp_path / "a.txt").read_text() == "text"
     assert cli("vocab", tmp_path, "").returncode == 2
+
+
+def test_the_checksums_of_a_replaced_vocabulary_are_replaced(cli, corpus, tmp_path):
+    folder = tmp_path / "out"
+    assert cli("vocab", corpus, folder, "--size", 300).returncode == 0
+    folders.write_sums(folder)
+    assert cli("vocab", corpus, folder, "--size", 260, "--overwrite").returncode == 0
+    assert encoder.load(folder).n_vocab == 260

@@ -1,5 +1,6 @@
 """A batch job: `sample --prompts --format jsonl --out`, stopped, resumed, in shards."""
 
+import itertools
 import json
 import os
 import random
@@ -243,3 +244,27 @@ def test_the_nightly_script_writes_a_dated_file_and_one_line(workdir, tmp_path_f
     finally:
         holder.kill()
     assert "status 75: the previous run" in (samples / "nightly.log").read_text().splitlines()[2]
+
+
+@pytest.mark.parametrize("processes", [None, 1, "missing"])
+def test_a_job_of_an_earlier_version_resumes(cli, prompts, monkeypatch, processes):
+    """Its note says 1, null or nothing where one process writes it."""
+    assert job(cli, "whole.jsonl").returncode == 0
+    real = inference.LanguageModel.answers
+
+    def dying(*arguments, **settings):
+        yield from itertools.islice(real(*arguments, **settings), 0)
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(inference.LanguageModel, "answers", dying)
+        job(cli, "out.jsonl")
+    (prompts / "out.jsonl.part").write_text((prompts / "whole.jsonl").read_text().split("\n")[0])
+    note = prompts / "out.jsonl.part.json"
+    known = json.loads(note.read_text()) | {"processes": processes}
+    if processes == "missing":
+        del known["processes"]
+    note.write_text(json.dumps(known))
+    result = job(cli, "out.jsonl")
+    assert result.returncode == 0 and "moved to" not in result.stderr
+    assert (prompts / "out.jsonl").read_bytes() == (prompts / "whole.jsonl").read_bytes()

@@ -95,7 +95,7 @@ def test_finished_parts_are_kept_when_a_process_fails(cli, children):
     children.failing = {2}
     result = job(cli, "out.jsonl", "--processes", 3)
     assert result.returncode == 1 and children.started == [1, 2, 3]
-    assert "out.jsonl: 3 of 3 parts to do, one process each; GPUs: none\n" in result.stderr
+    assert "out.jsonl: 3 of 3 parts left, one process each; GPUs: none\n" in result.stderr
     assert "out.jsonl.2-of-3: its process ended by signal 9: out of memory\n" in result.stderr
     assert "1 of 3 processes failed" in result.stderr
     assert result.stderr.endswith("rerun the same command to resume\n")
@@ -330,7 +330,7 @@ def test_a_job_uses_one_process_per_gpu_by_default(cli, children, monkeypatch):
     monkeypatch.setattr(processes, "usable_gpus", lambda: 2)
     result = job(cli, "out.jsonl", "--shard", "2/2")
     assert result.returncode == 0 and children.started == [1, 2]
-    assert "2 of 2 parts to do, one process each; GPUs: 4, GPU-x\n" in result.stderr
+    assert "2 of 2 parts left, one process each; GPUs: 4, GPU-x\n" in result.stderr
     check_finished(cli, "--shard", "2/2")
     children.started = []
     assert job(cli, "int8.jsonl", "--precision", "int8").returncode == 0  # for the CPU
@@ -404,7 +404,7 @@ def test_all_processes_use_one_checkpoint_even_if_training_saves_another(cli, ch
 
 def test_a_shard_in_the_name_needs_the_flag(cli, prompts):
     result = job(cli, "out-{shard}.jsonl")
-    assert result.returncode == 2 and "{shard} in --out stands for --shard" in result.stderr
+    assert result.returncode == 2 and "{shard} in --out needs --shard" in result.stderr
 
 
 def test_processes_need_a_job(cli, prompts):
@@ -610,3 +610,11 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch, visible, found):
 def test_a_config_becomes_its_command_line():
     config = SampleOptions(prompt="-x = 1", stop=("a", "b\n"), logprobs=True, top_p=0.5, seed=0)
     assert command_line.read_command_line(["sample", *processes.words_of(config)]) == config
+
+
+def test_a_new_job_moves_away_the_parts_of_any_older_one(cli, prompts):
+    for name in ("out.jsonl.2-of-7.part", "out.jsonl.2-of-7.part.json", "out.jsonl.3-of-7"):
+        (prompts / name).write_text("{}\n")
+    assert job(cli, "out.jsonl").returncode == 0
+    left = {path.name for path in prompts.iterdir()} - {"models", "prompts.txt", "out.jsonl"}
+    assert left == {"out.jsonl.2-of-7.part.old", "out.jsonl.3-of-7.old"}
