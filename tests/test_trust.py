@@ -241,7 +241,7 @@ def test_an_export_is_a_model_folder_with_the_runs_weights(cli, mini):
         assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
     result = cli("export", "run1", "checkpoint", "--overwrite")
     assert result.returncode == 1
-    assert "checkpoint is or contains checkpoint/run1" in result.stderr
+    assert "checkpoint is or contains the source, checkpoint/run1" in result.stderr
     assert cli("export", "run1", "checkpoint/run1", "--overwrite").returncode == 1
     shutil.copytree("checkpoint/run1", "checkpoint/run2")
     other = "checkpoint/run2"
@@ -275,11 +275,11 @@ def test_a_run_ends_when_its_validation_loss_stops_falling(cli, mini, monkeypatc
     losses = [5.0, 4.0, 3.0, 3.5, 3.25, 3.1]
     more = ("--patience", 3, "--keep_best", "--keep", 1)
     said = validated(cli, losses, monkeypatch, *more)
-    assert "not fallen 3 times in a row; it was lowest at step 2, 3.0000" in said
+    assert "no improvement in 3 validations; the validation loss was lowest at step 2, 3.0000" in said
     assert runs.steps("checkpoint/run1") == [2, 5]  # the best and the last
     assert runs.best(runs.states("checkpoint/run1")) == 2
     again = validated(cli, [], monkeypatch, *more)  # it knows that it was over
-    assert "not fallen 3 times" in again and "[6 |" not in again
+    assert "no improvement in 3 validations" in again and "[6 |" not in again
     assert runs.steps("checkpoint/run1") == [2, 5]
 
 

@@ -836,6 +836,6 @@ def test_a_result_with_other_logits_is_discarded(tmp_path, state, monkeypatch):
         return _sample_logits(network) + 2e-4 * len(calls)
 
     monkeypatch.setattr("gpt2cli.formats.convert._sample_logits", drifting)
-    with pytest.raises(UserError, match=r"differ by 0.0002"):
+    with pytest.raises(UserError, match=r"logits by 0.0002"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -106,7 +106,7 @@ def test_finished_parts_are_kept_when_a_process_fails(cli, children):
     Path(".out.jsonl.1-of-3.lock").write_text("process 1 on a host that is gone")
     result = job(cli, "out.jsonl", "--processes", 3)
     assert result.returncode == 0 and children.started == [2]
-    assert "out.jsonl: 1 of 3 parts to do" in result.stderr
+    assert "out.jsonl: 1 of 3 parts left" in result.stderr
     assert "5 prompts, 12 tokens, " in result.stderr  # those of this command: 6 per sample
     assert " by 3 processes, 0 failed, 3 samples from an earlier run\n" in result.stderr
     check_finished(cli)

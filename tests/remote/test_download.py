@@ -707,7 +707,7 @@ def test_a_real_checkpoint_opens_and_a_damaged_one_is_rejected(mirror, waits, tm
         mirror.contents[f"/models/own/{damage}"] = content[: len(content) // 2]
     options = DownloadOptions(model="own", url=mirror.url, models_dir=str(tmp_path))
     if damage:
-        with pytest.raises(UserError, match=r"delete .*own and name another with --url"):
+        with pytest.raises(UserError, match=r"delete .*own, and set another --url"):
             download.run(options)
     else:
         download.run(options)
