@@ -48,7 +48,12 @@ def golden_models(program):
     names = GOLDEN_MODELS[program]
     subset = pytest.param(GOLDEN / program / names[0], id=f"subset-{names[0]}")
     full = [
-        pytest.param(FULL / program / name, id=f"full-{name}", marks=needs_full) for name in names
+        pytest.param(
+            FULL / program / name,
+            id=f"full-{name}",
+            marks=[needs_full, pytest.mark.slow] if "l12" in name else needs_full,
+        )
+        for name in names
     ]
     return [subset, *full]
 

@@ -65,14 +65,8 @@ def test_every_command_line_in_the_documents_is_accepted(monkeypatch):
 def test_the_links_of_a_document_lead_to_files(name):
     text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if re.match(r"https?:", link):
-            continue
-        target = (ROOT / name).parent / link
-        if target.resolve() == DOCS / "reference":
-            continue
-        if target.resolve().parent == DOCS / "reference":  # the pages are generated, one a command
-            assert target.suffix == ".md" and target.stem in cli.COMMANDS, link
-        else:
+        if not re.match(r"https?:", link):
+            target = (ROOT / name).parent / link
             assert target.exists(), f"{name} links to {link}, which does not exist"
 
 

@@ -74,7 +74,7 @@ def assert_same(one, other):
 
 OPTIMIZERS = ("adam", "sgd", "adamw", "adafactor", "adafactor_gpt2_ml")
 # together these combine every optimizer with every other option
-SHORT = [("adafactor", "bfloat16", 2, 0.1, True)]  # adam: see the killed run below
+SHORT = [("adafactor", "bfloat16", 1, 0.1, False)]  # adam: see the killed run below
 LONG = [
     (optimizer, precision, parts, dropout, recompute)
     for optimizer in OPTIMIZERS
@@ -275,7 +275,9 @@ def test_a_run_ends_when_its_validation_loss_stops_falling(cli, mini, monkeypatc
     losses = [5.0, 4.0, 3.0, 3.5, 3.25, 3.1]
     more = ("--patience", 3, "--keep_best", "--keep", 1)
     said = validated(cli, losses, monkeypatch, *more)
-    assert "no improvement in 3 validations; the validation loss was lowest at step 2, 3.0000" in said
+    assert (
+        "no improvement in 3 validations; the validation loss was lowest at step 2, 3.0000" in said
+    )
     assert runs.steps("checkpoint/run1") == [2, 5]  # the best and the last
     assert runs.best(runs.states("checkpoint/run1")) == 2
     again = validated(cli, [], monkeypatch, *more)  # it knows that it was over

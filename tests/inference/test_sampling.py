@@ -217,9 +217,9 @@ MIXED = [*PROMPTS, list(range(23)), list(range(24)), list(range(60))]  # around 
 
 @pytest.mark.parametrize("size", [4])
 def test_with_window_last_every_token_follows_the_last_ones_read_again(plain_model, network, size):
-    settings = dict(length=40, temperature=0, window="last", batch_size=size)
+    settings = dict(length=30, temperature=0, window="last", batch_size=size)
     for prompt, sample in zip(MIXED, plain_model.generate(MIXED, **settings), strict=True):
-        assert sample.tokens == greedy(network, prompt, 40, "last")[0]
+        assert sample.tokens == greedy(network, prompt, 30, "last")[0]
 
 
 def test_a_window_of_one_token_is_no_special_case():
@@ -266,10 +266,10 @@ def grown(network, rows):
     "ngram, window", [pytest.param(1, "half", marks=pytest.mark.slow), (3, "last")]
 )
 def test_no_ngram_comes_twice_in_a_row_of_any_length(plain_model, network, ngram, window):
-    settings = dict(length=60, temperature=0, no_repeat_ngram=ngram, window=window, batch_size=4)
+    settings = dict(length=40, temperature=0, no_repeat_ngram=ngram, window=window, batch_size=4)
     prompts = [[*p, *p] for p in MIXED[:3]] + MIXED[3:6] if ngram > 1 else MIXED[:6]
     for prompt, sample in zip(prompts, plain_model.generate(prompts, **settings), strict=True):
-        count = min(60, 97 - len(prompt)) if ngram == 1 else 60
+        count = min(40, 97 - len(prompt)) if ngram == 1 else 40
         assert sample.tokens[:count] == greedy(network, prompt, count, window, ngram)[0]
 
 

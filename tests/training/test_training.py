@@ -89,7 +89,7 @@ def test_dropout_drops_its_share_and_the_same_for_the_same_seed(sizes):
 ADAFACTOR_TRACES = (("a-clue-l2-h3-e24-p80", 1e-4), ("a-bert-l3-h2-e16-p64", 3e-4))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name, tolerance", ADAFACTOR_TRACES)
 def test_adafactor_of_gpt2_ml_matches_the_original(golden, name, tolerance, recompute):
     """Six steps from the released slots: weights and slots within 1e-4, losses in `tolerance`."""
