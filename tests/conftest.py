@@ -44,14 +44,17 @@ FULL_VOCABULARIES = {
 
 
 def golden_models(program):
-    """Parameters: the folder of each model of a program, the first also from the subset."""
+    """Parameters: the folder of each model of a program, the first also from the subset.
+
+    The others are slow tests.
+    """
     names = GOLDEN_MODELS[program]
     subset = pytest.param(GOLDEN / program / names[0], id=f"subset-{names[0]}")
     full = [
         pytest.param(
             FULL / program / name,
             id=f"full-{name}",
-            marks=[needs_full, pytest.mark.slow] if "l12" in name else needs_full,
+            marks=needs_full if name == names[0] else [needs_full, pytest.mark.slow],
         )
         for name in names
     ]
