@@ -54,7 +54,7 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     Raises:
         BusyError: another process writes it.
         UsageError: several processes cannot read --prompts.
-        UserError: at the end, if a prompt has no answer; its line holds the reason.
+        UserError: at the end, if a prompt has no answer; its line gives the reason.
     """
     assert options.out is not None  # it is a job
     samples = samples_of(options, prompts)

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,13 +75,17 @@ def gathered(
         known = job | {"seed": before.get("seed")} if is_drawn else job
         if before != known:
             if before | {"processes": job["processes"]} == known:
+                count = before["processes"]
+                others = f" and {path}.*-of-{count}*" if count != 1 else ""
                 raise UserError(
-                    f"{path} was begun with --processes {before['processes']}, not "
-                    f"{job['processes']}. Use that number to resume, or delete {note} to start "
-                    "from scratch"
+                    f"{path} was begun with --processes {count}, not "
+                    f"{job['processes']}. Use that number to resume, or delete {note}{others} to "
+                    "start from scratch"
                 )
             _move_away(part)
-            for each in {*_parts_of(path), *parts}:  # of an older job, with any number of processes
+            # only parts that an older job's note or this job names: a user's own --shard results
+            # may be called NAME.3-of-8 too
+            for each in sorted({*_parts_of(path, before.get("processes")), *parts}):
                 unfinished, own_note, own_lock = _beside(each)
                 with files.locked(own_lock, "sample", target=each):  # of a process that still runs
                     _move_away(each)
@@ -105,11 +108,11 @@ def gathered(
         note.unlink(missing_ok=True)
 
 
-def _parts_of(path: Path) -> list[Path]:
-    """Return NAME.1-of-3 and the like that exist, finished or not."""
-    name = re.compile(re.escape(path.name) + r"\.\d+-of-\d+(?=\Z|\.part\Z|\.part\.json\Z)")
-    found = (name.match(other.name) for other in path.parent.iterdir())
-    return [path.with_name(each) for each in sorted({match[0] for match in found if match})]
+def _parts_of(path: Path, count: object) -> set[Path]:
+    """Return NAME.1-of-3, ... for a job that `count` processes began; none for one process."""
+    if type(count) is not int or not 1 < count < 10_000:
+        return set()
+    return {path.with_name(f"{path.name}.{k}-of-{count}") for k in range(1, count + 1)}
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -120,7 +123,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def encoded(value: object) -> bytes:
-    """Return JSON as a line holds it, with ? for what UTF-8 cannot encode."""
+    """Return the JSON of a line, with ? for what UTF-8 cannot encode."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
 
 

@@ -125,6 +125,6 @@ def _stop(running: Sequence[subprocess.Popen]) -> None:
 
 
 def _python_path() -> str:
-    """Return a PYTHONPATH with which a process finds this package, wherever it lies."""
+    """Return a PYTHONPATH with which a process finds this package, wherever it is."""
     root = str(Path(__file__).parents[2])
     return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,4 +1,4 @@
-"""Model folders, run folders and checkpoints: what lies on the disk and survives a crash.
+"""Model folders, run folders and checkpoints: what is on the disk and survives a crash.
 
 May import: model.
 """

@@ -25,7 +25,7 @@ Encoder = BPE | WordPiece
 
 
 def exists(folder: str | Path) -> bool:
-    """Return whether the folder holds any vocabulary file, complete or not."""
+    """Return whether the folder contains any vocabulary file, complete or not."""
     return any((Path(folder) / name).is_file() for kind in KINDS for name in kind)
 
 

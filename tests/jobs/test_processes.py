@@ -291,10 +291,11 @@ def test_resuming_with_another_number_of_processes_is_rejected(
             assert job(cli, "out.jsonl", *words).returncode == 1
     children.failing = set()
     before = left()
+    others = " and out.jsonl.*-of-2*" if begun == 2 else ""
     result = job(cli, "out.jsonl", "--processes", again)
     assert result.returncode == 1 and result.stderr == (
         f"gpt2cli: out.jsonl was begun with --processes {begun}, not {again or 1}. Use that number "
-        "to resume, or delete out.jsonl.part.json to start from scratch\n"
+        f"to resume, or delete out.jsonl.part.json{others} to start from scratch\n"
     )
     assert left() == before
     assert job(cli, "out.jsonl", *words).returncode == 0
@@ -612,9 +613,14 @@ def test_a_config_becomes_its_command_line():
     assert command_line.read_command_line(["sample", *processes.words_of(config)]) == config
 
 
-def test_a_new_job_moves_away_the_parts_of_any_older_one(cli, prompts):
-    for name in ("out.jsonl.2-of-7.part", "out.jsonl.2-of-7.part.json", "out.jsonl.3-of-7"):
+def test_a_new_job_moves_away_the_parts_of_an_older_one_and_no_others(cli, prompts):
+    """NAME.3-of-8 may also be what a user's `--shard 3/8 --out NAME.{shard}` wrote."""
+    (prompts / "out.jsonl.part").write_text("")
+    (prompts / "out.jsonl.part.json").write_text('{"processes": 7}')
+    older = ("out.jsonl.2-of-7.part", "out.jsonl.2-of-7.part.json", "out.jsonl.3-of-7")
+    mine = ("out.jsonl.2-of-8.part", "out.jsonl.2-of-8.part.json", "out.jsonl.3-of-8")
+    for name in (*older, *mine):
         (prompts / name).write_text("{}\n")
     assert job(cli, "out.jsonl").returncode == 0
     left = {path.name for path in prompts.iterdir()} - {"models", "prompts.txt", "out.jsonl"}
-    assert left == {"out.jsonl.2-of-7.part.old", "out.jsonl.3-of-7.old"}
+    assert left == {"out.jsonl.2-of-7.part.old", "out.jsonl.3-of-7.old", *mine}
