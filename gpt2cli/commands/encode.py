@@ -117,12 +117,10 @@ class Report:
 
     def see(self, text: str, ids: "np.ndarray", closes: bool) -> None:
         """Count documents and characters that became [UNK]; called from several threads."""
-        from gpt2cli.text.wordpiece import WordPiece
-
         if closes and self._count_documents:
             with self._lock:
                 self._documents += 1
-        if not isinstance(self._vocabulary, WordPiece):
+        if self._vocabulary.unknown is None:
             return
         unknown = int((ids == self._vocabulary.unknown).sum())
         if unknown:

@@ -1,6 +1,7 @@
 """GPT-2's byte-level byte-pair encoding, through tiktoken."""
 
 import codecs
+import collections
 import itertools
 from collections.abc import Iterable, Mapping
 
@@ -65,6 +66,7 @@ class BPE:
         self.start = None if start is None else vocab.get(start)
         self.prefix: list[int] = []
         self.banned: list[int] = []
+        self.unknown: int | None = None
         self._vocab = vocab
         self._bytes = {index: _token_bytes(token) for token, index in vocab.items()}
         self._special: dict[str, int] = {}  # text -> rank
@@ -73,6 +75,8 @@ class BPE:
             self._bytes[self.end] = end.encode()
             self._special[end] = len(ranked)
             ids.append(self.end)
+        self.ends = () if self.end is None else (self.end,)
+        self.added = {text: ids[rank] for text, rank in self._special.items()}
         # tiktoken's ids are ranks; ours are the file's, and in GPT-2's own files they are the same.
         self._ids = None if ids == list(range(len(ids))) else np.array(ids, np.int32)
         self._tiktoken = tiktoken.Encoding(
@@ -116,6 +120,10 @@ class BPE:
     def stream(self) -> "BPEStream":
         """Return a decoder for ids that arrive one by one."""
         return BPEStream(self)
+
+    def missing(self, text: str) -> collections.Counter[str]:
+        """Count the characters that the vocabulary lacks: none, as it has all bytes."""
+        return collections.Counter()
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token given as text (`<|endoftext|>`, ` the`), or None."""

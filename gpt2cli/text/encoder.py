@@ -3,8 +3,11 @@
 `load` chooses by the files of a folder; nothing here uses the network. Both kinds have the same
 methods and these attributes:
     n_vocab     number of ids: the highest plus one
-    end         id that follows a document and ends a sample, or None
+    end         id that follows a document, or None
+    ends        ids that end a sample; `end` is among them unless the model's files say otherwise
     start       id that a sample from nothing begins with, or None
+    added       text -> id of the tokens that `encode(text, special=True)` recognizes in a text
+    unknown     id of the token for text that the vocabulary lacks, or None
     prefix      ids before a prompt and before a document
     banned      ids that are never sampled
     CUT         regex that finds the last place where a text may be cut so that both parts together

@@ -48,6 +48,8 @@ class WordPiece:
         self.lower_case, start, end = reading_options(folder, self._vocab, "[CLS]", "[SEP]")
         self.unknown = self._vocab["[UNK]"]
         self.end = None if end is None else self._vocab[end]
+        self.ends = () if self.end is None else (self.end,)
+        self.added = {} if end is None else {end: self._vocab[end]}
         self.start = None if start is None else self._vocab[start]
         self.prefix = [] if self.start is None else [self.start]
         banned = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")
