@@ -15,6 +15,11 @@ SERVE = [
     "prometheus-client>=0.20",  # /metrics
 ]
 
+DATA = [
+    "pyarrow>=15",  # .parquet files, a part at a time
+    "zstandard>=0.22",  # .zst files
+]
+
 setup(
     name="gpt2cli",
     version="0.1.0",
@@ -44,10 +49,12 @@ setup(
     ],
     extras_require={
         "serve": SERVE,
+        "data": DATA,
         "torch": ["torch>=2.6"],  # convert: weights in a .bin of PyTorch's
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [
             *SERVE,
+            *DATA,
             "openai>=1.50",  # `serve`, as its users' programs talk to it
             "httpx>=0.27",  # `serve`, as nobody should talk to it
             "pytest>=8",

@@ -100,13 +100,17 @@ def encode(
     in_text: str | Path,
     out_npz: str | Path,
     *,
-    combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
-    special: Literal["token", "text"] = "token",
+    csv_column: str | Path | None = None,
     csv_header: bool = True,
+    json_field: str | Path | None = None,
+    combine: int = 50000,
+    special: Literal["token", "text"] = "token",
     lines: bool = False,
     uer_compat: bool = False,
+    template: str | Path | None = None,
+    loss: Literal["all", "completion"] = "all",
     workers: int = 0,
     model_name: str | Path | None = None,
     run_name: str | Path | None = None,
@@ -119,20 +123,31 @@ def encode(
     Runs `gpt2cli encode` with the same settings.
 
     Args:
-        in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
+        in_text: text, .csv, .tsv, .jsonl, .json or .parquet file, also packed as .gz, .bz2, .xz
+            or .zst; a folder of them, or a glob.
         out_npz: file to write: .npz (the format of nshepperd/gpt-2), or .npy for a corpus
             larger than memory.
+        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
+            counts.
+        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
+            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
+        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        csv_header: treat the first line of a .csv or .tsv file as a header.
+        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
+            dialogue).
         combine: join files shorter than N characters, with a separator between them.
-        encoding: text encoding of the files.
-        errors: handling of bytes that are invalid in that encoding: stop (strict) or replace
-            them by U+FFFD (replace).
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
-        csv_header: treat the first line of a .csv file as a header.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects:
             blank lines are documents, a last line without a newline is lost, and with
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
+        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
+            braces, such as "Q: {prompt}\nA: {completion}", or of each of its messages, such as
+            "{role}: {content}\n" (default: {prompt}{completion}, or {content} and the end
+            token).
+        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages,
+            and the text or end token after them).
         workers: encoding threads; 0 starts one per core.
         model_name: model to use (default: 124M).
         run_name: run whose newest checkpoint to use instead of a model.
@@ -149,13 +164,17 @@ def evaluate(
     *,
     batch_size: int = 1,
     format: Literal["text", "json"] = "text",
-    combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
-    special: Literal["token", "text"] = "token",
+    csv_column: str | Path | None = None,
     csv_header: bool = True,
+    json_field: str | Path | None = None,
+    combine: int = 50000,
+    special: Literal["token", "text"] = "token",
     lines: bool = False,
     uer_compat: bool = False,
+    template: str | Path | None = None,
+    loss: Literal["all", "completion"] = "all",
     workers: int = 0,
     model_name: str | Path | None = None,
     run_name: str | Path | None = None,
@@ -170,21 +189,31 @@ def evaluate(
     Runs `gpt2cli evaluate` with the same settings.
 
     Args:
-        dataset: text, .csv or .jsonl file, a folder or glob of them, or an encoded .npz or
-            .npy.
+        dataset: text or file of records (see `encode`), a folder or glob of them, or an encoded
+            .npz or .npy.
         batch_size: windows of n_ctx tokens per pass on a GPU; a CPU always reads one at a time.
         format: text (one line) or json (one object).
+        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
+            counts.
+        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
+            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
+        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        csv_header: treat the first line of a .csv or .tsv file as a header.
+        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
+            dialogue).
         combine: join files shorter than N characters, with a separator between them.
-        encoding: text encoding of the files.
-        errors: handling of bytes that are invalid in that encoding: stop (strict) or replace
-            them by U+FFFD (replace).
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
-        csv_header: treat the first line of a .csv file as a header.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects:
             blank lines are documents, a last line without a newline is lost, and with
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
+        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
+            braces, such as "Q: {prompt}\nA: {completion}", or of each of its messages, such as
+            "{role}: {content}\n" (default: {prompt}{completion}, or {content} and the end
+            token).
+        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages,
+            and the text or end token after them).
         workers: encoding threads; 0 starts one per core.
         model_name: model to use (default: 124M).
         run_name: run whose newest checkpoint to use instead of a model.
@@ -408,17 +437,22 @@ def train(
     keep_every_hours: float = 0.0,
     keep_best: bool = False,
     val_dataset: str | Path | None = None,
+    val_fraction: float = 0.0,
     val_every: int = 0,
     val_batch_size: int = 2,
     val_batch_count: int = 40,
     patience: int = 0,
-    combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
-    special: Literal["token", "text"] = "token",
+    csv_column: str | Path | None = None,
     csv_header: bool = True,
+    json_field: str | Path | None = None,
+    combine: int = 50000,
+    special: Literal["token", "text"] = "token",
     lines: bool = False,
     uer_compat: bool = False,
+    template: str | Path | None = None,
+    loss: Literal["all", "completion"] = "all",
     workers: int = 0,
     models_dir: str | Path = "models",
     checkpoint_dir: str | Path = "checkpoint",
@@ -429,8 +463,8 @@ def train(
     Runs `gpt2cli train` with the same settings.
 
     Args:
-        dataset: text, .csv or .jsonl file, a folder or glob of them, or the .npz or .npy file
-            that `gpt2cli encode` wrote.
+        dataset: text or file of records (see `encode`), a folder or glob of them, or the .npz
+            or .npy file that `gpt2cli encode` wrote.
         sampling: order of the training data: random (windows that begin anywhere), sequential
             (one window after another), or documents (pieces of one document each, shuffled
             every epoch).
@@ -483,21 +517,33 @@ def train(
         keep_every_hours: hours between checkpoints that are kept permanently; 0 keeps none.
         keep_best: also save and keep the checkpoint with the lowest validation loss.
         val_dataset: text or encoded file for the validation loss; same forms as --dataset.
+        val_fraction: fraction of the documents of --dataset to validate with instead of
+            learning them, chosen by --seed; 0 keeps none.
         val_every: steps between validations; 0 turns validation off.
         val_batch_size: sequences in a validation batch.
         val_batch_count: number of validation batches, the same ones each time.
         patience: stop after N validations without improvement; 0 disables early stopping.
+        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
+            counts.
+        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
+            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
+        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        csv_header: treat the first line of a .csv or .tsv file as a header.
+        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
+            dialogue).
         combine: join files shorter than N characters, with a separator between them.
-        encoding: text encoding of the files.
-        errors: handling of bytes that are invalid in that encoding: stop (strict) or replace
-            them by U+FFFD (replace).
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
-        csv_header: treat the first line of a .csv file as a header.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects:
             blank lines are documents, a last line without a newline is lost, and with
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
+        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
+            braces, such as "Q: {prompt}\nA: {completion}", or of each of its messages, such as
+            "{role}: {content}\n" (default: {prompt}{completion}, or {content} and the end
+            token).
+        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages,
+            and the text or end token after them).
         workers: encoding threads; 0 starts one per core.
         models_dir: folder that contains the model folders.
         checkpoint_dir: folder that contains the run folders.
@@ -519,13 +565,17 @@ def vocab(
     size: int = 50257,
     min_frequency: int = 2,
     lower_case: bool = True,
-    combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
-    special: Literal["token", "text"] = "token",
+    csv_column: str | Path | None = None,
     csv_header: bool = True,
+    json_field: str | Path | None = None,
+    combine: int = 50000,
+    special: Literal["token", "text"] = "token",
     lines: bool = False,
     uer_compat: bool = False,
+    template: str | Path | None = None,
+    loss: Literal["all", "completion"] = "all",
     workers: int = 0,
     verbose: bool = False,
 ) -> None:
@@ -534,24 +584,34 @@ def vocab(
     Runs `gpt2cli vocab` with the same settings.
 
     Args:
-        in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
+        in_text: text or file of records (see `encode`), a folder of them, or a glob.
         out: folder to write the vocabulary to.
         overwrite: replace existing vocabulary files.
         kind: bpe for GPT-2's byte-pair encoding, wordpiece for BERT's (for Chinese).
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
+        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
+            counts.
+        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
+            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
+        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        csv_header: treat the first line of a .csv or .tsv file as a header.
+        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
+            dialogue).
         combine: join files shorter than N characters, with a separator between them.
-        encoding: text encoding of the files.
-        errors: handling of bytes that are invalid in that encoding: stop (strict) or replace
-            them by U+FFFD (replace).
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
-        csv_header: treat the first line of a .csv file as a header.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects:
             blank lines are documents, a last line without a newline is lost, and with
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
+        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
+            braces, such as "Q: {prompt}\nA: {completion}", or of each of its messages, such as
+            "{role}: {content}\n" (default: {prompt}{completion}, or {content} and the end
+            token).
+        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages,
+            and the text or end token after them).
         workers: encoding threads; 0 starts one per core.
         verbose: show TensorFlow's own messages.
 

@@ -7,6 +7,7 @@ docstring) and the record of a run.
 
 import re
 import secrets
+import string
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,30 +94,62 @@ class CheckpointOptions(SourceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
+class FileOptions:
+    """How files of texts are read.
+
+    Text files:
+        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark counts.
+        errors: handling of bytes that are invalid in that encoding, of NUL characters and of halves
+            of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
+        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        csv_header: treat the first line of a .csv or .tsv file as a header.
+        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
+            dialogue).
+    """
+
+    encoding: str = "utf-8"
+    errors: Literal["strict", "replace"] = "strict"
+    csv_column: str | None = None
+    csv_header: bool = True
+    json_field: str | None = None
+
+    def _check_files(self) -> None:
+        for flag in ("csv_column", "json_field"):
+            if getattr(self, flag) == "":
+                raise UsageError(f"--{flag} must be a name, got ''")
+        if self.csv_column is not None and not self.csv_header:
+            raise UsageError("--csv_column names a column of the header: remove --csv_header=false")
+        try:
+            "x".encode(self.encoding)
+        except (LookupError, UnicodeError):
+            raise UsageError(f"unknown --encoding {self.encoding!r}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(FileOptions):
     """How text files become token ids.
 
     Text files:
         combine: join files shorter than N characters, with a separator between them.
-        encoding: text encoding of the files.
-        errors: handling of bytes that are invalid in that encoding: stop (strict) or replace them
-            by U+FFFD (replace).
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
-        csv_header: treat the first line of a .csv file as a header.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects: blank
             lines are documents, a last line without a newline is lost, and with --sampling
             documents the padding after a short piece is predicted once; implies --lines.
+        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
+            braces, such as "Q: {prompt}\\nA: {completion}", or of each of its messages, such as
+            "{role}: {content}\\n" (default: {prompt}{completion}, or {content} and the end token).
+        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages, and
+            the text or end token after them).
         workers: encoding threads; 0 starts one per core.
     """
 
     combine: int = 50000
-    encoding: str = "utf-8"
-    errors: Literal["strict", "replace"] = "strict"
     special: Literal["token", "text"] = "token"
-    csv_header: bool = True
     lines: bool = False
     uer_compat: bool = False
+    template: str | None = None
+    loss: Literal["all", "completion"] = "all"
     workers: int = 0
 
     @property
@@ -132,10 +165,38 @@ class TextOptions:
                 raise UsageError(f"--{flag} must name a file, a folder or a glob, got ''")
         if self.combine < 1:
             raise UsageError(f"--combine must be at least 1, got {self.combine}")
-        try:
-            "x".encode(self.encoding)
-        except (LookupError, UnicodeError):
-            raise UsageError(f"unknown --encoding {self.encoding!r}") from None
+        self._check_files()
+        if self.template is not None:
+            split_template(self.template)
+            if self.csv_column is not None or self.json_field is not None:
+                raise UsageError(
+                    "--template names fields itself: remove --csv_column, --json_field"
+                )
+
+
+def split_template(template: str) -> list[tuple[str, str | None]]:
+    r"""Return the pieces of a --template: (text, the field after it or None).
+
+    In the text, \n is a line end, \t a tab and \\ a backslash.
+
+    Raises:
+        UsageError: braces do not match, or there is no field.
+    """
+    escapes = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    pieces = []
+    try:
+        for text, field, spec, conversion in string.Formatter().parse(template):
+            if field is not None and (spec or conversion or not field.strip()):
+                raise ValueError(f"{{{field}}} must be the name of a field")
+            text = re.sub(r"\\[nt\\]", lambda match: escapes[match[0]], text)
+            pieces.append((text, field))
+    except ValueError as error:
+        raise UsageError(
+            f"--template {template!r}: {error}. Braces are written {{{{ }}}}"
+        ) from None
+    if not any(field for _, field in pieces):
+        raise UsageError(f"--template {template!r} needs a field in braces, such as {{prompt}}")
+    return pieces
 
 
 @dataclass(frozen=True, kw_only=True)

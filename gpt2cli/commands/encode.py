@@ -3,7 +3,7 @@
 import collections
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gpt2cli.text.encoded import Ids
     from gpt2cli.text.encoder import Encoder
+    from gpt2cli.text.inputs import Found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +26,15 @@ class EncodeOptions(TextOptions, SourceOptions):
     """Convert text to token ids, so that training starts immediately.
 
     Files:
-        in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
+        in_text: text, .csv, .tsv, .jsonl, .json or .parquet file, also packed as .gz, .bz2, .xz or
+            .zst; a folder of them, or a glob.
         out_npz: file to write: .npz (the format of nshepperd/gpt-2), or .npy for a corpus larger
             than memory.
 
     Examples:
         gpt2cli encode data/books/ data/books.npz
         gpt2cli encode corpus.txt corpus.npy --model_name tiny --lines
+        gpt2cli encode chats.jsonl chats.npz --loss completion
     """
 
     in_text: str
@@ -52,36 +55,50 @@ def run(options: EncodeOptions) -> None:
         UserError: no vocabulary, unreadable or empty input, or an output that is the input.
     """
     from gpt2cli.storage import folders
-    from gpt2cli.text import encoded, encoder
+    from gpt2cli.text import documents, encoded, encoder
+    from gpt2cli.text.inputs import Tally
 
     started = time.monotonic()
-    vocabulary = encoder.load(folders.source_dir(options))
+    folder = folders.open_folder(folders.source_dir(options))
+    vocabulary = encoder.load(folder)
     out = Path(options.out_npz)
-    paths = _inputs(options.in_text, out)
-    report = Report(vocabulary, options.reads_lines)
-    size = sum(path.stat().st_size for path in paths)
+    found = _inputs(options.in_text, out)
+    report = Report(vocabulary, options.reads_lines, options.loss)
+    tally = Tally(found)
+    size = sum(path.stat().st_size for path in found.paths)
     n_vocab = vocabulary.n_vocab
     with progress(size, "B") as bar:
-        parts = encoded.encode(paths, vocabulary, options, n_vocab, bar.update, report.see)
+        parts = encoded.encode(
+            found.paths,
+            vocabulary,
+            options,
+            n_vocab,
+            bar.update,
+            report.see,
+            tally,
+            documents.chat_template_of(folder),
+        )
         parts = report.watch(parts, options.in_text)
         if out.suffix == ".npy":
             encoded.save_npy(out, parts, encoded.dtype_of(n_vocab))
         else:
             encoded.save_npz(out, parts)
     say(report.summary(out, size, time.monotonic() - started))
+    for line in tally.lines():
+        say(line)
 
 
-def _inputs(in_text: str, out: Path) -> Sequence[Path]:
+def _inputs(in_text: str, out: Path) -> "Found":
     """Return the files to encode: never the output file."""
-    from gpt2cli.text import corpus
+    from gpt2cli.text import inputs
 
-    paths = corpus.find(in_text)
-    others = [path for path in paths if not (out.exists() and path.samefile(out))]
+    found = inputs.find(in_text)
+    others = [path for path in found.paths if not (out.exists() and path.samefile(out))]
     if not others:
         raise UserError(f"{out} would replace its own input. Name another output file")
-    if len(others) < len(paths):
+    if len(others) < len(found.paths):
         say(f"{out} is in the input folder; it is not read, and will be replaced")
-    return others
+    return found._replace(paths=others)
 
 
 class Report:
@@ -90,22 +107,31 @@ class Report:
     Args:
         vocabulary: the vocabulary that encodes.
         count_documents: whether to count documents.
+        loss: --loss.
     """
 
-    def __init__(self, vocabulary: "Encoder", count_documents: bool) -> None:
+    def __init__(self, vocabulary: "Encoder", count_documents: bool, loss: str) -> None:
         self._vocabulary = vocabulary
         self._count_documents = count_documents
+        self._loss, self._learnt = loss, 0
         self._tokens = self._ends = self._chunks = self._unknown = self._documents = 0
         self._missing: collections.Counter[str] = collections.Counter()  # character -> times
         self._lock = threading.Lock()
 
     def watch(self, parts: "Iterable[Ids]", in_text: str) -> "Iterator[Ids]":
-        """Count and pass on the output of `encoded.encode`; UserError if it is empty."""
+        """Count and pass on the output of `encoded.encode`.
+
+        Raises:
+            UserError: it is empty, or --loss leaves nothing to learn or nothing out.
+        """
+        from gpt2cli.text import encoded, marks
+
         in_chunk = False  # whether the current chunk already has an id
         for ids, ends in parts:
             self._tokens += len(ids)
             if self._vocabulary.end is not None:
-                self._ends += int((ids == self._vocabulary.end).sum())
+                self._ends += int((marks.ids_of(ids) == self._vocabulary.end).sum())
+            self._learnt += marks.learnt_count(ids)
             if len(ids) and not in_chunk:
                 self._chunks += 1
                 in_chunk = True
@@ -114,6 +140,7 @@ class Report:
             yield ids, ends
         if not self._tokens:
             raise UserError(f"{in_text} contains no text. Is it the right file?")
+        encoded.check_learnt(in_text, self._learnt, self._tokens, self._loss)
 
     def see(self, text: str, ids: "np.ndarray", closes: bool) -> None:
         """Count documents and characters that became [UNK]; called from several threads."""

@@ -15,7 +15,8 @@ class EvaluateOptions(TextOptions, CheckpointOptions):
     """Measure how well a model predicts a text: loss (nats per token), perplexity, accuracy.
 
     Data:
-        dataset: text, .csv or .jsonl file, a folder or glob of them, or an encoded .npz or .npy.
+        dataset: text or file of records (see `encode`), a folder or glob of them, or an encoded
+            .npz or .npy.
         batch_size: windows of n_ctx tokens per pass on a GPU; a CPU always reads one at a time.
 
     Output:
@@ -42,13 +43,14 @@ class EvaluateOptions(TextOptions, CheckpointOptions):
 def run(options: EvaluateOptions) -> dict[str, float]:
     """Print and return mean loss in nats per token, perplexity, accuracy and number of tokens."""
     from gpt2cli.storage import folders
-    from gpt2cli.text import corpus, encoded, encoder
+    from gpt2cli.text import documents, encoded, encoder, inputs
 
     folder = folders.open_source(options)
-    corpus.find(options.dataset)
+    inputs.find(options.dataset)
     vocabulary = encoder.of_model(folder)
     n_vocab = encoder.ids_of(folder, vocabulary)
-    tokens = encoded.load(options.dataset, vocabulary, options, n_vocab)
+    chat_template = documents.chat_template_of(folder)
+    tokens = encoded.load(options.dataset, vocabulary, options, n_vocab, chat_template)
 
     from gpt2cli import tensorflow  # wrong input was rejected before this import
     from gpt2cli.inference import generator

@@ -26,8 +26,8 @@ class TrainOptions(TextOptions, FolderOptions):
     """Fine-tune a model on your own text; Ctrl-C saves and exits.
 
     Data:
-        dataset: text, .csv or .jsonl file, a folder or glob of them, or the .npz or .npy file that
-            `gpt2cli encode` wrote.
+        dataset: text or file of records (see `encode`), a folder or glob of them, or the .npz or
+            .npy file that `gpt2cli encode` wrote.
         sampling: order of the training data: random (windows that begin anywhere), sequential (one
             window after another), or documents (pieces of one document each, shuffled every epoch).
         noise: fraction of input tokens to replace with random ones, to reduce overfitting.
@@ -93,6 +93,8 @@ class TrainOptions(TextOptions, FolderOptions):
 
     Validation:
         val_dataset: text or encoded file for the validation loss; same forms as --dataset.
+        val_fraction: fraction of the documents of --dataset to validate with instead of learning
+            them, chosen by --seed; 0 keeps none.
         val_every: steps between validations; 0 turns validation off.
         val_batch_size: sequences in a validation batch.
         val_batch_count: number of validation batches, the same ones each time.
@@ -143,6 +145,7 @@ class TrainOptions(TextOptions, FolderOptions):
     keep_every_hours: float = 0.0
     keep_best: bool = False
     val_dataset: str | None = None
+    val_fraction: float = 0.0
     val_every: int = 0
     val_batch_size: int = 2
     val_batch_count: int = 40
@@ -156,6 +159,7 @@ class TrainOptions(TextOptions, FolderOptions):
         check(
             self,
             noise=(0, 1),
+            val_fraction=(0, None),
             seed=(0, MAX_SEED),
             sample_length=(1, MAX_TOKENS),
             top_k=(0, MAX_TOKENS),
@@ -181,8 +185,26 @@ class TrainOptions(TextOptions, FolderOptions):
         for flag in ("patience", "keep_best"):
             if getattr(self, flag) and not self.val_every:
                 raise UsageError(f"--{flag} uses the validation loss: add --val_every")
-        if self.val_every and self.val_dataset is None:
-            raise UsageError("--val_every needs --val_dataset, a text kept out of training")
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        if self.val_fraction >= 1:
+            raise UsageError(f"--val_fraction must be below 1, got {self.val_fraction}")
+        if self.val_fraction and self.val_dataset is not None:
+            raise UsageError("give --val_dataset or --val_fraction, not both")
+        if self.val_fraction and not self.val_every:
+            raise UsageError("--val_fraction keeps documents for validation: add --val_every")
+        if self.val_every and self.val_dataset is None and not self.val_fraction:
+            raise UsageError(
+                "--val_every needs --val_dataset, a text kept out of training, or --val_fraction"
+            )
+
+    @property
+    def validates_with(self) -> str | None:
+        """The text that validates, as a run's state names it."""
+        if self.val_fraction:
+            return f"{self.val_fraction} of {self.dataset}"
+        return self.val_dataset
 
 
 def run(options: TrainOptions) -> Path:

@@ -23,7 +23,7 @@ class VocabOptions(TextOptions):
     """Train a vocabulary on a corpus and write the vocabulary files of a model folder.
 
     Files:
-        in_text: text, .csv (one column) or .jsonl ("text") file, a folder of them, or a glob.
+        in_text: text or file of records (see `encode`), a folder of them, or a glob.
         out: folder to write the vocabulary to.
         overwrite: replace existing vocabulary files.
 
@@ -53,6 +53,8 @@ class VocabOptions(TextOptions):
     def __post_init__(self) -> None:
         check(self, size=(10, MAX_TOKENS), min_frequency=(1, None))
         self._check_text()
+        if self.loss != "all":
+            raise UsageError("--loss is for encode, train and evaluate: a vocabulary has no loss")
 
 
 def run(options: VocabOptions) -> None:
@@ -61,7 +63,7 @@ def run(options: VocabOptions) -> None:
     Raises:
         UserError: unreadable or empty input, or a folder whose files may not be replaced.
     """
-    from gpt2cli.text import corpus, encoder, vocabulary
+    from gpt2cli.text import encoder, inputs, vocabulary
 
     started = time.monotonic()
     smallest = vocabulary.SMALLEST[options.kind]
@@ -74,7 +76,8 @@ def run(options: VocabOptions) -> None:
     folder = Path(options.out)
     _check_folder(folder, options.size, options.overwrite)
     cut = (encoder.BPE if options.kind == "bpe" else encoder.WordPiece).CUT
-    paths = corpus.find(options.in_text)
+    found = inputs.find(options.in_text)
+    paths = found.paths
     sample = _sample(paths, cut, options)
     made = _train(paths, cut, options)
     vocabulary.write(folder, made)
@@ -90,6 +93,8 @@ def run(options: VocabOptions) -> None:
         f"{folder}: {trained.n_vocab:,} tokens in {' and '.join(made)}, {per_token:.2f} bytes of "
         f"text per token at the start of the corpus; {time.monotonic() - started:.1f} s"
     )
+    for line in inputs.Tally(found).lines():
+        say(line)
 
 
 def _check_folder(folder: Path, size: int, overwrite: bool) -> None:

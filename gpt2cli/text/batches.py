@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt2cli.console import counted
 from gpt2cli.errors import UserError
+from gpt2cli.text import marks
 
 Span = tuple[int, int, int]  # chunk, start and stop of a row, in tokens
 
@@ -28,8 +29,10 @@ class Batch(NamedTuple):
 def _batch(rows: Sequence[np.ndarray], length: int, after: int = 0) -> Batch:
     """Return a batch of rows of at most length + 1 tokens; shorter ones are padded and masked.
 
+    Tokens that are marked as read only (see `marks`) are masked too.
+
     Args:
-        rows: the tokens of each row.
+        rows: the stored tokens of each row.
         length: predictions in a row.
         after: number of padding tokens after a shorter row that count as predictions.
     """
@@ -38,6 +41,9 @@ def _batch(rows: Sequence[np.ndarray], length: int, after: int = 0) -> Batch:
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         mask[i, : max(len(row) - 1 + after, 0)] = 1
+    if marks.is_marked(tokens):
+        mask *= marks.is_learnt(tokens[:, 1:])
+        tokens = marks.ids_of(tokens)
     return Batch(inputs=tokens[:, :-1].copy(), targets=tokens[:, 1:].copy(), mask=mask)
 
 
@@ -45,7 +51,7 @@ class Tokens:
     """A corpus as token ids.
 
     Attributes:
-        chunks: 1-D integer arrays.
+        chunks: 1-D integer arrays of stored ids (see `marks`).
         path: name of the corpus for messages.
         sizes: int64 [chunks], the number of tokens in each chunk.
         total: the number of all tokens.
@@ -62,6 +68,11 @@ class Tokens:
                 "needed. Is it the right file?"
             )
 
+    @property
+    def learnt(self) -> int:
+        """The number of tokens that are learnt: all but those marked as read only."""
+        return sum(marks.learnt_count(chunk) for chunk in self.chunks)
+
     def whole(self) -> np.ndarray:
         """Return all chunks one after the other, [total]."""
         return self.chunks[0] if len(self.chunks) == 1 else np.concatenate(self.chunks)
@@ -72,6 +83,38 @@ class Tokens:
         for chunk in self.chunks:
             found = zlib.crc32(np.ascontiguousarray(chunk).data, found)
         return found
+
+    def split(self, fraction: float, seed: int, end: int | None) -> "Split":
+        """Divide the corpus by document, at random; each run of documents becomes a chunk.
+
+        Args:
+            fraction: the share of the documents that are held out: at least one, and not all.
+            seed: 0 to 2**63 - 1; the same seed divides the same corpus in the same way.
+            end: the id that ends a document; None if only chunks end one.
+
+        Raises:
+            UserError: there is one document, or a part has no document with two tokens.
+        """
+        bounds = [_bounds(chunk, end) for chunk in self.chunks]
+        count = sum(len(starts) for starts, _ in bounds)
+        if count < 2:
+            raise UserError(
+                f"{self.path} contains {counted(count, 'document')}, and --val_fraction divides a "
+                "corpus by document. Use --lines if each line is one, or --val_dataset"
+            )
+        number = min(max(round(fraction * count), 1), count - 1)
+        is_held = np.zeros(count, bool)
+        is_held[_generator(seed | 2**63, 2**63).permutation(count)[:number]] = True
+        parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        place = 0
+        for chunk, (starts, stops) in zip(self.chunks, bounds, strict=True):
+            own = is_held[place : place + len(starts)]
+            place += len(starts)
+            first = np.flatnonzero(np.diff(own, prepend=~own[:1]))  # of each run
+            for begin, after in zip(first, [*first[1:], len(own)], strict=True):
+                parts[int(own[begin])].append(chunk[starts[begin] : stops[after - 1]])
+        name = f"{self.path} (--val_fraction {fraction})"
+        return Split(Tokens(parts[0], name), Tokens(parts[1], name), count - number, number)
 
     def sampler(
         self,
@@ -109,6 +152,21 @@ class Tokens:
         for first in range(0, len(starts), batch_size):
             rows = [tokens[i : i + n_ctx + 1] for i in starts[first : first + batch_size]]
             yield _batch(rows, len(rows[0]) - 1)  # only the very last row can be shorter
+
+
+class Split(NamedTuple):
+    """A corpus in two parts, and the number of documents in each."""
+
+    tokens: Tokens
+    held_out: Tokens
+    documents: int
+    held_out_documents: int
+
+
+def _bounds(chunk: np.ndarray, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the starts and the ends of the documents in a chunk, int64 each."""
+    stops = np.concatenate([np.zeros(0, np.int64), *(e for _, e in _document_ends(chunk, end))])
+    return np.concatenate([np.zeros(min(len(stops), 1), np.int64), stops[:-1]]), stops
 
 
 def _generator(*key: int) -> np.random.Generator:
@@ -278,7 +336,9 @@ def _document_ends(chunk: np.ndarray, end: int | None) -> Iterator[tuple[int, np
     for start in range(0, len(chunk), 2**22):
         block = chunk[start : start + 2**22]
         stop = start + len(block)
-        found = np.zeros(0, np.int64) if end is None else np.flatnonzero(block == end) + (start + 1)
+        found = np.zeros(0, np.int64)
+        if end is not None:
+            found = np.flatnonzero(marks.is_end(block, end)) + (start + 1)
         if stop == len(chunk) and (not len(found) or found[-1] != stop):
             found = np.append(found, stop)
         if len(found):

@@ -1,161 +1,190 @@
 """Text files -> documents, without holding a whole corpus in memory."""
 
 import codecs
-import csv
-import glob
 import io
-import os
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from gpt2cli import files
 from gpt2cli.errors import UserError
-from gpt2cli.options import TextOptions
+from gpt2cli.options import FileOptions, TextOptions
+from gpt2cli.text import documents, packed, records
+from gpt2cli.text.documents import Part, Record
+from gpt2cli.text.inputs import Tally
 
 if TYPE_CHECKING:
     from regex import Pattern
 
 BLOCK = 2**18  # bytes read at a time, and about as many characters encoded by a thread at a time
 ENCODED = (".npz", ".npy")
+MARKS = {  # of UTF-32 first, because one of them begins as one of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 
 Progress = Callable[[int], Any]  # is called with the number of bytes just read
+Note = Callable[[str, Path], Any]  # is called with a note about a file
 
 
-def find(path: str | Path) -> list[Path]:
-    """Return the files that a file name, a folder or a glob stands for; hidden ones are left out.
+def blocks_of(
+    path: Path,
+    options: FileOptions,
+    progress: Progress = lambda size: None,
+    note: Note = lambda note, path: None,
+) -> Iterator[str]:
+    r"""Yield a file's text in blocks; line ends become \n, as in nshepperd/gpt-2, without a BOM.
 
     Raises:
-        UserError: there are none, or a folder cannot be read.
+        UserError: the file cannot be read, is not text, or is not text in that encoding.
     """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}")
-
-    found: list[Path] = []
-    if path.is_dir():
-        for folder, folders, names in os.walk(path, onerror=unreadable):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
-    elif "**" in path.parts:
-        found = list(_below(path))
-    else:
-        found = [Path(name) for name in glob.glob(str(path))]
-    found = sorted(name for name in found if name.is_file())
-    if not found:
-        problem = "the folder contains no files" if path.is_dir() else "no file matches"
-        raise UserError(
-            f"{problem}: {path.absolute()}. Name a text file, a folder of them or a glob"
-        )
-    return found
-
-
-def _below(pattern: Path) -> Iterator[Path]:
-    """Yield the matches of a glob with **; unlike the glob module, follow no link to a folder."""
-    magic = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-    top, rest = Path(*pattern.parts[:magic]), pattern.parts[magic:]
-    if rest[-1] == "**":  # pathlib's ** matches folders only
-        rest += ("*",)
-    for path in top.glob(str(Path(*rest))):
-        hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
-        if not hidden or any(part.startswith(".") for part in rest):
-            yield path
-
-
-def _text(path: Path, options: TextOptions, progress: Progress) -> Iterator[str]:
-    r"""Yield a file's text in blocks; line ends become \n, as in nshepperd/gpt-2, without a BOM."""
-    decoder = codecs.getincrementaldecoder(options.encoding)(options.errors)
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0
-    binary = (
-        f"{path} is not a text file: it contains NUL bytes. Leave it out of the input, or set "
-        "--encoding if it is UTF-16 or similar"
+    offset = done = 0  # bytes of the content, bytes of the file
+    with packed.opened(path) as (content, file):
+        block = content.read(BLOCK)
+        packed.check_text(path, block)
+        _note_disguise(path, block, note)
+        mark, encoding = _encoding(block, options, lambda text: note(text, path))
+        decoder = codecs.getincrementaldecoder(encoding)(options.errors)
+        while True:
+            at = offset + mark - len(decoder.getstate()[0])  # of the first byte to decode
+            try:
+                text = decoder.decode(block[mark:] if mark else block, final=not block)
+            except UnicodeError as error:
+                if _is_wide(encoding) or b"\0" not in block:
+                    raise _not_text(path, at, encoding, error) from None
+                text = "\0"
+            if "\0" in text:
+                text = _without_nul(path, options, encoding, text, at, block)
+            text = newlines.decode(text, final=not block)
+            yield text if offset else text.removeprefix("\ufeff")
+            offset, mark = offset + len(block), 0
+            progress(file.tell() - done)
+            done = file.tell()
+            if not block:
+                return
+            block = content.read(BLOCK)
+
+
+def _encoding(start: bytes, options: FileOptions, note: Callable[[str], None]) -> tuple[int, str]:
+    """Return (bytes of the byte order mark at the start of a text, the encoding to read it in).
+
+    The mark decides between the forms of UTF-16 and UTF-32, and where --encoding is the default.
+    """
+    given = codecs.lookup(options.encoding).name
+    for sign, encoding in MARKS.items():
+        if start.startswith(sign):
+            family = encoding[:6].rstrip("-")
+            if given == "utf-8" and family != "utf-8":
+                note(f"read as {family.upper()}, as the byte order mark says")
+            if given in ("utf-8", "utf-8-sig", family, encoding):
+                return len(sign), encoding
+    return 0, options.encoding
+
+
+def _note_disguise(path: Path, start: bytes, note: Note) -> None:
+    """Note that the content of a plain text file looks like another kind of file."""
+    ending, _ = packed.names_of(path)
+    if records.is_records(ending):
+        return
+    if _is_json(start):
+        note("looks like JSON, but is read as text; to read its records, name it .json(l)", path)
+    elif packed.looks_like_html(start):
+        note("looks like a web page; its markup is read as text", path)
+
+
+def _is_json(start: bytes) -> bool:
+    """Return whether a text begins with a JSON object, or a list of texts or objects."""
+    if not start[:100].lstrip().startswith((b"{", b"[")):
+        return False
+    text = start[:4096].decode("utf-8", "ignore").lstrip()
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:  # a long one is cut within a value
+        is_cut = len(start) > 4096 and ("Unterminated" in error.msg or error.pos > len(text) - 12)
+        return is_cut and "".join(text[:20].split()).startswith(('{"', '["', '[{"'))
+    except RecursionError:
+        return False
+    first = value[0] if isinstance(value, list) and value else value
+    return bool(value) and isinstance(first, (str, dict))
+
+
+def _is_wide(encoding: str) -> bool:
+    """Return whether ASCII characters have NUL bytes in an encoding."""
+    return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+
+
+def _without_nul(
+    path: Path, options: FileOptions, encoding: str, text: str, at: int, block: bytes
+) -> str:
+    """Return a text with its NUL characters replaced by U+FFFD.
+
+    Raises:
+        UserError: --errors is strict, or a binary file has them.
+
+    Args:
+        path: the file.
+        options: the flags.
+        encoding: the encoding of the text.
+        text: a block.
+        at: the place of its first byte.
+        block: the bytes of the text; the first may be missing.
+    """
+    is_wide = _is_wide(encoding)
+    is_binary = not is_wide and block.count(b"\0") * 10 > len(block)
+    if options.errors == "replace" and not is_binary:
+        return text.replace("\0", "\ufffd")
+    before = text[: text.index("\0")]
+    if is_wide:
+        at += len(before.encode(encoding, "replace")) - len("".encode(encoding))
+    else:
+        at += len(before.encode(encoding, "replace")) if before else block.find(b"\0")
+    line = _line_of(path, at, encoding)
+    if is_binary:
+        raise UserError(
+            f"{path} is not a text file: it has many NUL bytes, the first at byte {at} (line "
+            f"{line}). If it is UTF-16, read it with --encoding utf-16-le or utf-16-be; otherwise "
+            "leave it out of the input"
+        )
+    raise UserError(
+        f"{path} has a NUL character at byte {at} (line {line}). Replace such characters by U+FFFD "
+        "with --errors replace, or remove them"
     )
-    try:
-        with open(path, "rb") as file:
-            while True:
-                block = file.read(BLOCK)
-                pending = len(decoder.getstate()[0])
-                try:
-                    text = decoder.decode(block, final=not block)
-                except UnicodeError as error:
-                    if b"\0" in block:
-                        raise UserError(binary) from None
-                    at = offset - pending + getattr(error, "start", 0)
-                    raise UserError(
-                        f"{path}: byte {at} is not {options.encoding} text "
-                        f"({getattr(error, 'reason', error)}). Name the right encoding with "
-                        "--encoding NAME, or replace such bytes by U+FFFD with --errors replace"
-                    ) from None
-                if "\0" in text:
-                    raise UserError(binary)
-                text = newlines.decode(text, final=not block)
-                yield text.removeprefix("\ufeff") if offset == 0 else text
-                offset += len(block)
-                progress(len(block))
-                if not block:
-                    return
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    r"""Yield the lines of a text with their \n (str.splitlines also splits at U+2028 and such)."""
-    rest: list[str] = []
-    for block in blocks:
-        *lines, last = block.split("\n")
-        for line in lines:
-            yield "".join((*rest, line, "\n"))
-            rest.clear()
-        rest.append(last)
-    if any(rest):
-        yield "".join(rest)
+def _not_text(path: Path, start: int, encoding: str, error: UnicodeError) -> UserError:
+    """Return the error for a byte that is invalid in the encoding, in a block from `start` on."""
+    at = start + getattr(error, "start", 0)
+    line = _line_of(path, at, encoding)
+    return UserError(
+        f"{path}: byte {at} is not {encoding} text, at line {line} "
+        f"({getattr(error, 'reason', error)}). Name the right encoding with --encoding NAME, or "
+        "replace such bytes by U+FFFD with --errors replace"
+    )
 
 
-def _csv_records(path: Path, options: TextOptions, blocks: Iterable[str]) -> Iterator[str]:
-    """Yield the fields of a CSV file that has one column."""
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(_lines(blocks), strict=True)
-    try:
-        for number, row in enumerate(row for row in rows if row):
-            if len(row) > 1:
-                raise UserError(
-                    f"{path} line {rows.line_num} has {len(row)} columns, not one. Put the text "
-                    'in "quotes" (and double any quotes inside it), or use a .jsonl file'
-                )
-            if number or not options.csv_header:
-                yield row[0]
-    except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num} is not CSV: {error}") from None
-
-
-def _jsonl_records(path: Path, options: TextOptions, blocks: Iterable[str]) -> Iterator[str]:
-    """Yield the text of each line: a JSON string, or an object with "text"."""
-    for number, line in enumerate(_lines(blocks), 1):
-        if not line.strip():
-            continue
-        value = files.parse_json(line, f"{path} line {number}")
-        value = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(value, str):
-            raise UserError(
-                f'{path} line {number} must be a JSON string or an object with a "text" string'
-            )
-        yield value
-
-
-class Part(NamedTuple):
-    """A part of a document, cut where the encoder allows it."""
-
-    text: str
-    opens: bool  # whether the document starts with this part
-    closes: bool  # whether the document ends with this part
+def _line_of(path: Path, at: int, encoding: str) -> int:
+    """Return the number of the line of a byte in a file's content, which is read again."""
+    left, line = at, 1
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder(encoding)("replace"), translate=True
+    )
+    with packed.opened(path) as (content, _):
+        while left and (block := content.read(min(left, BLOCK))):
+            left -= len(block)
+            line += decoder.decode(block).count("\n")
+    return line
 
 
 def parts_of(
-    path: Path, cut: "Pattern[str]", options: TextOptions, progress: Progress
+    path: Path,
+    cut: "Pattern[str]",
+    options: TextOptions,
+    progress: Progress,
+    tally: Tally | None = None,
 ) -> Iterator[Part]:
     """Yield the parts of the documents in a text file; documents without a character are left out.
 
@@ -164,18 +193,58 @@ def parts_of(
     Raises:
         UserError: the file cannot be read, or is not text in that encoding.
     """
-    blocks = _text(path, options, progress)
-    records = {".csv": _csv_records, ".jsonl": _jsonl_records}.get(path.suffix.lower())
-    if records:
-        yield from (Part(t, True, True) for t in records(path, options, blocks) if t)
-    elif options.uer_compat:
+    ending, _ = packed.names_of(path)
+    note = tally.note if tally else lambda note, path: None
+    if records.is_records(ending):
+        for record in records_of(path, options, progress, note):
+            parts = documents.parts_of(record, options)
+            yield from parts
+            if tally and not parts:
+                tally.skip_record()
+        return
+    if options.template is not None:
+        raise UserError(f"{path} is plain text. --template needs records, in .jsonl, .csv or such")
+    blocks = blocks_of(path, options, progress, note)
+    if options.uer_compat:
         yield from _uer_lines(blocks, cut)
-    else:
-        for part, _ in _split(blocks, cut, by_line=options.lines):
-            # a line that was cut is not blank: CUT never cuts within leading spaces
-            is_blank = part.opens and part.closes and not part.text.strip()
-            if not (options.lines and is_blank):
-                yield part
+        return
+    for part, _ in _split(blocks, cut, by_line=options.lines):
+        # a line that was cut is not blank: CUT never cuts within leading spaces
+        is_blank = part.opens and part.closes and not part.text.strip()
+        if not (options.lines and is_blank):
+            yield part
+
+
+def records_of(
+    path: Path,
+    options: FileOptions,
+    progress: Progress = lambda size: None,
+    note: Note = lambda note, path: None,
+    default: str = "text",
+) -> Iterator[Record]:
+    """Yield the records of a file whose name ends as one of `records`.
+
+    Args:
+        path: the file.
+        options: how to read it.
+        progress: called with the number of bytes just read.
+        note: called with a note about the way in which a file was read, and the file.
+        default: the column that is read if there are several and none is named.
+
+    Raises:
+        UserError: the file cannot be read, or is not of the kind that its name says.
+    """
+    if packed.names_of(path)[0] in (".parquet", ".pq"):
+        return records.of_parquet(path, options, default, progress)
+    return records.of_text(path, blocks_of(path, options, progress, note), options, default)
+
+
+def check_flags(paths: Iterable[Path], options: FileOptions) -> None:
+    """Reject (UserError) a flag that names a part of records where no file has such records."""
+    endings = {packed.names_of(path)[0] for path in paths}
+    for flag, kinds in (("csv_column", records.TABLES), ("json_field", records.OBJECTS)):
+        if getattr(options, flag) is not None and not endings.intersection(kinds):
+            raise UserError(f"--{flag} is for {', '.join(kinds)} files, and there is none")
 
 
 def _split(

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -16,15 +16,21 @@ from typing import IO, Any
 import numpy as np
 
 from gpt2cli import files
+from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
-from gpt2cli.text import corpus
+from gpt2cli.text import corpus, inputs, marks
 from gpt2cli.text.batches import Tokens
-from gpt2cli.text.corpus import ENCODED, Part, Progress
+from gpt2cli.text.corpus import ENCODED, Progress
+from gpt2cli.text.documents import Part
 from gpt2cli.text.encoder import Encoder
+from gpt2cli.text.inputs import Tally
 
 BOMB = 2**30  # bytes to which any array may unpack
 SPOOL = 2**25  # bytes of a chunk that wait in memory until its end is known
+NO_PROMPT = (
+    "--loss completion needs records with prompt and completion or with messages, or a --template"
+)
 SEPARATOR_LENGTH = len("<|endoftext|>")  # counts for --combine, as in nshepperd/gpt-2
 
 Ids = tuple[np.ndarray, bool]  # some ids of a chunk, and whether the chunk ends with them
@@ -45,6 +51,8 @@ def encode(
     n_vocab: int,
     progress: Progress = lambda size: None,
     seen: Seen | None = None,
+    tally: Tally | None = None,
+    chat_template: Path | None = None,
 ) -> Iterator[Ids]:
     """Encode files, with the real end token after each document (WordPiece: [CLS] ... [SEP]).
 
@@ -52,20 +60,24 @@ def encode(
     of an encoded file stay as they are.
 
     Args:
-        paths: from `corpus.find`.
+        paths: from `inputs.find`.
         encoder: the vocabulary, or None if no path is text.
         options: how to read text.
         n_vocab: the model's; every id must be below it.
         progress: called with the number of bytes just read.
         seen: called with each text, its ids without separators and whether a document ends with
             it, from several threads.
+        tally: counts the documents and what is skipped.
+        chat_template: file of the model's folder with a template for messages, which is not run.
 
     Yields:
         (1-D array, whether it ends a chunk): long chunks come in parts. The array's type is
-        `dtype_of(n_vocab)`; a mapped .npy keeps the type of its file.
+        `dtype_of(n_vocab)`, or int32 if ids are marked (see `marks`); a mapped .npy keeps the type
+        of its file.
 
     Raises:
-        UserError: a file cannot be read, is not text in that encoding, or contains wrong ids.
+        UserError: a file cannot be read, is not text in that encoding, contains wrong ids, or has
+            no dialogue though --loss is completion.
     """
     dtype = dtype_of(n_vocab)
 
@@ -73,32 +85,78 @@ def encode(
         if isinstance(group, np.memmap):
             return [(group, True)]
         if isinstance(group, np.ndarray):
-            return [(group.astype(dtype), True)]
+            return [(group if marks.is_marked(group) else group.astype(dtype), True)]
         assert encoder is not None
         documents = [part for part in group if part]
-        texts = [part.text for part in documents]
-        arrays = encoder.arrays(texts, special=options.special == "token") if texts else []
+        arrays = _arrays(documents, encoder, options)
         if seen:
             for part, ids in zip(documents, arrays, strict=True):
                 seen(part.text, ids, part.closes)
-        parts = list(_assemble(group, iter(arrays), encoder))
-        for ids, _ in parts:
-            _check_range(ids, n_vocab, "the text in this folder's vocabulary")
-        return [(ids.astype(dtype), ends) for ids, ends in parts]
+        found = []
+        for ids, ends in _assemble(group, iter(arrays), encoder, options.loss == "completion"):
+            low = _check_range(ids, n_vocab, "the text in this folder's vocabulary")
+            found.append((ids if low < 0 else ids.astype(dtype), ends))
+        return found
 
-    groups = _groups(paths, encoder, options, n_vocab, progress)
+    paths = list(paths)
+    corpus.check_flags(paths, options)
+    tally = tally or Tally(inputs.Found([], 0, {}))
+    groups = _groups(paths, encoder, options, n_vocab, progress, tally, chat_template)
     with _no_threads_inside():
         for parts in _in_order(encode_group, groups, options.workers):
             yield from parts
 
 
-def load(path: str | Path, encoder: Encoder | None, options: TextOptions, n_vocab: int) -> Tokens:
+def load(
+    path: str | Path,
+    encoder: Encoder | None,
+    options: TextOptions,
+    n_vocab: int,
+    chat_template: Path | None = None,
+) -> Tokens:
     """Return the tokens of a text, .csv, .jsonl, .npz or .npy file, a folder or a glob.
 
+    Prints what was read and skipped.
+
     Raises:
-        UserError: see `corpus.find` and `encode`; or there are fewer than 2 tokens.
+        UserError: see `inputs.find` and `encode`; or there are fewer than 2 tokens, or none of them
+            is learnt.
     """
-    return Tokens(list(chunks(encode(corpus.find(path), encoder, options, n_vocab))), path)
+    found = inputs.find(path)
+    tally = Tally(found)
+    parts = encode(
+        found.paths,
+        encoder,
+        options,
+        n_vocab,
+        tally=tally,
+        chat_template=chat_template,
+    )
+    tokens = Tokens(list(chunks(parts)), path)
+    for line in tally.lines():
+        say(f"{path}: {line}")
+    check_learnt(path, tokens.learnt, tokens.total, options.loss)
+    return tokens
+
+
+def check_learnt(path: str | Path, learnt: int, total: int, loss: str) -> None:
+    """Print how many tokens are learnt, if not all are.
+
+    Raises:
+        UserError: none is, or all are though --loss is completion.
+    """
+    if not learnt:
+        raise UserError(
+            f"{path} contains no completion: none of its {total:,} tokens would be learnt. Check "
+            "the records, or use --loss all"
+        )
+    if learnt < total:
+        say(f"{path}: {learnt:,} of {total:,} tokens are learnt, the others are only read")
+    elif loss == "completion":
+        raise UserError(
+            f"{path} contains no prompt, so --loss completion has nothing to leave out. Encode "
+            "records with prompt and completion, or with messages, with --loss completion"
+        )
 
 
 def chunks(parts: Iterable[Ids]) -> Iterator[np.ndarray]:
@@ -118,6 +176,8 @@ def _groups(
     options: TextOptions,
     n_vocab: int,
     progress: Progress,
+    tally: Tally,
+    chat_template: Path | None,
 ) -> Iterator[Group]:
     """Yield the work of one thread at a time."""
     group: list[Part | None] = []
@@ -136,10 +196,17 @@ def _groups(
                 f"{path} is text, but the model folder has no vocabulary to read it with. Copy "
                 "the vocabulary files into it, or use an encoded .npz or .npy"
             )
-        for part in corpus.parts_of(path, encoder.CUT, options, progress):
+        for part in corpus.parts_of(path, encoder.CUT, options, progress, tally):
+            if options.loss == "completion" and not part.is_dialogue:
+                raise UserError(f"{path} has texts without a prompt. {NO_PROMPT}")
+            if part.is_turn and (chat_template or encoder.end is None):
+                raise _no_template(path, chat_template)
             group.append(part)
             size += len(part.text) + 1  # blank lines take memory too
-            length += len(part.text) + (SEPARATOR_LENGTH if part.closes else 0)
+            length += len(part.text)
+            if part.closes:
+                length += SEPARATOR_LENGTH
+                tally.documents += 1
             if size >= corpus.BLOCK:
                 yield group
                 group, size = [], 0
@@ -191,10 +258,40 @@ def _no_threads_inside() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _no_template(path: Path, chat_template: Path | None) -> UserError:
+    """Return the error for messages that have no default form with this vocabulary."""
+    why = f"{chat_template} has a chat template, which gpt2cli does not run"
+    if chat_template is None:
+        why = "this vocabulary has no end token to put after each message"
+    return UserError(
+        f"{path} has messages, and {why}. Write the form of one message as --template, such as "
+        r'--template "{role}: {content}\n"'
+    )
+
+
+def _arrays(parts: Sequence[Part], encoder: Encoder, options: TextOptions) -> list[np.ndarray]:
+    """Encode parts; in a template's own text special tokens are always tokens."""
+    texts = [part.text for part in parts]
+    is_special = options.special == "token"
+    arrays = encoder.arrays(texts, special=is_special) if texts else []
+    if not is_special:
+        for place, part in enumerate(parts):
+            if part.is_literal:
+                arrays[place] = encoder.arrays([part.text], special=True)[0]
+    return arrays
+
+
 def _assemble(
-    group: Iterable[Part | None], arrays: Iterator[np.ndarray], encoder: Encoder
+    group: Iterable[Part | None], arrays: Iterator[np.ndarray], encoder: Encoder, marked: bool
 ) -> Iterator[Ids]:
-    """Put separators around the ids of a group's documents; yield as `encode` does."""
+    """Put separators around the ids of a group's documents; yield as `encode` does.
+
+    Args:
+        group: the parts.
+        arrays: the ids of each.
+        encoder: the vocabulary.
+        marked: whether the ids of parts that are not learnt are marked as read only.
+    """
     before = np.array(encoder.prefix, np.int32)
     after = np.array([] if encoder.end is None else [encoder.end], np.int32)
     found = [before[:0]]
@@ -204,11 +301,32 @@ def _assemble(
             found = [before[:0]]
             continue
         if part.opens:
-            found.append(before)
-        found.append(next(arrays))
+            found.append(marks.read_only(before) if marked and not part.learnt else before)
+        ids = next(arrays)
+        if part.is_dialogue:
+            ids = _with_marks(part, ids, encoder.end, marked)
+            found.append(ids)
+            continue
+        found.append(ids)
         if part.closes:
             found.append(after)
     yield np.concatenate(found), False
+
+
+def _with_marks(part: Part, ids: np.ndarray, end: int | None, marked: bool) -> np.ndarray:
+    """Return the ids of a part of a dialogue with the end token after it, marked as needed.
+
+    A template that ends with the end token gets no second one.
+    """
+    has_own = part.is_literal and len(ids) and ids[-1] == end
+    if end is not None and (part.closes or part.is_turn) and not has_own:
+        ids = np.append(ids, np.int32(end))
+    if marked and not part.learnt:
+        ids = marks.read_only(ids)
+    if end is None:
+        return ids
+    last = len(ids) - 1 if part.closes else len(ids)
+    return np.concatenate([marks.inner(ids[:last], end), ids[last:]])
 
 
 def save_npz(path: str | Path, parts: Iterable[Ids]) -> None:
@@ -219,6 +337,7 @@ def save_npz(path: str | Path, parts: Iterable[Ids]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    dtype: np.dtype | None = None  # of the chunk
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(files.replacing(path))
         chunk = stack.enter_context(
@@ -230,12 +349,36 @@ def save_npz(path: str | Path, parts: Iterable[Ids]) -> None:
         )
         for ids, ends in itertools.chain(parts, [LAST]):
             if len(ids):
-                chunk.write(ids.data)
-                dtype = ids.dtype
-            if ends and chunk.tell():
+                dtype = _append(chunk, ids, 0, dtype or ids.dtype)
+            if ends and dtype:
                 _add_member(archive, chunk, dtype)
                 chunk.seek(0)
                 chunk.truncate()
+                dtype = None
+
+
+def _append(file: IO[bytes], ids: np.ndarray, start: int, dtype: np.dtype) -> np.dtype:
+    """Write ids at the end of a file of ids of a type; return the type that the file then has.
+
+    Marked ids after plain ones of 16 bits make the file one of 32 bits.
+
+    Args:
+        file: open for reading and writing, and at its end.
+        ids: one or more.
+        start: the place of the first id.
+        dtype: the type of the ids in the file.
+    """
+    if marks.is_marked(ids) and dtype.kind == "u":
+        dtype, narrow = ids.dtype, dtype
+        for stop in range((file.tell() - start) // narrow.itemsize, 0, -(2**20)):
+            first = max(stop - 2**20, 0)  # from the back, so that no id is overwritten unread
+            file.seek(start + first * narrow.itemsize)
+            block = np.frombuffer(file.read((stop - first) * narrow.itemsize), narrow)
+            file.seek(start + first * dtype.itemsize)
+            file.write(block.astype(dtype).data)
+        file.seek(0, os.SEEK_END)
+    file.write(ids.astype(dtype, copy=False).data)
+    return dtype
 
 
 def _add_member(archive: zipfile.ZipFile, chunk: IO[bytes], dtype: np.dtype) -> None:
@@ -260,28 +403,38 @@ def save_npy(path: str | Path, parts: Iterable[Ids], dtype: np.dtype) -> None:
         UserError: the file cannot be written.
     """
     total = 0
-    with files.replacing(path) as file:
+    with files.replacing(path, "w+b") as file:
         # NumPy pads the header so that a longer shape fits into the same place.
         np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
         start = file.tell()
         for ids, _ in parts:
-            file.write(ids.astype(dtype, copy=False).data)
+            dtype = _append(file, ids, start, dtype) if len(ids) else dtype
             total += len(ids)
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, _header(dtype, total))
         assert file.tell() == start, (file.tell(), start)
 
 
-def _check_range(ids: np.ndarray, n_vocab: int, where: str) -> None:
-    """Raise UserError if an id is not in [0, n_vocab)."""
+def _check_range(ids: np.ndarray, n_vocab: int, where: str) -> int:
+    """Raise UserError if an id is not in [0, n_vocab); return the lowest stored id, 0 if none.
+
+    Only in an int32 array are negative ids marks.
+    """
+    lowest = 0
     for start in range(0, len(ids), 2**24):  # bounded memory for a mapped file
         block = ids[start : start + 2**24]
-        for value in (int(block.min()), int(block.max())):
+        low, high = int(block.min()), int(block.max())
+        lowest = min(lowest, low)
+        if low < 0 and ids.dtype == np.int32:
+            block = marks.ids_of(block)
+            low, high = int(block.min()), int(block.max())
+        for value in (low, high):
             if not 0 <= value < n_vocab:
                 raise UserError(
                     f"{where} has token {value}, but the model knows only 0 to {n_vocab - 1}. "
                     "Encode the text with the vocabulary of this model"
                 )
+    return lowest
 
 
 def _read_encoded(path: Path, n_vocab: int) -> Iterator[np.ndarray]:

@@ -93,7 +93,7 @@ class Run:
             network = checkpoint.load(start, options.precision, weights_precision="float32")
         self.model = LanguageModel(XlaEngine(network), vocabulary)
         slots, record = self.read(options, prefix, resumed)
-        self.state = State.read(record, options.val_dataset)
+        self.state = State.read(record, options.validates_with)
         options = dataclasses.replace(options, seed=self.seed(options.seed, record))
         self.plan = self.make_plan(options, folder, tokens, held_out)
         self.trainer = Trainer(network, self.plan.options, replicas)
@@ -156,6 +156,8 @@ class Run:
             return text.sampler(options.sampling, length, seed, end, options.uer_compat)
 
         assert options.seed is not None
+        if options.val_fraction:
+            tokens, held_out = self.split(tokens, options, end)
         given, batches = options, sampler(tokens, options.seed)
         if options.epochs:
             steps = math.ceil(options.epochs * batches.count / rows)
@@ -179,6 +181,20 @@ class Run:
             batches=batches,
             held_out=sampler(held_out, VALIDATION_SEED) if held_out else None,
         )
+
+    def split(
+        self, tokens: Tokens, options: TrainOptions, end: int | None
+    ) -> tuple[Tokens, Tokens]:
+        """Keep --val_fraction of the documents for validation; the run's seed chooses them."""
+        assert options.seed is not None
+        found = tokens.split(options.val_fraction, options.seed, end)
+        self.say(
+            f"--val_fraction {options.val_fraction}: {found.held_out_documents:,} of "
+            f"{found.documents + found.held_out_documents:,} documents "
+            f"({found.held_out.total:,} of {tokens.total:,} tokens), chosen by seed "
+            f"{options.seed}, are for validation alone"
+        )
+        return found.tokens, found.held_out
 
     def say(self, text: str) -> None:
         """Print a line on stderr, on the chief alone if there are several hosts."""
@@ -274,6 +290,10 @@ class Run:
         options, state, rows = self.plan.options, self.state, self.plan.rows
         n_vocab = self.model.config.n_vocab
         batch = self.plan.batches.batch(state.step, rows, options.noise, n_vocab)
+        if not batch.mask.any():  # only --loss completion has such batches
+            self.say(f"step {state.step + 1}: its batch has no token to learn, so it is left out")
+            state.step += 1
+            return
         result = self.trainer.step(state.step, batch, bool(self.stop.received))
         self.stops = result.stops > 0 and self.replicas.hosts > 1
         state.validation_loss = None
@@ -356,7 +376,8 @@ class Run:
             return
         if self.batch is not None:
             # the last loss was measured before the update: measure it with the weights to be saved
-            first = Batch._make(field[:1] for field in self.batch)
+            row = int(self.batch.mask.sum(1).argmax())  # one with tokens to learn
+            first = Batch._make(field[row : row + 1] for field in self.batch)
             loss = self.model.score([first]).loss
             if not math.isfinite(loss):
                 self.fail(f"after step {step} the loss is {loss}")
@@ -426,6 +447,10 @@ class Run:
             score = None if stop.received else score
         if score is None:
             return
+        if not score.tokens:
+            raise UserError(
+                "the validation batches have no token to learn. Set --val_batch_count higher"
+            )
         perplexity = math.exp(min(score.loss, 700))
         self.say(
             f"[{state.step}] validation loss={score.loss:.4f} perplexity={perplexity:.2f} "

@@ -13,7 +13,7 @@ from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.storage import folders, runs
 from gpt2cli.storage.folders import ModelFolder
-from gpt2cli.text import corpus, encoded, encoder
+from gpt2cli.text import documents, encoded, encoder, inputs
 from gpt2cli.text.batches import Tokens
 from gpt2cli.text.encoder import Encoder
 
@@ -61,9 +61,9 @@ def texts(
         UserError: a text is missing or damaged, or does not fit the model.
     """
     sizes = folder.known_sizes()
-    corpus.find(options.dataset)
+    inputs.find(options.dataset)
     if options.val_dataset is not None:
-        corpus.find(options.val_dataset)
+        inputs.find(options.val_dataset)
     if options.seq_length > sizes.n_ctx:
         raise UserError(
             f"--seq_length {options.seq_length} exceeds the model's n_ctx, {sizes.n_ctx}"
@@ -74,9 +74,14 @@ def texts(
             "--sampling, or set end_token in hparams.json to a token that ends each document"
         )
     n_vocab = encoder.ids_of(folder, vocabulary)
-    tokens = encoded.load(options.dataset, vocabulary, options, n_vocab)
+    chat_template = documents.chat_template_of(folder)
+    tokens = encoded.load(options.dataset, vocabulary, options, n_vocab, chat_template)
+    if options.val_fraction:
+        tokens.split(options.val_fraction, 0, vocabulary.end if vocabulary else None)
     if options.val_every and options.val_dataset is not None:
-        return tokens, encoded.load(options.val_dataset, vocabulary, options, n_vocab)
+        return tokens, encoded.load(
+            options.val_dataset, vocabulary, options, n_vocab, chat_template
+        )
     if options.val_dataset is not None:
         say("--val_dataset is ignored: --val_every is 0")
     return tokens, None

@@ -76,7 +76,7 @@ class State:
         fields = dataclasses.asdict(self)
         if self.validation_loss is None:
             del fields["validation_loss"]
-        return fields | {"seed": options.seed, "val_dataset": options.val_dataset}
+        return fields | {"seed": options.seed, "val_dataset": options.validates_with}
 
     def add_validation(self, loss: float) -> None:
         """Note the validation loss of this step."""

@@ -164,12 +164,22 @@ def test_the_literal_end_token_and_half_characters_make_no_token(cli, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(f"kettle{END}off \ud83d\n"))
     for kind in ("bpe", "wordpiece"):
         out = tmp_path / kind
-        flags = ("--kind", kind, "--size", 300, "--min_frequency", 1)
+        flags = ("--kind", kind, "--size", 300, "--min_frequency", 1, "--errors", "replace")
         assert cli("vocab", tmp_path / "a.jsonl", out, *flags).returncode == 0
     ids = json.loads((tmp_path / "bpe/encoder.json").read_text())
     assert "kettle" in ids and not [token for token in ids if "<" in token[:-1] and token[0] != "<"]
     assert "endoftext" not in ids
-    flags = ("--size", 300, "--min_frequency", 1, "--special", "text", "--overwrite")
+    flags = (
+        "--size",
+        300,
+        "--min_frequency",
+        1,
+        "--errors",
+        "replace",
+        "--special",
+        "text",
+        "--overwrite",
+    )
     assert cli("vocab", tmp_path / "a.jsonl", tmp_path / "bpe", *flags).returncode == 0
     assert "endoftext" in json.loads((tmp_path / "bpe/encoder.json").read_text())
 

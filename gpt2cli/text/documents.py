@@ -1,0 +1,219 @@
+"""Records -> documents: a text, a prompt with its completion, or the messages of a dialogue.
+
+A document is a list of parts. A dialogue has one part for each piece of its template and for each
+field, encoded by itself, so that a prompt has the same ids here as in `sample`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt2cli import files
+from gpt2cli.errors import UserError
+from gpt2cli.options import FileOptions, TextOptions, split_template
+from gpt2cli.storage.folders import ModelFolder
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+PAIR = ("prompt", "completion")  # of OpenAI's fine-tuning files
+MESSAGE = {"role", "content"}
+# Nothing follows the prompt but the completion, as OpenAI's fine-tuning files were learnt.
+PAIR_TEMPLATE = "{prompt}{completion}"
+
+
+class Part(NamedTuple):
+    """A part of a document, cut where the encoder allows it."""
+
+    text: str
+    opens: bool  # whether the document starts with this part
+    closes: bool  # whether the document ends with this part
+    learnt: bool = True  # whether --loss completion learns it, and the end token after it
+    is_dialogue: bool = False  # whether only the last end token ends the document
+    is_literal: bool = False  # whether it is a template's, so that special tokens are tokens
+    is_turn: bool = False  # whether an end token follows it, though the document may continue
+
+
+class Record(NamedTuple):
+    """A record of a file.
+
+    Attributes:
+        value: a text, or an object with fields.
+        where: its file and place, for messages.
+    """
+
+    value: Any
+    where: str
+
+
+def parts_of(record: Record, options: TextOptions) -> list[Part]:
+    """Return the parts of a record's document; empty if it has no character.
+
+    Raises:
+        UserError: the record has no text, several, or not the fields of --template.
+    """
+    value, where = record
+    if options.template is not None:
+        return _filled(value, where, options.template, options)
+    if isinstance(value, Mapping) and options.json_field is None:
+        forms = forms_in(value)
+        if len(forms) > 1:
+            raise UserError(
+                f"{where} has {' and '.join(forms)}. Choose with --json_field NAME, or with "
+                "--template and the fields in braces"
+            )
+        if forms == ["messages"]:
+            return _messages(value["messages"], where, None, options)
+        if forms == ["prompt and completion"]:
+            return _filled(value, where, PAIR_TEMPLATE, options)
+    text = text_of(value, where, options)
+    return [Part(text, True, True)] if text else []
+
+
+def forms_in(fields: Any) -> list[str]:
+    """Return the forms of a document that an object's fields, or a file's columns, have."""
+    forms = ["messages"] if "messages" in fields else []
+    forms += ["prompt and completion"] if all(name in fields for name in PAIR) else []
+    return forms + (["text"] if "text" in fields else [])
+
+
+def text_of(value: Any, where: str, options: FileOptions, default: str = "text") -> str:
+    """Return the text of a record: the record, or the field of --json_field or `default`.
+
+    Raises:
+        UserError: there is none; the message names the fields.
+    """
+    name = options.json_field or default
+    if isinstance(value, Mapping):
+        if name not in value:
+            names = [f for f, v in value.items() if isinstance(v, str)]
+            raise UserError(
+                f'{where} must be a JSON string or an object with a "{name}" string. '
+                + (f"Its texts are {', '.join(names)}: name one with --json_field" if names else "")
+            )
+        return _clean(value[name], f"{where}, {name}", options)
+    if not isinstance(value, str):
+        raise UserError(f'{where} must be a JSON string or an object with a "{name}" string')
+    return _clean(value, where, options)
+
+
+def _clean(text: Any, where: str, options: FileOptions) -> str:
+    """Return a text without NUL and halves of characters: --errors replace makes them U+FFFD.
+
+    Raises:
+        UserError: it is not a text, or has such characters and --errors is strict.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"{where} must be a text, not {_kind(text)}")
+    place = text.find("\0")
+    what = "a NUL character"
+    if place < 0 and not text.isascii():
+        text = _joined(text)
+        match = SURROGATE.search(text)
+        place, what = match.start() if match else -1, "half of a character (a lone surrogate)"
+    if place < 0:
+        return text
+    if options.errors == "strict":
+        raise UserError(
+            f"{where}: character {place + 1} of the text is {what}. Remove it, or replace such "
+            "characters by U+FFFD with --errors replace"
+        )
+    return SURROGATE.sub("\ufffd", _joined(text)).replace("\0", "\ufffd")
+
+
+def _joined(text: str) -> str:
+    """Join pairs of surrogates to their character."""
+    if SURROGATE.search(text) is None:
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+def _filled(value: Any, where: str, template: str, options: TextOptions) -> list[Part]:
+    """Return the parts of a record in a template; its completion and the text after it are learnt.
+
+    The completion is the field of that name, or else the last one.
+    """
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is not an object with fields, which --template needs")
+    pieces = split_template(template)
+    names = [name for _, name in pieces if name is not None]
+    if set(names) <= MESSAGE and "messages" in value:
+        return _messages(value["messages"], where, template, options)
+    last = "completion" if "completion" in names else names[-1]
+    parts = list(_pieces(pieces, value, where, {last}, options))
+    has_text = any(part.text for part in parts if not part.is_literal)
+    return _closed(parts) if has_text else []
+
+
+def _messages(value: Any, where: str, template: str | None, options: TextOptions) -> list[Part]:
+    """Return the parts of a list of messages; those of the role assistant are learnt.
+
+    A message with "weight": 0 is not, as in OpenAI's fine-tuning files. Without a template an end
+    token follows each message, as in DialoGPT (arXiv 1911.00536, section 3.1).
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f'{where}: "messages" must be a list of objects with "role" and "content"')
+    pieces = split_template(template or "{content}")
+    parts: list[Part] = []
+    for number, message in enumerate(value, 1):
+        place = f"{where}, message {number}"
+        if not isinstance(message, Mapping) or not message.keys() >= MESSAGE:
+            raise UserError(f'{place} must be an object with "role" and "content"')
+        weight = message.get("weight")
+        if weight not in (None, 0, 1):
+            raise UserError(f'{place}: "weight" must be 0 or 1')
+        learnt = {"content"} if message["role"] == "assistant" and weight != 0 else set()
+        parts += _pieces(pieces, message, place, learnt, options)
+        if template is None:
+            parts[-1] = parts[-1]._replace(is_turn=True)
+    return _closed(parts)
+
+
+def _pieces(
+    pieces: list[tuple[str, str | None]],
+    fields: Mapping[str, Any],
+    where: str,
+    learnt: set[str],
+    options: TextOptions,
+) -> Iterator[Part]:
+    """Yield the parts of a template filled with fields; text is learnt as the field before it."""
+    is_learnt = False
+    for text, name in pieces:
+        if text:
+            yield Part(text, False, False, is_learnt, True, is_literal=True)
+        if name is None:
+            continue
+        if name not in fields:
+            raise UserError(
+                f"{where} has no field {name}, which --template names. It has "
+                f"{', '.join(map(str, fields)) or 'none'}"
+            )
+        is_learnt = name in learnt
+        yield Part(_clean(fields[name], f"{where}, {name}", options), False, False, is_learnt, True)
+
+
+def _closed(parts: list[Part]) -> list[Part]:
+    """Mark the first and the last part of a document."""
+    parts[0] = parts[0]._replace(opens=True)
+    parts[-1] = parts[-1]._replace(closes=True)
+    return parts
+
+
+def chat_template_of(folder: ModelFolder) -> Path | None:
+    """Return the file of a model folder that has a template for messages; None without one.
+
+    Raises:
+        UserError: tokenizer_config.json is damaged.
+    """
+    if folder.has("chat_template.jinja"):
+        return folder.path / "chat_template.jinja"
+    where = folder.path / "tokenizer_config.json"
+    if folder.has(where.name):
+        values = files.parse_object(folder.read(where.name), where)
+        if values.get("chat_template"):
+            return where
+    return None

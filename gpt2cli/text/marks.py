@@ -1,0 +1,57 @@
+"""Marks on stored token ids: which a dialogue only reads, and which end tokens end no document.
+
+A marked id is stored as ~value, a negative int32, and value is the id plus some of the flags below.
+So a token that is only read is stored as ~id. Arrays keep one number for each token and can be
+mapped, and a program that does not know the marks fails at a negative id instead of learning it.
+"""
+
+import numpy as np
+
+INNER = 2**30  # an end token within a dialogue, which does not end the document
+LEARNT = 2**29  # only with INNER: the token is learnt
+_ID = LEARNT - 1
+
+
+def is_marked(ids: np.ndarray) -> bool:
+    """Return whether any of these stored ids is marked."""
+    return ids.dtype.kind == "i" and bool((ids < 0).any())
+
+
+def read_only(ids: np.ndarray) -> np.ndarray:
+    """Mark ids [T] as read, not learnt."""
+    return ~ids.astype(np.int32)
+
+
+def inner(ids: np.ndarray, end: int) -> np.ndarray:
+    """Mark the end tokens among ids [T] as inside a document; the ids may be read_only or not."""
+    plain = np.where(ids == end, ~(ids | INNER | LEARNT), ids)
+    return np.where(ids == ~end, ~(end | INNER), plain).astype(np.int32)
+
+
+def ids_of(stored: np.ndarray) -> np.ndarray:
+    """Return the token ids of stored ids of any shape."""
+    if not is_marked(stored):
+        return stored
+    return np.where(stored < 0, ~stored & _ID, stored)
+
+
+def is_learnt(stored: np.ndarray) -> np.ndarray:
+    """Return bool: whether each stored id is to be learnt."""
+    return (stored >= 0) | ((~stored & LEARNT) != 0)
+
+
+def is_end(stored: np.ndarray, end: int) -> np.ndarray:
+    """Return bool: whether each stored id is an end token that ends a document."""
+    found = stored == end
+    return found if stored.dtype.kind == "u" else found | (stored == ~end)
+
+
+def learnt_count(stored: np.ndarray) -> int:
+    """Return the number of stored ids that are learnt, reading a part of a mapped file at a time.
+
+    The first one counts, although no token before it predicts it.
+    """
+    if stored.dtype.kind == "u":
+        return len(stored)
+    blocks = range(0, len(stored), 2**22)
+    return sum(int(is_learnt(stored[start : start + 2**22]).sum()) for start in blocks)

@@ -1,0 +1,354 @@
+"""Files of records -> records: .csv and .tsv, .jsonl and .ndjson, .json, .parquet."""
+
+import csv
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from gpt2cli import files
+from gpt2cli.errors import UserError
+from gpt2cli.options import FileOptions, split_template
+from gpt2cli.text import packed
+from gpt2cli.text.documents import MESSAGE, PAIR, Record, forms_in
+
+TABLES = (".csv", ".tsv", ".parquet", ".pq")
+OBJECTS = (".jsonl", ".ndjson", ".json")
+LONGEST = 2**28  # characters of a value of a .json file
+ROWS = 256  # rows of a .parquet file that are in memory as Python objects
+
+Blocks = Iterable[str]
+
+
+def is_records(ending: str) -> bool:
+    """Return whether files whose names end so hold records."""
+    return ending in TABLES or ending in OBJECTS
+
+
+def of_text(path: Path, blocks: Blocks, options: FileOptions, default: str) -> Iterator[Record]:
+    """Yield the records of a file whose content is text.
+
+    Args:
+        path: the file.
+        blocks: its decoded content.
+        options: which column to read.
+        default: the column that is read if there are several and none is named.
+
+    Raises:
+        UserError: the content is not of the kind that the name says.
+    """
+    ending, _ = packed.names_of(path)
+    if ending in (".csv", ".tsv"):
+        return _csv(path, blocks, options, default)
+    return _json(path, blocks) if ending == ".json" else _jsonl(path, lines_of(blocks))
+
+
+def lines_of(blocks: Blocks) -> Iterator[str]:
+    r"""Yield the lines of a text with their \n (str.splitlines also splits at U+2028 and such)."""
+    rest: list[str] = []
+    for block in blocks:
+        *lines, last = block.split("\n")
+        for line in lines:
+            yield "".join((*rest, line, "\n"))
+            rest.clear()
+        rest.append(last)
+    if any(rest):
+        yield "".join(rest)
+
+
+class _Quotes:
+    """Lines of a CSV file, with the number of the line at which an open quote began.
+
+    Attributes:
+        opened: that line, if a quote is open.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines, self._number, self._is_open, self.opened = iter(lines), 0, False, 0
+
+    def __iter__(self) -> "_Quotes":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._number += 1
+        if line.count('"') % 2:
+            self._is_open = not self._is_open
+            if self._is_open:
+                self.opened = self._number
+        return line
+
+    def end_record(self) -> None:
+        """Note that a record has ended, and with it every quote."""
+        self._is_open, self.opened = False, 0
+
+
+def _csv(path: Path, blocks: Blocks, options: FileOptions, default: str) -> Iterator[Record]:
+    """Yield the rows of a CSV file: the text of the column, or an object of the columns needed."""
+    csv.field_size_limit(2**31 - 1)
+    is_tsv = packed.names_of(path)[0] == ".tsv"
+    lines = _Quotes(lines_of(blocks))
+    rows = csv.reader(lines, strict=True, delimiter="\t" if is_tsv else ",")
+    header: list[str] | None = None
+    wanted: dict[str, int] = {}
+    try:
+        for row in rows:
+            lines.end_record()
+            if not row:
+                continue
+            where = f"{path} line {rows.line_num}"
+            if header is None:
+                header = row
+                wanted = _columns(where, header, options, default)
+                if options.csv_header:
+                    continue
+            if len(row) != len(header):
+                number = "one" if len(header) == 1 else str(len(header))
+                raise UserError(
+                    f"{where} has {len(row)} columns, not {number}. Put the text in "
+                    '"quotes" (and double any quotes inside it), or use a .jsonl file'
+                )
+            yield Record(_only({name: row[place] for name, place in wanted.items()}), where)
+    except csv.Error as error:
+        opened = f". A quote opens at line {lines.opened} and is not closed" if lines.opened else ""
+        raise UserError(f"{path} line {rows.line_num} is not CSV: {error}{opened}") from None
+
+
+def _only(row: dict[str, Any]) -> Any:
+    """Return the value of a row with one column, or the row."""
+    return next(iter(row.values())) if len(row) == 1 and "messages" not in row else row
+
+
+def _columns(
+    where: str, header: Sequence[str], options: FileOptions, default: str
+) -> dict[str, int]:
+    """Return the columns of a CSV file to read, as name -> place."""
+    if not options.csv_header:
+        if len(header) > 1:
+            raise UserError(
+                f"{where} has {len(header)} columns, not one. Write their names into the first "
+                "line, and choose one with --csv_column NAME (without --csv_header=false)"
+            )
+        return {"": 0}
+    names = wanted(where, list(header), list(header), options, default)
+    if len(header) == 1 and options.csv_column is None and any(c in header[0] for c in ";\t"):
+        raise UserError(
+            f"{where} has one column, {header[0]!r}, so other characters than commas may separate "
+            "its columns. Use commas, or name a file with tabs .tsv. If it is one column, give "
+            "its name with --csv_column"
+        )
+    return {name: header.index(name) for name in names}
+
+
+def wanted(
+    where: str, names: list[str], texts: list[str], options: FileOptions, default: str
+) -> list[str]:
+    """Return the names of the columns to read: of --csv_column, of --template, or the only text.
+
+    Args:
+        where: the file and place, for messages.
+        names: all columns.
+        texts: those that hold texts.
+        options: the flags.
+        default: the column that is read if there are several and none is named.
+
+    Raises:
+        UserError: there is no such column, or several hold texts.
+    """
+    shown = ", ".join(name or "(no name)" for name in names)
+    if options.csv_column is not None:
+        if names.count(options.csv_column) != 1:
+            many = names.count(options.csv_column) or "no"
+            raise UserError(
+                f"{where} has {many} columns {options.csv_column!r}. Its columns are: {shown}"
+            )
+        return [options.csv_column]
+    template = getattr(options, "template", None)
+    if template is not None:
+        fields = {field for _, field in split_template(template) if field}
+        if fields <= MESSAGE and "messages" in names:
+            return ["messages"]
+        return [name for name in names if name in fields] or names
+    if default != "text" and default in names:
+        return [default]
+    forms = forms_in(names)
+    if forms == ["messages"]:
+        return ["messages"]
+    if forms == ["prompt and completion"]:
+        return list(PAIR)
+    if len(texts) == 1 and len(forms) < 2:
+        return texts
+    raise UserError(
+        f"{where} has {len(texts) or 'no'} columns with text"
+        + (f": {shown}. Name one with --csv_column" if texts else f". Its columns are: {shown}")
+    )
+
+
+def _jsonl(path: Path, lines: Iterable[str]) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path} line {number}"
+            yield Record(files.parse_json(line, where), where)
+
+
+def _json(path: Path, blocks: Blocks) -> Iterator[Record]:
+    """Yield the items of a JSON list; a file of JSON lines that is named .json is read as such."""
+    text = _Buffer(path, blocks)
+    first = text.skip_space()
+    if first in ("{", '"'):
+        yield from _jsonl(path, lines_of(text.rest()))
+        return
+    if first != "[":
+        raise UserError(f"{path} is not JSON: it must be a list of texts or of objects")
+    text.skip(1)
+    number = 0
+    while text.skip_space() != "]":
+        number += 1
+        where = f"{path} item {number} (line {text.line})"
+        yield Record(text.value(where), where)
+        after = text.skip_space()
+        if after == ",":
+            text.skip(1)
+            after = text.skip_space()
+            after = "no value" if after == "]" else ","
+        if after not in (",", "]"):
+            raise UserError(f"{path} line {text.line} is not JSON: a comma or ] is missing")
+    text.skip(1)
+    if text.skip_space():
+        raise UserError(f"{path} line {text.line} is not JSON: text follows the list")
+
+
+class _Buffer:
+    """A JSON text that is read as far as needed.
+
+    Attributes:
+        line: number of the line of the next character.
+    """
+
+    def __init__(self, path: Path, blocks: Blocks) -> None:
+        self.line = 1
+        self._path, self._blocks = path, iter(blocks)
+        self._text, self._at = "", 0
+        self._decode = json.JSONDecoder().raw_decode
+
+    def _more(self) -> bool:
+        """Read as much as is there already, so that a long value is not read again and again."""
+        parts, size = [self._text[self._at :]], 0
+        least = len(parts[0])
+        for block in self._blocks:
+            parts.append(block)
+            size += len(block)
+            if size and size >= least:
+                break
+        self._text, self._at = "".join(parts), 0
+        return size > 0
+
+    def skip(self, count: int) -> None:
+        """Move on by some characters."""
+        self.line += self._text.count("\n", self._at, self._at + count)
+        self._at += count
+
+    def skip_space(self) -> str:
+        """Move on to the next character that is not white space; return it, or "" at the end."""
+        while True:
+            text = self._text
+            end = self._at
+            while end < len(text) and text[end] in " \t\n\r":
+                end += 1
+            self.skip(end - self._at)
+            if end < len(text):
+                return text[end]
+            if not self._more():
+                return ""
+
+    def value(self, where: str) -> Any:
+        """Return the next value and move behind it; UserError if it is no text or object."""
+        if self.skip_space() not in ('"', "{"):
+            raise UserError(f"{where} must be a text or an object")
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                is_short = len(self._text) - self._at < LONGEST
+                if is_short and _is_cut(error, len(self._text)) and self._more():
+                    continue
+                raise UserError(f"{where} is not JSON ({_told(error, self.line)})") from None
+            self.skip(end - self._at)
+            return value
+
+    def rest(self) -> Iterator[str]:
+        """Yield the rest of the text, after as many line ends as were read."""
+        yield "\n" * (self.line - 1) + self._text[self._at :]
+        yield from self._blocks
+
+
+def _is_cut(error: Exception, length: int) -> bool:
+    """Return whether more text could remove an error: it is at the end, or a text has no end."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= length - 12
+
+
+def _told(error: Exception, line: int) -> str:
+    """Return a decoder's message with the line of the file."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at line {line + error.doc.count(chr(10), 0, error.pos)}"
+    return str(error)
+
+
+def of_parquet(
+    path: Path, options: FileOptions, default: str, progress: Callable[[int], Any]
+) -> Iterator[Record]:
+    """Yield the rows of a .parquet file: a part of a row group at a time, and only what is needed.
+
+    Raises:
+        UserError: pyarrow is missing, the file is damaged, or it has no such column.
+    """
+    library = packed.extra("pyarrow.parquet", path, "is a Parquet file")
+    errors = packed.extra("pyarrow", path, "is a Parquet file").ArrowException
+    with packed.opened(path) as (content, _):
+        try:
+            source = content if not packed.names_of(path)[1] else _spooled(content)
+            table = library.ParquetFile(source)
+            names = wanted(
+                str(path), table.schema_arrow.names, _texts(table.schema_arrow), options, default
+            )
+            size, total = path.stat().st_size, max(table.metadata.num_rows, 1)
+            number = done = 0
+            for batch in table.iter_batches(batch_size=ROWS, columns=names, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    value = _only({name: row[name] for name in names})
+                    yield Record("" if value is None else value, f"{path} row {number}")
+                progress(size * number // total - done)
+                done = size * number // total
+        except (errors, OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{path} is damaged or not a Parquet file ({error!s:.200}). Download it again"
+            ) from None
+
+
+def _spooled(content: IO[bytes]) -> IO[bytes]:
+    """Unpack a file to the disk, where it can be read at any place."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with its reader
+    shutil.copyfileobj(content, file)
+    file.seek(0)
+    return file
+
+
+def _texts(schema: Any) -> list[str]:
+    """Return the columns of a schema that hold texts."""
+    kinds = ("string", "large_string", "string_view")
+
+    def is_text(kind: Any) -> bool:
+        return str(getattr(kind, "value_type", kind)) in kinds and not hasattr(kind, "value_field")
+
+    return [
+        field.name
+        for field in schema
+        if is_text(field.type) and not field.name.startswith("__index_level_")
+    ]
