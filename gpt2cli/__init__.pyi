@@ -331,6 +331,11 @@ def sample(
     window: Literal["half", "last"] = "half",
     beams: int = 1,
     length_penalty: float = 1.0,
+    encoding: str | Path = "utf-8",
+    errors: Literal["strict", "replace"] = "strict",
+    csv_column: str | Path | None = None,
+    csv_header: bool = True,
+    json_field: str | Path | None = None,
     models_dir: str | Path = "models",
     checkpoint_dir: str | Path = "checkpoint",
     verbose: bool = False,
@@ -343,8 +348,9 @@ def sample(
         prompt: text to continue; - reads it from standard input.
         prefix: another name for --prompt, as in gpt-2-simple.
         prompt_file: file that contains the text to continue.
-        prompts: file of prompts, one per line; in a .jsonl file each line is a text, a list of
-            token ids, or an object with "prompt" or "tokens".
+        prompts: file of prompts, one per line. A .jsonl or .json file has texts, lists of token
+            ids, or objects with "prompt" or "tokens"; a .csv, .tsv or .parquet file has a
+            column of prompts.
         model_name: model to use (default: 124M).
         run_name: run whose newest checkpoint to use instead of a model; samples also go to
             samples/RUN_NAME/.
@@ -390,6 +396,14 @@ def sample(
             instead of random ones, as transformers does, one prompt at a time.
         length_penalty: exponent of the length in a beam's score, log-probability / length **
             penalty; above 0 favours long texts.
+        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
+            counts.
+        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
+            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
+        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        csv_header: treat the first line of a .csv or .tsv file as a header.
+        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
+            dialogue).
         models_dir: folder that contains the model folders.
         checkpoint_dir: folder that contains the run folders.
         verbose: show TensorFlow's own messages.

@@ -4,10 +4,13 @@ Any bytes may cause a UserError and no other error. This needs atheris (`pip ins
 test_bad_input.py is the short form without it.
 """
 
+import bz2
 import contextlib
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import sys
 import tempfile
@@ -17,6 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+CORPORA = ("txt", "csv", "tsv", "jsonl", "json", "npz", "npy", "parquet")
+CORPORA += ("txt.gz", "csv.bz2", "jsonl.xz", "txt.zst")
 FOLDER = Path(tempfile.mkdtemp(prefix="gpt2cli-fuzz-"))
 TINY = Path(__file__).parents[1] / "models" / "tiny"
 
@@ -60,7 +65,7 @@ def targets():
     def prompts(ending):
         def read(data):
             path = file(f"prompts.{ending}", data)
-            read_prompts(prompt=None, prompt_file=None, prompts=str(path))
+            read_prompts(prompt=None, prompt_file=None, prompts=str(path), options=TextOptions())
 
         return read
 
@@ -90,7 +95,7 @@ def targets():
     return {
         "hparams": lambda data: ModelConfig.from_json(data.decode("utf-8", "replace")),
         "object": lambda data: files.read_object(file("object.json", data)),
-        **{ending: corpus(ending) for ending in ("txt", "csv", "jsonl", "npz", "npy")},
+        **{ending: corpus(ending) for ending in CORPORA},
         "encoder.json": bpe("encoder.json", "vocab.bpe"),
         "vocab.bpe": bpe("vocab.bpe", "encoder.json"),
         "vocab.txt": wordpiece,
@@ -106,11 +111,16 @@ def targets():
 
 def seeds():
     """Return name of a target -> valid bytes, from which fuzzing starts."""
+    import pyarrow.parquet
+    import zstandard
+
     from gpt2cli.storage import runs
 
     npy, npz = io.BytesIO(), io.BytesIO()
     np.save(npy, np.arange(9, dtype=np.uint16))
     np.savez_compressed(npz, np.arange(9), np.arange(5))
+    parquet = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["the kettle", None]}), parquet)
     runs.write_state(FOLDER, {"step": 1, "save": 1, "running_loss": [1.5, 2]}, {})
     tiny = {name: (TINY / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
     hparams = (TINY / "hparams.json").read_bytes()
@@ -119,7 +129,15 @@ def seeds():
         "object": hparams,
         "txt": "née\r\n<|endoftext|>\ufeff".encode(),
         "csv": b'text\n"a ""b"",\nc"\nd\n',
-        "jsonl": b'{"text": "a\\ud83d b"}\n\n{"text": ""}\n',
+        "jsonl": b'{"text": "a\\ud83d\\ude00 b"}\n\n{"text": ""}\n{"messages": [{"role": "user", '
+        b'"content": "a"}]}\n{"prompt": "a", "completion": "b"}',
+        "tsv": b'text\n"a ""b"""\nc\n',
+        "json": b' [ "a\\n", {"text": "b", "n": 1.5},{"prompt": "", "completion": "b"} ]\n',
+        "txt.gz": gzip.compress(b"the kettle\n", mtime=0),
+        "csv.bz2": bz2.compress(b"text\nthe kettle\n"),
+        "jsonl.xz": lzma.compress(b'"the kettle"\n'),
+        "txt.zst": zstandard.compress(b"the kettle\n"),
+        "parquet": parquet.getvalue(),
         "npz": npz.getvalue(),
         "npy": npy.getvalue(),
         **tiny,

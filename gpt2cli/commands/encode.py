@@ -55,7 +55,7 @@ def run(options: EncodeOptions) -> None:
         UserError: no vocabulary, unreadable or empty input, or an output that is the input.
     """
     from gpt2cli.storage import folders
-    from gpt2cli.text import documents, encoded, encoder
+    from gpt2cli.text import documents, encoded, encoder, packed
     from gpt2cli.text.inputs import Tally
 
     started = time.monotonic()
@@ -83,7 +83,8 @@ def run(options: EncodeOptions) -> None:
             encoded.save_npy(out, parts, encoded.dtype_of(n_vocab))
         else:
             encoded.save_npz(out, parts)
-    say(report.summary(out, size, time.monotonic() - started))
+    is_packed = any(packed.names_of(path)[1] for path in found.paths)
+    say(report.summary(out, 0 if is_packed else size, time.monotonic() - started))
     for line in tally.lines():
         say(line)
 
@@ -161,7 +162,7 @@ class Report:
 
         Args:
             out: the file that was written.
-            size: bytes of text that were read.
+            size: bytes of text that were read; 0 if the files are packed.
             seconds: time it took.
         """
         parts = [counted(self._documents, "document")] if self._count_documents else []
@@ -169,10 +170,10 @@ class Report:
             parts.append(counted(self._ends, "end token"))
         including = f" ({', '.join(parts)})" if parts else ""
         chunks = counted(self._chunks, "chunk")
+        per_token = f", {size / self._tokens:.2f} bytes of text per token" if size else ""
         lines = [
-            f"{out}: {counted(self._tokens, 'token')}{including} in {chunks}, "
-            f"{size / self._tokens:.2f} bytes of text per token; {out.stat().st_size:,} bytes "
-            f"written in {seconds:.1f} s"
+            f"{out}: {counted(self._tokens, 'token')}{including} in {chunks}{per_token}; "
+            f"{out.stat().st_size:,} bytes written in {seconds:.1f} s"
         ]
         if self._unknown:
             common = " ".join(char for char, _ in self._missing.most_common(10))

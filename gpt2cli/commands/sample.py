@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.jobs.shards import check as check_shard
-from gpt2cli.options import CheckpointOptions, GenerateOptions, new_seed
+from gpt2cli.options import CheckpointOptions, FileOptions, GenerateOptions, new_seed
 
 if TYPE_CHECKING:
     from gpt2cli.inference.generator import LanguageModel
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(GenerateOptions, CheckpointOptions):
+class SampleOptions(GenerateOptions, FileOptions, CheckpointOptions):
     """Generate text, with or without a prompt.
 
     Prompt:
         prompt: text to continue; - reads it from standard input.
         prefix: another name for --prompt, as in gpt-2-simple.
         prompt_file: file that contains the text to continue.
-        prompts: file of prompts, one per line; in a .jsonl file each line is a text, a list of
-            token ids, or an object with "prompt" or "tokens".
+        prompts: file of prompts, one per line. A .jsonl or .json file has texts, lists of token
+            ids, or objects with "prompt" or "tokens"; a .csv, .tsv or .parquet file has a column of
+            prompts.
 
     Model:
         run_name: run whose newest checkpoint to use instead of a model; samples also go to
@@ -84,6 +85,7 @@ class SampleOptions(GenerateOptions, CheckpointOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_source()
+        self._check_files()
         if self.prefix is not None and self.prompt is not None:
             raise UsageError("--prefix is the same as --prompt: give only one of them")
         if self.processes < 0:
@@ -126,7 +128,7 @@ def run(options: SampleOptions) -> None:
 
     options = resolved(options, os.environ)
     folder = folders.open_source(options)
-    texts = prompts.read(options.prompt, options.prompt_file, options.prompts)
+    texts = prompts.read(options.prompt, options.prompt_file, options.prompts, options)
     for path in out_paths(options):
         if path.is_dir():
             raise UserError(f"{path} is a folder; --out takes the name of a file")

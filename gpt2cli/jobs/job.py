@@ -36,6 +36,7 @@ IRRELEVANT = (
     *("model_name", "run_name", "models_dir", "checkpoint_dir", "sample_dir", "verbose"),
     *("prompt", "prompt_file", "prompts", "out", "nfiles", "batch_size", "delimiter", "format"),
     *("checkpoint", "processes"),
+    *("encoding", "errors", "csv_column", "csv_header", "json_field"),  # the prompts themselves do
 )
 
 

@@ -1,25 +1,40 @@
 """Read the prompts that `sample` answers: from a flag, standard input or a file."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from gpt2cli import files
+from gpt2cli.console import say
 from gpt2cli.errors import UserError
+from gpt2cli.options import FileOptions
+from gpt2cli.text import corpus, packed, records
+from gpt2cli.text.documents import Record, text_of
 
 Prompt = str | list[int] | None  # a text, token ids, or nothing to continue
 
 
-def read(prompt: str | None, prompt_file: str | None, prompts: str | None) -> list[Prompt]:
+def read(
+    prompt: str | None, prompt_file: str | None, prompts: str | None, options: FileOptions
+) -> list[Prompt]:
     """Return the prompts that the flags of these names give; [None] if all three are None.
+
+    Args:
+        prompt: --prompt.
+        prompt_file: --prompt_file.
+        prompts: --prompts.
+        options: how to read files.
 
     Raises:
         UserError: a prompt cannot be read; the message names the file and the line.
     """
     if prompts is not None:
-        return list(_prompts_in(Path(prompts)))
+        found = list(_prompts_in(Path(prompts), options))
+        if not found:
+            raise UserError(f"{prompts} contains no prompt; write one per line")
+        return found
     if prompt_file is not None:
-        return [_without_newline(files.read_text(prompt_file))]
+        text = "".join(corpus.blocks_of(Path(prompt_file), options, note=_say))
+        return [_without_newline(text)]
     if prompt == "-":
         try:
             return [_without_newline(sys.stdin.buffer.read().decode("utf-8"))]
@@ -28,29 +43,37 @@ def read(prompt: str | None, prompt_file: str | None, prompts: str | None) -> li
     return [prompt]
 
 
+def _say(note: str, path: Path) -> None:
+    say(f"{path}: {note}")
+
+
 def _without_newline(text: str) -> str:
     """Remove the final newline, which the file or `echo` added to the prompt."""
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _prompts_in(path: Path) -> Iterator[Prompt]:
-    """Yield the prompt in each line that is not blank."""
-    lines = files.read_text(path).removeprefix("\ufeff").split("\n")
-    numbered = [(n, line.removesuffix("\r")) for n, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise UserError(f"{path} contains no prompt; write one per line")
-    for number, line in numbered:
-        is_json = path.suffix.lower() == ".jsonl"
-        yield _parse_line(f"{path} line {number}", line) if is_json else line
+def _prompts_in(path: Path, options: FileOptions) -> Iterator[Prompt]:
+    """Yield the prompt in each record, or in each line that is not blank."""
+    corpus.check_flags([path], options)
+    if records.is_records(packed.names_of(path)[0]):
+        for record in corpus.records_of(path, options, note=_say, default="prompt"):
+            yield _prompt_of(record, options)
+        return
+    for line in records.lines_of(corpus.blocks_of(path, options, note=_say)):
+        if line.strip():
+            yield line.removesuffix("\n")
 
 
-def _parse_line(where: str, line: str) -> Prompt:
-    value = files.parse_json(line, where)
-    if isinstance(value, dict):
+def _prompt_of(record: Record, options: FileOptions) -> Prompt:
+    value, where = record
+    if isinstance(value, Mapping) and options.json_field is None:
         value = value.get("prompt", value.get("tokens"))
     is_ids = isinstance(value, list) and value and all(type(item) is int for item in value)
-    if isinstance(value, str) or is_ids:
+    if is_ids:
         return value
-    raise UserError(
-        f'{where} must be a text, a list of token ids, or an object with "prompt" or "tokens"'
-    )
+    if not isinstance(value, str) and options.json_field is None:
+        raise UserError(
+            f'{where} must be a text, a list of token ids, or an object with "prompt" or "tokens"; '
+            "--json_field names another field"
+        )
+    return text_of(value, where, options, default="prompt")

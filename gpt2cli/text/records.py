@@ -264,8 +264,8 @@ class _Buffer:
                 return ""
 
     def value(self, where: str) -> Any:
-        """Return the next value and move behind it; UserError if it is no text or object."""
-        if self.skip_space() not in ('"', "{"):
+        """Return the next value and move behind it; UserError if it is no text, object or list."""
+        if self.skip_space() not in ('"', "{", "["):
             raise UserError(f"{where} must be a text or an object")
         while True:
             try:

@@ -350,7 +350,7 @@ def test_a_bad_prompt_is_rejected_by_line(cli, tmp_path):
     for name, content, words in (
         ("missing.txt", None, "missing.txt"),
         ("empty.txt", b"", "no prompt"),
-        ("latin1.txt", "café".encode("latin-1"), "not UTF-8"),
+        ("latin1.txt", "café".encode("latin-1"), "byte 3 is not utf-8 text"),
         ("bad.jsonl", b'"fine"\n{"prompt": 5}\n', "line 2"),
         ("broken.jsonl", b"{", "line 1"),
         ("ids.jsonl", b"[1, 99999]\n", "99999"),
