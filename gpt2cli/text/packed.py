@@ -211,7 +211,7 @@ def check_text(path: Path, start: bytes) -> None:
             "example with trafilatura or pandoc, or rename it to .txt to learn the markup too"
         )
     if kind:
-        raise UserError(f"{path} is a {kind} file, not text. {_way_out(kind)}")
+        raise UserError(f"{path} is not text: its kind is {kind}. {_way_out(kind)}")
 
 
 def _way_out(kind: str) -> str:

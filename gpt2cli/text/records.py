@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
-from gpt2cli.options import FileOptions, split_template
+from gpt2cli.options import FileOptions, TextOptions, split_template
 from gpt2cli.text import packed
 from gpt2cli.text.documents import MESSAGE, PAIR, Record, forms_in
 
@@ -110,15 +110,23 @@ def _csv(path: Path, blocks: Blocks, options: FileOptions, default: str) -> Iter
                     f"{where} has {len(row)} columns, not {number}. Put the text in "
                     '"quotes" (and double any quotes inside it), or use a .jsonl file'
                 )
-            yield Record(_only({name: row[place] for name, place in wanted.items()}), where)
+            yield Record(
+                _only({name: row[place] for name, place in wanted.items()}, options), where
+            )
     except csv.Error as error:
         opened = f". A quote opens at line {lines.opened} and is not closed" if lines.opened else ""
         raise UserError(f"{path} line {rows.line_num} is not CSV: {error}{opened}") from None
 
 
-def _only(row: dict[str, Any]) -> Any:
-    """Return the value of a row with one column, or the row."""
-    return next(iter(row.values())) if len(row) == 1 and "messages" not in row else row
+def _only(row: dict[str, Any], options: FileOptions) -> Any:
+    """Return the value of a row with one column of text, or the row."""
+    is_text = len(row) == 1 and "messages" not in row and _template(options) is None
+    return next(iter(row.values())) if is_text else row
+
+
+def _template(options: FileOptions) -> str | None:
+    """Return --template; the prompts of `sample` have none."""
+    return options.template if isinstance(options, TextOptions) else None
 
 
 def _columns(
@@ -165,12 +173,18 @@ def wanted(
                 f"{where} has {many} columns {options.csv_column!r}. Its columns are: {shown}"
             )
         return [options.csv_column]
-    template = getattr(options, "template", None)
+    template = _template(options)
     if template is not None:
         fields = {field for _, field in split_template(template) if field}
         if fields <= MESSAGE and "messages" in names:
             return ["messages"]
-        return [name for name in names if name in fields] or names
+        for field in fields:
+            if names.count(field) != 1:
+                raise UserError(
+                    f"{where} has {names.count(field) or 'no'} columns {field!r}, which --template "
+                    f"names. Its columns are: {shown}"
+                )
+        return sorted(fields)
     if default != "text" and default in names:
         return [default]
     forms = forms_in(names)
@@ -242,7 +256,8 @@ class _Buffer:
             size += len(block)
             if size and size >= least:
                 break
-        self._text, self._at = "".join(parts), 0
+        if size:
+            self._text, self._at = "".join(parts), 0
         return size > 0
 
     def skip(self, count: int) -> None:
@@ -274,9 +289,17 @@ class _Buffer:
                 is_short = len(self._text) - self._at < LONGEST
                 if is_short and _is_cut(error, len(self._text)) and self._more():
                     continue
-                raise UserError(f"{where} is not JSON ({_told(error, self.line)})") from None
+                raise UserError(f"{where} is not JSON ({self._told(error)})") from None
             self.skip(end - self._at)
             return value
+
+    def _told(self, error: Exception) -> str:
+        """Return the decoder's message with the line of the file."""
+        if isinstance(error, json.JSONDecodeError):
+            return (
+                f"{error.msg} at line {self.line + error.doc.count(chr(10), self._at, error.pos)}"
+            )
+        return str(error)
 
     def rest(self) -> Iterator[str]:
         """Yield the rest of the text, after as many line ends as were read."""
@@ -289,13 +312,6 @@ def _is_cut(error: Exception, length: int) -> bool:
     if not isinstance(error, json.JSONDecodeError):
         return False
     return error.msg.startswith("Unterminated string") or error.pos >= length - 12
-
-
-def _told(error: Exception, line: int) -> str:
-    """Return a decoder's message with the line of the file."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at line {line + error.doc.count(chr(10), 0, error.pos)}"
-    return str(error)
 
 
 def of_parquet(
@@ -320,7 +336,7 @@ def of_parquet(
             for batch in table.iter_batches(batch_size=ROWS, columns=names, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
-                    value = _only({name: row[name] for name in names})
+                    value = _only({name: row[name] for name in names}, options)
                     yield Record("" if value is None else value, f"{path} row {number}")
                 progress(size * number // total - done)
                 done = size * number // total
