@@ -5,6 +5,7 @@ dataclass whose fields are the flags, the defaults, the help (the text after a f
 docstring) and the record of a run.
 """
 
+import functools
 import re
 import secrets
 import string
@@ -174,7 +175,8 @@ class TextOptions(FileOptions):
                 )
 
 
-def split_template(template: str) -> list[tuple[str, str | None]]:
+@functools.cache
+def split_template(template: str) -> tuple[tuple[str, str | None], ...]:
     r"""Return the pieces of a --template: (text, the field after it or None).
 
     In the text, \n is a line end, \t a tab and \\ a backslash.
@@ -196,7 +198,7 @@ def split_template(template: str) -> list[tuple[str, str | None]]:
         ) from None
     if not any(field for _, field in pieces):
         raise UsageError(f"--template {template!r} needs a field in braces, such as {{prompt}}")
-    return pieces
+    return tuple(pieces)
 
 
 @dataclass(frozen=True, kw_only=True)

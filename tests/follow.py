@@ -24,6 +24,7 @@ from gpt2cli.commands.train import TrainOptions  # noqa: E402
 from gpt2cli.model import network as model  # noqa: E402
 from gpt2cli.model.sizes import ModelConfig  # noqa: E402
 from gpt2cli.text import batches as windows  # noqa: E402
+from gpt2cli.text import marks  # noqa: E402
 from gpt2cli.training import step as training  # noqa: E402
 from gpt2cli.training.devices import Replicas  # noqa: E402
 
@@ -42,14 +43,18 @@ def losses(replicas, steps, parts=1, **fields):
     with replicas.strategy.scope():
         network = model.GPT2(SIZES, model.random_weights(SIZES), config.precision, "float32")
     trainer = training.Trainer(network, config, replicas)
-    tokens = windows.Tokens([np.random.default_rng(0).integers(0, 97, 5000).astype(np.int32)])
+    ids = np.random.default_rng(0).integers(0, 97, 5000).astype(np.int32)
+    if config.loss == "completion":
+        ids = np.where(np.arange(5000) % 37 < 25, marks.read_only(ids), ids)
+    tokens = windows.Tokens([ids])
     sampler, found = tokens.sampler("random", 16, 3), []
     for number in range(steps):
         batch = sampler.batch(number, ROWS // parts * config.accumulate_gradients)
         found.append(trainer.step(number, batch)[::2])
     check = tokens.sampler("random", 16, 5)
-    score = trainer.score(check.batch(number, 2) for number in range(7))
-    assert score.tokens == 7 * 2 * 16
+    batches = [check.batch(number, 2) for number in range(7)]
+    score = trainer.score(batches)
+    assert score.tokens == sum(batch.mask.sum() for batch in batches) <= 7 * 2 * 16
     return [*zip(*found, strict=True), [score.loss]]
 
 

@@ -5,7 +5,7 @@ field, encoded by itself, so that a prompt has the same ids here as in `sample`.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,7 +174,7 @@ def _messages(value: Any, where: str, template: str | None, options: TextOptions
 
 
 def _pieces(
-    pieces: list[tuple[str, str | None]],
+    pieces: Sequence[tuple[str, str | None]],
     fields: Mapping[str, Any],
     where: str,
     learnt: set[str],

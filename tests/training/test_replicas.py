@@ -29,6 +29,7 @@ OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor")
 SHORT = [
     # one device splits a batch in two parts, and rounds each as the two devices do
     {"precision": "bfloat16", "parts": 2, "clip_norm": 0.5, "on_nonfinite": "skip"},
+    {"loss": "completion"},
 ]
 LONG = [
     {"dropout": 0.1, "memory_saving_gradients": True},
