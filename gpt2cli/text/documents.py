@@ -144,9 +144,7 @@ def _filled(value: Any, where: str, template: str, options: TextOptions) -> list
     if set(names) <= MESSAGE and "messages" in value:
         return _messages(value["messages"], where, template, options)
     last = "completion" if "completion" in names else names[-1]
-    parts = list(_pieces(pieces, value, where, {last}, options))
-    has_text = any(part.text for part in parts if not part.is_literal)
-    return _closed(parts) if has_text else []
+    return _closed(list(_pieces(pieces, value, where, {last}, options)))
 
 
 def _messages(value: Any, where: str, template: str | None, options: TextOptions) -> list[Part]:
@@ -197,7 +195,9 @@ def _pieces(
 
 
 def _closed(parts: list[Part]) -> list[Part]:
-    """Mark the first and the last part of a document."""
+    """Mark the first and the last part of a document; return none if its fields are empty."""
+    if not any(part.text for part in parts if not part.is_literal):
+        return []
     parts[0] = parts[0]._replace(opens=True)
     parts[-1] = parts[-1]._replace(closes=True)
     return parts

@@ -196,6 +196,7 @@ def _groups(
                 f"{path} is text, but the model folder has no vocabulary to read it with. Copy "
                 "the vocabulary files into it, or use an encoded .npz or .npy"
             )
+        before = tally.documents
         for part in corpus.parts_of(path, encoder.CUT, options, progress, tally):
             if options.loss == "completion" and not part.is_dialogue:
                 raise UserError(f"{path} has texts without a prompt. {NO_PROMPT}")
@@ -210,6 +211,8 @@ def _groups(
             if size >= corpus.BLOCK:
                 yield group
                 group, size = [], 0
+        if tally.documents == before:
+            tally.skip_file("files without text", path)
         # nshepperd/gpt-2 load_dataset.py compares the length without the last separator.
         if length - SEPARATOR_LENGTH >= options.combine:
             group.append(None)

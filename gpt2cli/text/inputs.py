@@ -40,13 +40,17 @@ class Tally:
     def __init__(self, found: Found) -> None:
         self.documents = 0
         self._files = len(found.paths)
-        self._skipped: dict[str, list[Path]] = dict(found.left_out)
+        self._skipped = {why: list(paths) for why, paths in found.left_out.items()}
         self._counts = {"hidden file or folder": found.hidden, "empty record": 0}
         self._notes: dict[str, list[Path]] = {}
 
     def skip_record(self) -> None:
         """Count a record without a character."""
         self._counts["empty record"] += 1
+
+    def skip_file(self, why: str, path: Path) -> None:
+        """Count a file from which nothing was read."""
+        self._skipped.setdefault(why, []).append(path)
 
     def note(self, note: str, path: Path) -> None:
         """Note something about the way in which a file was read."""

@@ -17,6 +17,7 @@ from gpt2cli.errors import UserError
 PACKINGS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
 ZSTD_PIECE = 2**10  # packed bytes unpacked at a time: a block of 4 bytes may unpack to 128 kB
 
+LFS = "Git LFS pointer"  # in place of a large file that was not fetched
 # The first bytes of files that are not text. Sources: the formats' own specifications, and
 # https://www.garykessler.net/library/file_sigs.html for those without one.
 SIGNATURES = {
@@ -40,6 +41,7 @@ SIGNATURES = {
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
     b"\x7fELF": "ELF program",
+    b"version https://git-lfs.github.com/spec/": LFS,
 }
 ARCHIVES = ("7-Zip", "RAR", "tar", "zip")
 DOCUMENTS = ("PDF", "RTF", "old Office (doc, xls, ppt)", "docx", "Office", "EPUB", "OpenDocument")
@@ -226,6 +228,8 @@ def _way_out(kind: str) -> str:
     if kind in DOCUMENTS:
         by = "pdftotext" if kind == "PDF" else "pandoc"
         return f"Extract its text first, for example with {by}, or leave it out of the input"
+    if kind == LFS:
+        return "Fetch the file itself with: git lfs pull"
     if kind == "NumPy":
         return "Unpack it if it is packed, and let its name end in .npz or .npy if it has token ids"
     return "Leave it out of the input"

@@ -1,5 +1,6 @@
 """Files of records -> records: .csv and .tsv, .jsonl and .ndjson, .json, .parquet."""
 
+import contextlib
 import csv
 import json
 import shutil
@@ -212,10 +213,10 @@ def _json(path: Path, blocks: Blocks) -> Iterator[Record]:
     text = _Buffer(path, blocks)
     first = text.skip_space()
     if first in ("{", '"'):
-        yield from _jsonl(path, lines_of(text.rest()))
+        yield from _json_lines(path, lines_of(text.rest()))
         return
     if first != "[":
-        raise UserError(f"{path} is not JSON: it must be a list of texts or of objects")
+        raise _no_list(path)
     text.skip(1)
     number = 0
     while text.skip_space() != "]":
@@ -232,6 +233,28 @@ def _json(path: Path, blocks: Blocks) -> Iterator[Record]:
     text.skip(1)
     if text.skip_space():
         raise UserError(f"{path} line {text.line} is not JSON: text follows the list")
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[Record]:
+    """Yield the records of JSON lines; reject (UserError) one object that is no record."""
+    records = _jsonl(path, lines)
+    first = None
+    with contextlib.suppress(UserError):
+        first = next(records)
+    value = first.value if first else {}
+    if not isinstance(value, str) and not forms_in(value):
+        if not any(isinstance(field, str) for field in value.values()):
+            raise _no_list(path)
+    assert first is not None
+    yield first
+    yield from records
+
+
+def _no_list(path: Path) -> UserError:
+    return UserError(
+        f"{path} is neither a JSON list of texts or objects nor JSON lines. If it is an object "
+        "with a list, take the list out, for example with: jq .data OLD.json > NEW.json"
+    )
 
 
 class _Buffer:

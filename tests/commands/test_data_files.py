@@ -183,10 +183,14 @@ def test_a_web_page_or_json_named_txt_is_read_with_a_note(encode):
 
 
 BROKEN = [
-    ("a.json", b'{"a": 1}', 'line 1 must be a JSON string or an object with a "text" string'),
-    ("a.json", b'{\n "data": []\n}', "line 1 is not JSON"),
-    ("a.json", b"42", "is not JSON: it must be a list of texts or of objects"),
-    ("a.json", b"", "is not JSON: it must be a list"),
+    ("a.json", b'{"a": 1}', "is neither a JSON list of texts or objects nor JSON lines"),
+    ("a.json", b'{"data": ["a"]}', "is neither a JSON list .* take the list out.* jq"),
+    ("a.json", b'{\n "data": []\n}', "is neither a JSON list"),
+    ("a.json", b'{"a": "b"}', 'line 1 must be a JSON string or an object with a "text" string'),
+    ("a.json", b'{"text": 1}', "line 1, text must be a text, not a number"),
+    ("a.json", b"42", "is neither a JSON list of texts or objects nor JSON lines"),
+    ("a.json", b"", "is neither a JSON list"),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", ".*git lfs pull"),
     ("a.json", b'["a",\n 3]', r"item 2 \(line 2\) must be a text or an object"),
     ("a.json", b'["a",\n ["b"]]', r"item 2 \(line 2\) must be a JSON string or an object"),
     ("a.json", b'["a",\n "b"', "line 2 is not JSON: a comma or ] is missing"),
@@ -213,7 +217,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("name, content, message", BROKEN)
+@pytest.mark.parametrize("name, content, message", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_file_is_rejected_with_the_place(encode, name, content, message):
     _, stderr = encode(name, content)
     assert re.search(f"{name} {message}|{name}.*{message}", stderr), stderr
@@ -293,6 +297,7 @@ def test_what_a_folder_holds_is_read_or_counted_as_skipped(cli, workdir):
     (folder / ".git").mkdir(parents=True)
     (folder / ".hidden").write_text("x")
     (folder / "a.txt").write_text("The kettle")
+    (folder / "empty.md").touch()
     (folder / "b.jsonl").write_text('"a class"\n""\n{"text": ""}')
     (workdir / "elsewhere").mkdir()
     (workdir / "elsewhere" / "c.txt").write_text("a def")
@@ -303,9 +308,10 @@ def test_what_a_folder_holds_is_read_or_counted_as_skipped(cli, workdir):
     result = cli("encode", "in", "out.npz", "--model_name", "tiny")
     assert result.returncode == 0, result.stderr
     line = result.stderr.splitlines()[1]
-    assert line.startswith("read 3 files, 3 documents; skipped: 2 hidden files or folders; ")
+    assert line.startswith("read 4 files, 3 documents; skipped: 2 hidden files or folders; ")
     for part in (
         "2 empty records",
+        "files without text: in/empty.md",
         "links to folders already read: in/loop",
         "links to files that do not exist: in/dangling.txt",
         "neither files nor folders: in/pipe",
@@ -371,6 +377,7 @@ def test_prompts_are_read_from_the_same_kinds_of_files(cli, workdir, name):
         ("p.pdf", b"%PDF-1.7", "p.pdf is not text: its kind is PDF"),
         ("p.jsonl.gz", gzip.compress(b'"a"' * 99)[:20], "p.jsonl.gz is damaged"),
     ],
+    ids=range(7),
 )
 def test_broken_prompts_are_rejected_with_the_place(cli, workdir, name, content, message):
     (workdir / name).write_bytes(content)
