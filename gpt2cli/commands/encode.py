@@ -16,9 +16,9 @@ from gpt2cli.options import SourceOptions, TextOptions
 if TYPE_CHECKING:
     import numpy as np
 
-    from gpt2cli.text.encoded import Ids
     from gpt2cli.text.encoder import Encoder
     from gpt2cli.text.inputs import Found
+    from gpt2cli.text.stored import Ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def run(options: EncodeOptions) -> None:
         UserError: no vocabulary, unreadable or empty input, or an output that is the input.
     """
     from gpt2cli.storage import folders
-    from gpt2cli.text import documents, encoded, encoder, packed
+    from gpt2cli.text import documents, encoded, encoder, packed, stored
     from gpt2cli.text.inputs import Tally
 
     started = time.monotonic()
@@ -80,9 +80,9 @@ def run(options: EncodeOptions) -> None:
         )
         parts = report.watch(parts, options.in_text)
         if out.suffix == ".npy":
-            encoded.save_npy(out, parts, encoded.dtype_of(n_vocab))
+            stored.save_npy(out, parts, stored.dtype_of(n_vocab))
         else:
-            encoded.save_npz(out, parts)
+            stored.save_npz(out, parts)
     is_packed = any(packed.names_of(path)[1] for path in found.paths)
     say(report.summary(out, 0 if is_packed else size, time.monotonic() - started))
     for line in tally.lines():

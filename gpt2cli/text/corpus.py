@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions, TextOptions
-from gpt2cli.text import documents, packed, records
+from gpt2cli.text import documents, packed, parquet, records
 from gpt2cli.text.documents import Part, Record
 from gpt2cli.text.inputs import Tally
 
@@ -235,7 +235,7 @@ def records_of(
         UserError: the file cannot be read, or is not of the kind that its name says.
     """
     if packed.names_of(path)[0] in (".parquet", ".pq"):
-        return records.of_parquet(path, options, default, progress)
+        return parquet.rows_of(path, options, default, progress)
     return records.of_text(path, blocks_of(path, options, progress, note), options, default)
 
 

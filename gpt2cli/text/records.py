@@ -1,24 +1,20 @@
-"""Files of records -> records: .csv and .tsv, .jsonl and .ndjson, .json, .parquet."""
+"""Texts of records -> records: .csv and .tsv, .jsonl and .ndjson, .json."""
 
 import contextlib
 import csv
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions, TextOptions, split_template
 from gpt2cli.text import packed
 from gpt2cli.text.documents import MESSAGE, PAIR, Record, forms_in
+from gpt2cli.text.jsontext import JsonText, items_of
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")
 OBJECTS = (".jsonl", ".ndjson", ".json")
-LONGEST = 2**28  # characters of a value of a .json file
-ROWS = 256  # rows of a .parquet file that are in memory as Python objects
 
 Blocks = Iterable[str]
 
@@ -112,14 +108,14 @@ def _csv(path: Path, blocks: Blocks, options: FileOptions, default: str) -> Iter
                     '"quotes" (and double any quotes inside it), or use a .jsonl file'
                 )
             yield Record(
-                _only({name: row[place] for name, place in wanted.items()}, options), where
+                value_of({name: row[place] for name, place in wanted.items()}, options), where
             )
     except csv.Error as error:
         opened = f". A quote opens at line {lines.opened} and is not closed" if lines.opened else ""
         raise UserError(f"{path} line {rows.line_num} is not CSV: {error}{opened}") from None
 
 
-def _only(row: dict[str, Any], options: FileOptions) -> Any:
+def value_of(row: dict[str, Any], options: FileOptions) -> Any:
     """Return the value of a row with one column of text, or the row."""
     is_text = len(row) == 1 and "messages" not in row and _template(options) is None
     return next(iter(row.values())) if is_text else row
@@ -210,29 +206,14 @@ def _jsonl(path: Path, lines: Iterable[str]) -> Iterator[Record]:
 
 def _json(path: Path, blocks: Blocks) -> Iterator[Record]:
     """Yield the items of a JSON list; a file of JSON lines that is named .json is read as such."""
-    text = _Buffer(path, blocks)
+    text = JsonText(blocks)
     first = text.skip_space()
     if first in ("{", '"'):
         yield from _json_lines(path, lines_of(text.rest()))
-        return
-    if first != "[":
+    elif first == "[":
+        yield from items_of(path, text)
+    else:
         raise _no_list(path)
-    text.skip(1)
-    number = 0
-    while text.skip_space() != "]":
-        number += 1
-        where = f"{path} item {number} (line {text.line})"
-        yield Record(text.value(where), where)
-        after = text.skip_space()
-        if after == ",":
-            text.skip(1)
-            after = text.skip_space()
-            after = "no value" if after == "]" else ","
-        if after not in (",", "]"):
-            raise UserError(f"{path} line {text.line} is not JSON: a comma or ] is missing")
-    text.skip(1)
-    if text.skip_space():
-        raise UserError(f"{path} line {text.line} is not JSON: text follows the list")
 
 
 def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[Record]:
@@ -241,13 +222,16 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[Record]:
     first = None
     with contextlib.suppress(UserError):
         first = next(records)
-    value = first.value if first else {}
-    if not isinstance(value, str) and not forms_in(value):
-        if not any(isinstance(field, str) for field in value.values()):
-            raise _no_list(path)
-    assert first is not None
+    if first is None or not (forms_in(first.value) or _has_text(first.value)):
+        raise _no_list(path)
     yield first
     yield from records
+
+
+def _has_text(value: Any) -> bool:
+    """Return whether a value of JSON is a text, or an object with one."""
+    fields = value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(field, str) for field in fields)
 
 
 def _no_list(path: Path) -> UserError:
@@ -255,139 +239,3 @@ def _no_list(path: Path) -> UserError:
         f"{path} is neither a JSON list of texts or objects nor JSON lines. If it is an object "
         "with a list, take the list out, for example with: jq .data OLD.json > NEW.json"
     )
-
-
-class _Buffer:
-    """A JSON text that is read as far as needed.
-
-    Attributes:
-        line: number of the line of the next character.
-    """
-
-    def __init__(self, path: Path, blocks: Blocks) -> None:
-        self.line = 1
-        self._path, self._blocks = path, iter(blocks)
-        self._text, self._at = "", 0
-        self._decode = json.JSONDecoder().raw_decode
-
-    def _more(self) -> bool:
-        """Read as much as is there already, so that a long value is not read again and again."""
-        parts, size = [self._text[self._at :]], 0
-        least = len(parts[0])
-        for block in self._blocks:
-            parts.append(block)
-            size += len(block)
-            if size and size >= least:
-                break
-        if size:
-            self._text, self._at = "".join(parts), 0
-        return size > 0
-
-    def skip(self, count: int) -> None:
-        """Move on by some characters."""
-        self.line += self._text.count("\n", self._at, self._at + count)
-        self._at += count
-
-    def skip_space(self) -> str:
-        """Move on to the next character that is not white space; return it, or "" at the end."""
-        while True:
-            text = self._text
-            end = self._at
-            while end < len(text) and text[end] in " \t\n\r":
-                end += 1
-            self.skip(end - self._at)
-            if end < len(text):
-                return text[end]
-            if not self._more():
-                return ""
-
-    def value(self, where: str) -> Any:
-        """Return the next value and move behind it; UserError if it is no text, object or list."""
-        if self.skip_space() not in ('"', "{", "["):
-            raise UserError(f"{where} must be a text or an object")
-        while True:
-            try:
-                value, end = self._decode(self._text, self._at)
-            except (ValueError, RecursionError) as error:
-                is_short = len(self._text) - self._at < LONGEST
-                if is_short and _is_cut(error, len(self._text)) and self._more():
-                    continue
-                raise UserError(f"{where} is not JSON ({self._told(error)})") from None
-            self.skip(end - self._at)
-            return value
-
-    def _told(self, error: Exception) -> str:
-        """Return the decoder's message with the line of the file."""
-        if isinstance(error, json.JSONDecodeError):
-            return (
-                f"{error.msg} at line {self.line + error.doc.count(chr(10), self._at, error.pos)}"
-            )
-        return str(error)
-
-    def rest(self) -> Iterator[str]:
-        """Yield the rest of the text, after as many line ends as were read."""
-        yield "\n" * (self.line - 1) + self._text[self._at :]
-        yield from self._blocks
-
-
-def _is_cut(error: Exception, length: int) -> bool:
-    """Return whether more text could remove an error: it is at the end, or a text has no end."""
-    if not isinstance(error, json.JSONDecodeError):
-        return False
-    return error.msg.startswith("Unterminated string") or error.pos >= length - 12
-
-
-def of_parquet(
-    path: Path, options: FileOptions, default: str, progress: Callable[[int], Any]
-) -> Iterator[Record]:
-    """Yield the rows of a .parquet file: a part of a row group at a time, and only what is needed.
-
-    Raises:
-        UserError: pyarrow is missing, the file is damaged, or it has no such column.
-    """
-    library = packed.extra("pyarrow.parquet", path, "is a Parquet file")
-    errors = packed.extra("pyarrow", path, "is a Parquet file").ArrowException
-    with packed.opened(path) as (content, _):
-        try:
-            source = content if not packed.names_of(path)[1] else _spooled(content)
-            table = library.ParquetFile(source)
-            names = wanted(
-                str(path), table.schema_arrow.names, _texts(table.schema_arrow), options, default
-            )
-            size, total = path.stat().st_size, max(table.metadata.num_rows, 1)
-            number = done = 0
-            for batch in table.iter_batches(batch_size=ROWS, columns=names, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    value = _only({name: row[name] for name in names}, options)
-                    yield Record("" if value is None else value, f"{path} row {number}")
-                progress(size * number // total - done)
-                done = size * number // total
-        except (errors, OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{path} is damaged or not a Parquet file ({error!s:.200}). Download it again"
-            ) from None
-
-
-def _spooled(content: IO[bytes]) -> IO[bytes]:
-    """Unpack a file to the disk, where it can be read at any place."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with its reader
-    shutil.copyfileobj(content, file)
-    file.seek(0)
-    return file
-
-
-def _texts(schema: Any) -> list[str]:
-    """Return the columns of a schema that hold texts."""
-    kinds = ("string", "large_string", "string_view")
-
-    def is_text(kind: Any) -> bool:
-        return str(getattr(kind, "value_type", kind)) in kinds and not hasattr(kind, "value_field")
-
-    return [
-        field.name
-        for field in schema
-        if is_text(field.type) and not field.name.startswith("__index_level_")
-    ]

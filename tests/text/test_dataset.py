@@ -22,7 +22,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
-from gpt2cli.text import corpus, encoded, encoder, inputs
+from gpt2cli.text import corpus, encoded, encoder, inputs, stored
 from gpt2cli.text.batches import Tokens
 from gpt2cli.text.bpe import END
 
@@ -336,12 +336,12 @@ def test_saved_tokens_load_unchanged(tmp_path, bpe, suffix):
     out = tmp_path / f"out{suffix}"
     parts = encoded.encode(paths, bpe, options, bpe.n_vocab)
     if suffix == ".npz":
-        encoded.save_npz(out, parts)
+        stored.save_npz(out, parts)
         with np.load(out) as archive:  # nshepperd/gpt-2 load_dataset.py
             assert archive.files == ["arr_0", "arr_1", "arr_2"]
             assert [archive[n].tolist() for n in archive.files] == chunks_of(paths, bpe, options)
     else:
-        encoded.save_npy(out, parts, encoded.dtype_of(bpe.n_vocab))
+        stored.save_npy(out, parts, stored.dtype_of(bpe.n_vocab))
         assert np.load(out, mmap_mode="r").dtype == np.uint16
     loaded = encoded.load(out, None, DEFAULTS, bpe.n_vocab)
     direct = encoded.load(tmp_path / "in", bpe, options, bpe.n_vocab)
@@ -351,11 +351,11 @@ def test_saved_tokens_load_unchanged(tmp_path, bpe, suffix):
 
 
 def test_a_chunk_larger_than_memory_and_the_next_one_are_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoded, "SPOOL", 2**20)
+    monkeypatch.setattr(stored, "SPOOL", 2**20)
     blocks = [np.full(2**19, number, np.uint16) for number in range(32)]  # 32 MB
     parts = [*((block, False) for block in blocks), (blocks[1][:3], True), (blocks[2][:5], True)]
     tracemalloc.start()
-    encoded.save_npz(tmp_path / "out.npz", iter(parts))
+    stored.save_npz(tmp_path / "out.npz", iter(parts))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * 2**20
@@ -371,7 +371,7 @@ def test_ids_above_16_bits_are_stored_in_32(tmp_path):
     np.savez(tmp_path / "a.npz", ids)
     loaded = encoded.load(tmp_path / "a.npz", None, DEFAULTS, 70001)
     assert loaded.whole().tolist() == ids.tolist()
-    assert encoded.dtype_of(65536) == np.uint16 and encoded.dtype_of(65537) == np.int32
+    assert stored.dtype_of(65536) == np.uint16 and stored.dtype_of(65537) == np.int32
 
 
 @pytest.mark.parametrize("combine", [1, 50000])
@@ -439,7 +439,7 @@ def test_an_npz_that_would_fill_the_memory_is_rejected_before_it_is_read(tmp_pat
     path = tmp_path / "a.npz"
     np.savez_compressed(path, np.zeros(5_000_000, np.int64))
     assert encoded.load(path, None, DEFAULTS, 300).total == 5_000_000
-    monkeypatch.setattr(encoded, "BOMB", 2**20)
+    monkeypatch.setattr(stored, "BOMB", 2**20)
     with pytest.raises(UserError, match=r"arr_0.npy would unpack from .* to 40,000,128 bytes"):
         encoded.load(path, None, DEFAULTS, 300)
 
@@ -761,7 +761,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
     line = b"the kettle clicked off at half past six" + (b" " if flags else b"\n")
     path = write(tmp_path / "a.txt", line * 1_000_000)
     code = (
-        "import resource, sys, pathlib; from gpt2cli.text import corpus, encoded, encoder, inputs;"
+        "import resource, sys, pathlib; from gpt2cli.text import encoded, encoder, stored;"
         "from gpt2cli.options "
         "import TextOptions; import numpy as np\n"
         "path, out = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
@@ -771,7 +771,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
         "        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "parts = encoded.encode([path], Fast(), TextOptions(FLAGS), 256)\n"
-        "encoded.save_npy(out, parts, encoded.dtype_of(256))\n"
+        "stored.save_npy(out, parts, stored.dtype_of(256))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     result = subprocess.run(

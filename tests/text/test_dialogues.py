@@ -11,7 +11,7 @@ from conftest import TINY
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.options import TextOptions, split_template
 from gpt2cli.storage import folders
-from gpt2cli.text import corpus, documents, encoded, encoder, inputs, marks
+from gpt2cli.text import corpus, documents, encoded, encoder, inputs, marks, stored
 from gpt2cli.text.batches import Tokens
 
 PAIRS = [
@@ -49,7 +49,7 @@ def write(folder, name, records):
     return path
 
 
-def stored(path, vocabulary, **flags):
+def ids_in(path, vocabulary, **flags):
     """Return the stored ids of a file, all chunks together."""
     parts = encoded.encode([path], vocabulary, TextOptions(**flags), vocabulary.n_vocab)
     return np.concatenate([*encoded.chunks(parts)])
@@ -83,9 +83,9 @@ PAIR_PIECES = [
 def test_of_a_prompt_with_its_completion_only_the_completion_is_learnt(tmp_path, tiny_bpe, name):
     pairs = [{k: v for k, v in pair.items() if k != "n"} for pair in PAIRS]
     path = write(tmp_path, name, pairs)
-    ids = stored(path, tiny_bpe, loss="completion")
+    ids = ids_in(path, tiny_bpe, loss="completion")
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, PAIR_PIECES)
-    whole = stored(path, tiny_bpe)
+    whole = ids_in(path, tiny_bpe)
     assert whole.dtype == np.uint16 and whole.tolist() == marks.ids_of(ids).tolist()
 
 
@@ -101,33 +101,33 @@ def test_of_messages_only_the_assistants_are_learnt(tmp_path, tiny_bpe, name, lo
         *[("b", True), ("TURN", True), ("c", True), ("END", True)],
     ]
     pieces = [(text, learnt or loss == "all") for text, learnt in pieces]
-    ids = stored(path, tiny_bpe, loss=loss)
+    ids = ids_in(path, tiny_bpe, loss=loss)
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, pieces)
 
 
 def test_a_template_has_the_fields_of_a_record(tmp_path, tiny_bpe):
     path = write(tmp_path, "a.jsonl", PAIRS[:1])
     template = r"Q: {prompt}\n<|endoftext|>A:{completion} {{ok}}\\n"
-    ids = stored(path, tiny_bpe, template=template, loss="completion", special="text")
+    ids = ids_in(path, tiny_bpe, template=template, loss="completion", special="text")
     pieces = [("Q: ", False), ("The kettle", False), ("\n", False), ("TURN", False)]
     pieces += [("A:", False), (" clicked off", True), (" {", True), ("ok}", True), ("\\n", True)]
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, [*pieces, ("END", True)])
     # a template that ends with the end token gets no second one
-    ids = stored(path, tiny_bpe, template="{prompt}{completion}<|endoftext|>", loss="completion")
+    ids = ids_in(path, tiny_bpe, template="{prompt}{completion}<|endoftext|>", loss="completion")
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, PAIR_PIECES[:3])
 
 
 def test_the_last_field_is_the_completion_where_none_is_named_so(tmp_path, tiny_bpe):
     record = {"instruction": "a def", "input": "", "output": "a class"}
     path = write(tmp_path, "a.csv", [record])
-    ids = stored(path, tiny_bpe, template="{instruction}\n{input}\n{output}", loss="completion")
+    ids = ids_in(path, tiny_bpe, template="{instruction}\n{input}\n{output}", loss="completion")
     pieces = [("a def", False), ("\n", False), ("\n", False), ("a class", True), ("END", True)]
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, pieces)
 
 
 def test_a_template_of_messages_is_used_for_each(tmp_path, tiny_bpe):
     path = write(tmp_path, "a.jsonl", [messages(CHATS[0][1:3])])
-    ids = stored(path, tiny_bpe, template=r"{role}: {content}\n", loss="completion")
+    ids = ids_in(path, tiny_bpe, template=r"{role}: {content}\n", loss="completion")
     pieces = [("user", False), (": ", False), ("a def?", False), ("\n", False)]
     pieces += [("assistant", False), (": ", False), ("yes", True), ("\n", True), ("END", True)]
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, pieces)
@@ -135,9 +135,9 @@ def test_a_template_of_messages_is_used_for_each(tmp_path, tiny_bpe):
 
 def test_a_literal_end_token_in_a_field_obeys_special(tmp_path, tiny_bpe):
     path = write(tmp_path, "a.jsonl", [{"prompt": "a<|endoftext|>b", "completion": "c"}])
-    ids = stored(path, tiny_bpe, special="text", template="{prompt}<|endoftext|>{completion}")
+    ids = ids_in(path, tiny_bpe, special="text", template="{prompt}<|endoftext|>{completion}")
     assert (marks.ids_of(ids) == tiny_bpe.end).sum() == 2
-    ids = stored(path, tiny_bpe)
+    ids = ids_in(path, tiny_bpe)
     assert (marks.ids_of(ids) == tiny_bpe.end).sum() == 2 and marks.is_end(
         ids, tiny_bpe.end
     ).sum() == 1
@@ -146,7 +146,7 @@ def test_a_literal_end_token_in_a_field_obeys_special(tmp_path, tiny_bpe):
 def test_a_message_of_weight_0_is_not_learnt(tmp_path, tiny_bpe):
     chat = messages([("assistant", "a"), ("assistant", "b")])
     chat["messages"][0]["weight"] = 0
-    ids = stored(write(tmp_path, "a.jsonl", [chat]), tiny_bpe, loss="completion")
+    ids = ids_in(write(tmp_path, "a.jsonl", [chat]), tiny_bpe, loss="completion")
     pieces = [("a", False), ("TURN", False), ("b", True), ("END", True)]
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, pieces)
 
@@ -155,7 +155,7 @@ def test_a_wordpiece_dialogue_begins_with_cls_and_ends_with_sep(tmp_path):
     (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n今\n天\n", encoding="utf-8")
     vocabulary = encoder.load(tmp_path)
     path = write(tmp_path, "a.jsonl", [{"prompt": "今", "completion": "天"}])
-    ids = stored(path, vocabulary, loss="completion")
+    ids = ids_in(path, vocabulary, loss="completion")
     assert ids.tolist() == [~1, ~3, 4, 2] and ids.dtype == np.int32
 
 
@@ -176,7 +176,7 @@ def test_a_wordpiece_dialogue_begins_with_cls_and_ends_with_sep(tmp_path):
 def test_a_damaged_dialogue_is_rejected_with_the_place(tmp_path, tiny_bpe, record, message):
     path = write(tmp_path, "a.jsonl", [PAIRS[0], record])
     with pytest.raises(UserError, match=r"a\.jsonl line 2") as error:
-        stored(path, tiny_bpe)
+        ids_in(path, tiny_bpe)
     assert message in str(error.value)
 
 
@@ -220,8 +220,8 @@ def test_a_vocabulary_without_an_end_token_needs_a_template(tmp_path):
     vocabulary = encoder.load(tmp_path)
     path = write(tmp_path, "a.jsonl", [messages([("user", "今"), ("assistant", "天")])])
     with pytest.raises(UserError, match=r"no end token .* --template"):
-        stored(path, vocabulary)
-    ids = stored(path, vocabulary, template="{content}", loss="completion")
+        ids_in(path, vocabulary)
+    ids = ids_in(path, vocabulary, template="{content}", loss="completion")
     assert ids.tolist() == [~1, ~3, 4]
 
 
@@ -239,9 +239,9 @@ def test_encoded_files_keep_the_marks(tmp_path, tiny_bpe, monkeypatch, suffix, l
     options, out = TextOptions(loss=loss), tmp_path / f"out{suffix}"
     parts = encoded.encode(inputs.find(folder).paths, tiny_bpe, options, tiny_bpe.n_vocab)
     if suffix == ".npz":
-        encoded.save_npz(out, parts)
+        stored.save_npz(out, parts)
     else:
-        encoded.save_npy(out, parts, encoded.dtype_of(tiny_bpe.n_vocab))
+        stored.save_npy(out, parts, stored.dtype_of(tiny_bpe.n_vocab))
     direct = encoded.load(folder, tiny_bpe, options, tiny_bpe.n_vocab)
     loaded = encoded.load(
         out, None, options if loss == "completion" else TextOptions(), tiny_bpe.n_vocab
