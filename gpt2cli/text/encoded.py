@@ -169,6 +169,7 @@ def _groups(
     group: list[Part | None] = []
     size = 0  # characters in the group
     length = 0  # characters in the chunk, with its separators
+    is_masked = options.loss == "completion"
     for path in paths:
         if path.suffix.lower() in ENCODED:
             if group or length:
@@ -184,13 +185,15 @@ def _groups(
             )
         before = tally.documents
         for part in corpus.parts_of(path, encoder.CUT, options, progress, tally):
-            if options.loss == "completion" and not part.is_dialogue:
+            if part.is_dialogue:
+                if part.is_turn and (chat_template or encoder.end is None):
+                    raise _no_template(path, chat_template)
+            elif is_masked:
                 raise UserError(f"{path} has texts without a prompt. {NO_PROMPT}")
-            if part.is_turn and (chat_template or encoder.end is None):
-                raise _no_template(path, chat_template)
             group.append(part)
-            size += len(part.text) + 1  # blank lines take memory too
-            length += len(part.text)
+            characters = len(part.text)
+            size += characters + 1  # blank lines take memory too
+            length += characters
             if part.closes:
                 length += SEPARATOR_LENGTH
                 tally.documents += 1
