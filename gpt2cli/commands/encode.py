@@ -83,7 +83,7 @@ def run(options: EncodeOptions) -> None:
             stored.save_npy(out, parts, stored.dtype_of(n_vocab))
         else:
             stored.save_npz(out, parts)
-    is_packed = any(packed.names_of(path)[1] for path in found.paths)
+    is_packed = any(packed.is_packed(path) for path in found.paths)
     say(report.summary(out, 0 if is_packed else size, time.monotonic() - started))
     for line in tally.lines():
         say(line)

@@ -85,10 +85,12 @@ def text_of(value: Any, where: str, options: FileOptions, default: str = "text")
     name = options.json_field or default
     if isinstance(value, Mapping):
         if name not in value:
-            names = [f for f, v in value.items() if isinstance(v, str)]
+            texts = ", ".join(str(f) for f, v in value.items() if isinstance(v, str))
+            hint = f"Its texts are {texts}: name one with --json_field"
+            if not texts:
+                hint = f"It has {', '.join(map(str, value)) or 'no field'}"
             raise UserError(
-                f'{where} must be a JSON string or an object with a "{name}" string. '
-                + (f"Its texts are {', '.join(names)}: name one with --json_field" if names else "")
+                f'{where} must be a JSON string or an object with a "{name}" string. {hint}'
             )
         return _clean(value[name], f"{where}, {name}", options)
     if not isinstance(value, str):

@@ -80,6 +80,12 @@ def names_of(path: Path) -> tuple[str, str]:
     return ending, ""
 
 
+def is_packed(path: Path) -> bool:
+    """Return whether the size of a file says nothing about the size of its text."""
+    ending, packing = names_of(path)
+    return bool(packing) or ending in (".parquet", ".pq")
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """Open a file; yield (its unpacked content, the file itself, whose position shows progress).

@@ -74,6 +74,7 @@ KINDS = {
     "objects.json": (json.dumps([{"text": t, "n": 1} for t in TEXTS], indent=1).encode(), ()),
     "lines.json": ("\n".join(json.dumps({"text": t}) for t in TEXTS).encode(), ()),
     "a.parquet": (parquet({"n": [1, 2, 3], "body": TEXTS}), ()),
+    "b.parquet": (parquet({"body": pa.array([*TEXTS, None]).dictionary_encode()}), ()),
     "two.parquet": (
         parquet({"title": ["x"] * 3, "body": TEXTS}, row_group_size=1),
         ("--csv_column", "body"),
@@ -89,7 +90,9 @@ KINDS = {
 def test_each_kind_of_file_gives_its_records(encode, name):
     texts, stderr = encode(name, *KINDS[name][:1], *KINDS[name][1])
     assert texts == ended(TEXTS), stderr
-    assert "read 1 file, 3 documents\n" in stderr
+    assert "read 1 file, 3 documents" in stderr
+    is_plain = not name.endswith(("parquet", ".gz", ".bz2", ".zst", ".xz"))
+    assert ("bytes of text per token" in stderr) == is_plain
 
 
 PACKERS = {
@@ -200,6 +203,7 @@ BROKEN = [
     ("a.json", b'["a",\n\n{"text": "b" "c"}]', r"item 2 \(line 3\) is not JSON .* at line 3"),
     ("a.json", b'["a",\n "b', r"item 2 \(line 2\) is not JSON \(Unterminated"),
     ("a.jsonl", b'{"content": "a", "n": 1}', "Its texts are content: name one with --json_field"),
+    ("a.jsonl", b'{"conversations": []}', '"text" string. It has conversations'),
     ("a.jsonl", b'{"text": "a", "messages": []}', "has messages and text. Choose with --json_f"),
     ("a.jsonl", b'{"text": "a\\ud83d"}', "line 1, text: character 2 of the text is half of a"),
     ("a.jsonl", b'"\\u0000"', "line 1: character 1 of the text is a NUL character.*--errors r"),
