@@ -24,8 +24,9 @@ CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json"
 
 # Everything of a model folder but the weights; a run folder gets copies of those that exist.
 ENCODER_FILES = (
-    *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt"),
-    *("vocab.txt", "tokenizer_config.json"),
+    *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
 )
 
 
