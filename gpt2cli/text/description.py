@@ -1,5 +1,6 @@
 """What a tokenizer is: the values of one tokenizer.json, its added tokens and its ends."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,11 +68,11 @@ class Description:
             return {piece: index for index, (piece, _) in enumerate(vocab)}
         return vocab
 
-    @property
+    @functools.cached_property
     def merged(self) -> list[str]:
         """The tokens that the merges of a BPE make, in order of rank."""
         merges = self.model.get("merges") or []
-        return ["".join(m.split(" ", 1)) if isinstance(m, str) else "".join(m) for m in merges]
+        return [m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in merges]
 
     @property
     def added(self) -> dict[str, int]:

@@ -23,7 +23,7 @@ from gpt2cli.storage import folders
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import tokenizer_files
 from gpt2cli.text.bpe import BPE
-from gpt2cli.text.description import Description, leaves
+from gpt2cli.text.description import Description
 from gpt2cli.text.tokenizer_files import KINDS
 from gpt2cli.text.tokenizer_json import TokenizerJson
 from gpt2cli.text.wordpiece import WordPiece
@@ -133,7 +133,8 @@ def _is_simple(described: Description) -> bool:
     model = described.model
     return (
         described.kind == "WordPiece"
-        and leaves(normalizer, "normalizers")[0].get("type") == "BertNormalizer"
+        and normalizer.get("type") == "BertNormalizer"
+        and (described.values.get("pre_tokenizer") or {}).get("type") == "BertPreTokenizer"
         and (model.get("unk_token"), model.get("continuing_subword_prefix")) == ("[UNK]", "##")
     )
 

@@ -45,6 +45,7 @@ BERT_OPTIONS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+SYMBOLS = frozenset(BYTE_OF)
 MARK = regex.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # how people spell added tokens
 
 
@@ -99,7 +100,8 @@ class _Reader:
         try:
             if found.kind not in ("BPE", "WordPiece", "Unigram", "WordLevel"):
                 raise UserError(f"{path}: its model is {found.kind}, which gpt2cli does not have")
-            _check_ids(found.vocab, path)
+            if is_whole:
+                _check_ids(found.vocab, path)
             values["added_tokens"] = self._added_tokens(found)
             self._check_template(found)
             start, end, ends = self._ends(found)
@@ -206,26 +208,24 @@ class _Reader:
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         }
 
-    def _merges(
-        self, name: str, vocab: Mapping[str, int], vocab_name: str
-    ) -> Iterator[tuple[str, str]]:
-        """Yield the pairs of a file of merges, in order of rank."""
+    def _merges(self, name: str, vocab: Mapping[str, int], vocab_name: str) -> Iterator[str]:
+        """Yield the pairs of a file of merges, in order of rank; a space is between the two."""
         path = self.path / name
         for number, line in enumerate(_lines(self.folder, name), 1):
             if not line or (number == 1 and line.startswith("#version")):
                 continue
             parts = line.split(" ")
-            if len(parts) != 2 or not all(char in BYTE_OF for char in "".join(parts)):
+            if len(parts) != 2 or not SYMBOLS.issuperset(parts[0] + parts[1]):
                 raise UserError(
                     f"{path} line {number} is not two tokens: {line!r:.60}. Fetch it again"
                 )
-            for token in (*parts, "".join(parts)):
+            for token in (*parts, parts[0] + parts[1]):
                 if token not in vocab:
                     raise UserError(
                         f"{path} line {number} names {token!r}, which {vocab_name} lacks: the two "
                         "files do not belong to one model. Copy both from the same place"
                     )
-            yield parts[0], parts[1]
+            yield line
 
     def _wordpiece(self, name: str) -> dict[str, Any]:
         """Return BertTokenizer as a tokenizer.json; line 0 of vocab.txt is id 0."""
