@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,36 @@ def _with_vocabulary(source: Source, named: Path | None) -> Source:
         vocabulary=found,
         warnings=(*source.warnings, *found.notes()),
     )
+
+
+def add_tokens(source: Source, texts: Sequence[str]) -> Source:
+    """Return the Source with new tokens, each with the mean of the other rows as its embedding.
+
+    Rows that the model has beyond its vocabulary are used first. The mean makes a new token about
+    as likely as an average one until it is trained.
+
+    Raises:
+        UserError: there is no vocabulary, or a text is already a token.
+    """
+    if source.vocabulary is None:
+        raise UserError(f"{source.path} has no vocabulary to add tokens to. Name one with --vocab")
+    vocabulary = source.vocabulary.with_added(texts, source.path)
+    first = max(source.tokens().values()) + 1
+    last = max(vocabulary.tokens.values())
+    old = source.config
+    extra = {**old.extra, **vocabulary.options}
+    config = dataclasses.replace(old, n_vocab=max(old.n_vocab, last + 1), extra=extra)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name != "model/wte":
+            return source.tensor(name, shape)
+        table = source.tensor(name, (old.n_vocab, old.n_embd))
+        wider = np.zeros(shape, np.float32)
+        wider[: old.n_vocab] = table
+        wider[first : last + 1] = table[:first].mean(axis=0, dtype=np.float64)
+        return wider
+
+    return dataclasses.replace(source, config=config, tensor=tensor, vocabulary=vocabulary)
 
 
 def convert(

@@ -5,7 +5,7 @@ special tokens goes into hparams.json.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ class VocabularyFile(ModelFolder):
 
     file: Path = Path()
 
+    def place(self, name: str) -> Path:
+        """Return the path of the file under any name."""
+        return self.file
+
     def has(self, name: str) -> bool:
         """Return whether this is the file."""
-        return name == "vocab.txt"
-
-    def read(self, name: str) -> bytes:
-        """Return the content of the file."""
-        return files.read_bytes(self.file)
+        return name == "vocab.txt" and self.file.is_file()
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,45 @@ class Vocabulary:
                 "document, but not after a prompt, which has to continue"
             )
 
+    def with_added(self, texts: Sequence[str], path: Path) -> "Vocabulary":
+        """Return the vocabulary with new tokens, whose ids follow its highest.
+
+        tokenizer.json gets them, or else added_tokens.json, as transformers' add_tokens does.
+
+        Args:
+            texts: the texts of the tokens.
+            path: where the vocabulary is from, for messages.
+
+        Raises:
+            UserError: a text is already a token.
+        """
+        old = next((text for text in texts if text in self.tokens), None)
+        if old is not None:
+            raise UserError(
+                f"{path} already has the token {old!r} (id {self.tokens[old]}). Remove that "
+                "--add_token"
+            )
+        first = max(self.tokens.values()) + 1
+        ids = {text: first + n for n, text in enumerate(dict.fromkeys(texts))}
+        made = dict(self.files)
+        config = _values(made, "tokenizer_config.json")
+        entries = {text: tokenizer_files.added_entry(text, index) for text, index in ids.items()}
+        if "tokenizer.json" in made:
+            values = _values(made, "tokenizer.json")
+            values["added_tokens"] = [*(values.get("added_tokens") or []), *entries.values()]
+            made["tokenizer.json"] = _encoded(values)
+        if "added_tokens_decoder" in config:
+            flags = {e["id"]: {k: v for k, v in e.items() if k != "id"} for e in entries.values()}
+            config["added_tokens_decoder"] |= {str(index): given for index, given in flags.items()}
+            made["tokenizer_config.json"] = _encoded(config)
+        elif "tokenizer.json" not in made:
+            made["added_tokens.json"] = _encoded({**_values(made, "added_tokens.json"), **ids})
+        listed = [*self.described.values["added_tokens"], *entries.values()]
+        described = replace(
+            self.described, values={**self.described.values, "added_tokens": listed}
+        )
+        return Vocabulary(made, described, self.options | _verdict(described))
+
     def write(self, folder: Path, names: Mapping[str, str] | None = None) -> None:
         """Write its files; `names` gives another program's name of a file."""
         for name, content in self.files.items():
@@ -89,7 +128,16 @@ class Vocabulary:
 
 def write_object(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file as transformers does."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(_encoded(values))
+
+
+def _encoded(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _values(made: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Return the values of a JSON file; nothing where there is none."""
+    return files.parse_object(made[name], name) if name in made else {}
 
 
 def read(path: Path, n_vocab: int | None = None, home: Path | None = None) -> Vocabulary | None:
@@ -167,9 +215,14 @@ def _options(described: Description) -> dict[str, Any]:
         options["end_ids"] = list(described.ends)
     if described.is_plain and is_wordpiece and not described.values["normalizer"]["lowercase"]:
         options["lower_case"] = False
-    if not encoder.needs_no_verdict(described):
-        options["tokenizer"] = encoder.verdict(described)
-    return options
+    return options | _verdict(described)
+
+
+def _verdict(described: Description) -> dict[str, str]:
+    """Return the key of hparams.json that says which encoder runs a tokenizer."""
+    if encoder.needs_no_verdict(described):
+        return {}
+    return {"tokenizer": encoder.verdict(described)}
 
 
 def hf_ids(vocabulary: Vocabulary | None) -> dict[str, Any]:
@@ -213,8 +266,7 @@ def is_foreign(vocabulary: Vocabulary) -> bool:
     """Return whether the files came from transformers."""
     if any(name in vocabulary.files for name in FOREIGN):
         return True
-    content = vocabulary.files.get("tokenizer_config.json", b"{}")
-    return bool(files.parse_object(content, "tokenizer_config.json").keys() - {"do_lower_case"})
+    return bool(_values(vocabulary.files, "tokenizer_config.json").keys() - {"do_lower_case"})
 
 
 def _wordpiece_settings(folder: Path, described: Description) -> dict[str, Any]:

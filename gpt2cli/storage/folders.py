@@ -48,9 +48,13 @@ class ModelFolder:
     checkpoint: Path | None = None
     sums: Mapping[str, str] = field(default_factory=dict)
 
+    def place(self, name: str) -> Path:
+        """Return the path of a file."""
+        return self.path / name
+
     def has(self, name: str) -> bool:
         """Return whether the folder contains a file."""
-        return (self.path / name).is_file()
+        return self.place(name).is_file()
 
     def read(self, name: str) -> bytes:
         """Return the content of a file.
@@ -58,7 +62,7 @@ class ModelFolder:
         Raises:
             UserError: the file cannot be read, or is not the one that SHA256SUMS records.
         """
-        content = read_bytes(self.path / name)
+        content = read_bytes(self.place(name))
         recorded = self.sums.get(name)
         if recorded is not None and recorded != hashlib.sha256(content).hexdigest():
             raise UserError(

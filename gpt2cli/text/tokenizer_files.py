@@ -45,6 +45,7 @@ BERT_OPTIONS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+PLAIN = {"normalized": False}  # of an added token: its text is found before any normalizer
 SYMBOLS = frozenset(BYTE_OF)
 MARK = regex.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # how people spell added tokens
 
@@ -115,7 +116,7 @@ class _Reader:
         """Return the values of a JSON file; nothing where there is none."""
         if not self.folder.has(name):
             return {}
-        return files.parse_object(self.folder.read(name), self.path / name)
+        return files.parse_object(self.folder.read(name), self.folder.place(name))
 
     def _tokenizer_json(self) -> tuple[Path, dict[str, Any]]:
         """Read tokenizer.json, and the options of tokenizer_config.json that change it.
@@ -123,7 +124,7 @@ class _Reader:
         transformers lets these options win if they are of the class that the file was made for
         (tokenization_gpt2.py, tokenization_bert.py).
         """
-        path = self.path / JSON
+        path = self.folder.place(JSON)
         values = files.parse_object(self.folder.read(JSON), path)
         model = values.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
@@ -186,12 +187,12 @@ class _Reader:
                 "with --vocab"
             )
         if kind == ("vocab.txt",):
-            return self.path / kind[0], self._wordpiece(kind[0])
-        return self.path / kind[0], self._bpe(*kind)
+            return self.folder.place(kind[0]), self._wordpiece(kind[0])
+        return self.folder.place(kind[0]), self._bpe(*kind)
 
     def _bpe(self, vocab_name: str, merges_name: str) -> dict[str, Any]:
         """Return GPT2Tokenizer as a tokenizer.json."""
-        path = self.path / vocab_name
+        path = self.folder.place(vocab_name)
         vocab = files.parse_object(self.folder.read(vocab_name), path)
         _check_ids(vocab, path)
         merges = list(self._merges(merges_name, vocab, vocab_name))
@@ -210,7 +211,7 @@ class _Reader:
 
     def _merges(self, name: str, vocab: Mapping[str, int], vocab_name: str) -> Iterator[str]:
         """Yield the pairs of a file of merges, in order of rank; a space is between the two."""
-        path = self.path / name
+        path = self.folder.place(name)
         for number, line in enumerate(_lines(self.folder, name), 1):
             if not line or (number == 1 and line.startswith("#version")):
                 continue
@@ -268,20 +269,20 @@ class _Reader:
         """Return the added and special tokens of all files, as in a tokenizer.json."""
         entries: dict[str, dict[str, Any]] = {}
         for entry in found.values.get("added_tokens") or []:
-            self._add(entries, entry["content"], entry["id"], entry)
+            entries[entry["content"]] = added_entry(entry["content"], entry["id"], entry)
         newer = self.config.get("added_tokens_decoder")
         for index, entry in (newer or {}).items():
-            self._add(entries, entry["content"], int(index), entry)
+            entries[entry["content"]] = added_entry(entry["content"], int(index), entry)
         if newer is None:
             for token, index in self._object("added_tokens.json").items():
-                self._add(entries, token, index, {"special": token in self.listed})
+                entries[token] = added_entry(token, index, {"special": token in self.listed})
         tokens = {**found.vocab, **{token: entry["id"] for token, entry in entries.items()}}
         free = max(tokens.values(), default=-1) + 1
         for token in self._special(found):
             if token not in tokens:
                 tokens[token], free = free, free + 1
             given = entries.get(token, {"normalized": False})
-            self._add(entries, token, tokens[token], {**given, "special": True})
+            entries[token] = added_entry(token, tokens[token], {**given, "special": True})
         kept = []
         for token, entry in sorted(entries.items(), key=lambda item: item[1]["id"]):
             if self.n_vocab is None or entry["id"] < self.n_vocab:
@@ -292,18 +293,6 @@ class _Reader:
                     f"in the model, which has {self.n_vocab:,} ids"
                 )
         return kept
-
-    def _add(
-        self, entries: dict[str, dict[str, Any]], token: str, index: int, flags: Mapping[str, Any]
-    ) -> None:
-        """Add an entry, with the flags that AddedToken has by default."""
-        if type(token) is not str or not token or type(index) is not int or index < 0:
-            raise ValueError(f"added token {token!r:.40} with id {index!r:.40}")
-        special = flags.get("special") is True
-        normalized = flags.get("normalized", not special)
-        set_flags = {flag: flags.get(flag) is True for flag in ("single_word", "lstrip", "rstrip")}
-        entries[token] = {"id": index, "content": token, **set_flags}
-        entries[token] |= {"normalized": normalized is True, "special": special}
 
     def _special(self, found: Description) -> list[str]:
         """Return the texts of the special tokens, those in the vocabulary alone included.
@@ -365,6 +354,20 @@ class _Reader:
         return start, end, tuple(ends)
 
 
+def added_entry(text: str, index: int, flags: Mapping[str, Any] = PLAIN) -> dict[str, Any]:
+    """Return an added token as a tokenizer.json has it, with AddedToken's defaults.
+
+    Raises:
+        ValueError: the text or the id is not one.
+    """
+    if type(text) is not str or not text or type(index) is not int or index < 0:
+        raise ValueError(f"added token {text!r:.40} with id {index!r:.40}")
+    special = flags.get("special") is True
+    normalized = flags.get("normalized", not special) is True
+    spaces = {flag: flags.get(flag) is True for flag in ("single_word", "lstrip", "rstrip")}
+    return {"id": index, "content": text, **spaces, "normalized": normalized, "special": special}
+
+
 def _content(value: object) -> str | None:
     """Return the text of a token that is given as text or as an object; None for anything else."""
     found = value.get("content") if isinstance(value, dict) else value
@@ -380,11 +383,11 @@ def _contents(values: object) -> list[str]:
 
 def _lines(folder: ModelFolder, name: str) -> list[str]:
     """Return the lines of a file, whichever system's line ends it has."""
-    text = files.decode(folder.read(name), folder.path / name)
+    text = files.decode(folder.read(name), folder.place(name))
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise UserError(
-            f"{folder.path / name} line {line} contains a NUL byte: it is damaged, or UTF-16 "
+            f"{folder.place(name)} line {line} contains a NUL byte: it is damaged, or UTF-16 "
             "without a byte order mark. Save it as UTF-8, or fetch it again"
         )
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]

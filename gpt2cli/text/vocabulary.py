@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,24 @@ def _train_pieces(texts: Iterable[str], normalizer: Any, **options: Any) -> list
     tokenizer.train_from_iterator(texts, trainer)
     vocab = tokenizer.get_vocab()
     return sorted(vocab, key=vocab.__getitem__)
+
+
+def with_added(made: dict[str, str], texts: Sequence[str]) -> dict[str, str]:
+    """Return vocabulary files with new tokens, whose ids follow the others.
+
+    Args:
+        made: file name -> content.
+        texts: the texts of the new tokens; those that are already tokens stay what they are.
+    """
+    if "vocab.txt" in made:
+        known = {token: n for n, token in enumerate(made["vocab.txt"][:-1].split("\n"))}
+    else:
+        known = json.loads(made["encoder.json"])
+    new = [text for text in texts if text not in known]
+    added = {text: len(known) + n for n, text in enumerate(new)}
+    if not added:
+        return made
+    return {**made, "added_tokens.json": json.dumps(added, ensure_ascii=False, indent=2) + "\n"}
 
 
 def write(folder: Path, made: Mapping[str, str]) -> None:
