@@ -22,7 +22,7 @@ from gpt2cli.text.description import Description
 OUR_NAMES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 HF_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}
 # Files that only transformers writes; without them we write those it needs.
-FOREIGN = ("tokenizer.json", "special_tokens_map.json")
+FOREIGN = ("tokenizer.json", "special_tokens_map.json", *tokenizer_files.SENTENCEPIECE)
 
 
 @dataclass(frozen=True)

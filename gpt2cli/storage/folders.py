@@ -26,7 +26,7 @@ CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json"
 ENCODER_FILES = (
     *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "vocab.txt"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.jinja",
+    *("spiece.model", "tokenizer.model", "spm.model", "chat_template.jinja"),
 )
 
 

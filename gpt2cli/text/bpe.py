@@ -1,6 +1,5 @@
 """GPT-2's byte-level byte-pair encoding, through tiktoken."""
 
-import collections
 import itertools
 from collections.abc import Iterable
 
@@ -12,18 +11,16 @@ from gpt2cli.text.description import (
     BYTE_OF,
     CHAR_OF,
     Description,
-    after_document,
-    bytes_by_id,
     token_bytes,
     without_surrogates,
 )
-from gpt2cli.text.streams import ByteStream
+from gpt2cli.text.tokenizer import Tokenizer
 
 # openai/gpt-2 src/encoder.py, in the equal but faster spelling of tiktoken_ext/openai_public.py.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
-class BPE:
+class BPE(Tokenizer):
     """Byte-level byte-pair encoding; see `encoder` for the attributes.
 
     tiktoken joins two neighbours whenever their bytes together are a token, BPE only if that very
@@ -48,8 +45,8 @@ class BPE:
     def __init__(self, described: Description) -> None:
         import tiktoken
 
-        vocab, added = described.vocab, described.added
-        merged = described.merged
+        super().__init__(described)
+        vocab, added = described.vocab, self.added
         single = sorted((c for c in BYTE_OF if c in vocab), key=vocab.__getitem__)
         if len(single) < 256:
             lacking = ", ".join(f"0x{BYTE_OF[c]:02x}" for c in BYTE_OF if c not in vocab)
@@ -57,19 +54,8 @@ class BPE:
                 f"{described.path} lacks tokens for the bytes {lacking:.60}; a byte-level BPE has "
                 "all 256. Train it with initial_alphabet, or fetch it again"
             )
-        ranked = list(dict.fromkeys(single + merged))
-        tokens = described.tokens
-        self.n_vocab = max(tokens.values()) + 1
-        self.end = None if described.end is None else tokens[described.end]
-        self.ends = described.ends
-        self.start = None if described.start is None else tokens[described.start]
-        self.prefix, suffix = described.around()
-        self.after = after_document(suffix, self.end)
-        self.banned: list[int] = []
-        self.unknown: int | None = None
-        self.added = added
-        self._vocab = vocab
-        self._bytes = bytes_by_id(described)
+        ranked = list(dict.fromkeys(single + described.merged))
+        self.unknown = None  # whatever the files name: no text needs it
         # tiktoken's ids are ranks; ours are the file's, and in GPT-2's own files they are the same.
         ids = [*(vocab[token] for token in ranked), *added.values()]
         self._ids = None if ids == list(range(len(ids))) else np.array(ids, np.int32)
@@ -79,10 +65,6 @@ class BPE:
             mergeable_ranks={token_bytes(token): rank for rank, token in enumerate(ranked)},
             special_tokens={text: len(ranked) + n for n, text in enumerate(added)},
         )
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Return the ids of a text; with `special`, the texts in `added` are those tokens."""
-        return self._encode(text, special).tolist()
 
     def arrays(self, texts: Iterable[str], special: bool = False) -> list[np.ndarray]:
         """Return `encode` of each text as an int32 array; releases the interpreter lock."""
@@ -103,24 +85,8 @@ class BPE:
             return np.concatenate([self._encode(part, special) for part in parts])
         return ranks.view(np.int32) if self._ids is None else self._ids[ranks]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; unknown ids are dropped, bytes outside UTF-8 become U+FFFD."""
-        return self.bytes_of(ids).decode("utf-8", "replace")
-
-    def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of ids, which may end inside a character."""
-        return b"".join(self._bytes.get(int(index), b"") for index in ids)
-
-    def stream(self) -> ByteStream:
-        """Return a decoder for ids that arrive one by one."""
-        return ByteStream(self)
-
-    def missing(self, text: str) -> collections.Counter[str]:
-        """Count the characters that the vocabulary lacks: none, as it has all bytes."""
-        return collections.Counter()
-
     def id_of(self, token: str) -> int | None:
-        """Return the id of a token given as text (`<|endoftext|>`, ` the`), or None."""
+        """Return the id of a token given as text, as `<|endoftext|>` or ` the`, or None."""
         if token in self.added:
             return self.added[token]
         return self._vocab.get("".join(CHAR_OF[b] for b in without_surrogates(token).encode()))

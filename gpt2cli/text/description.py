@@ -85,6 +85,13 @@ class Description:
         return {**self.vocab, **self.added}
 
     @property
+    def unknown(self) -> int | None:
+        """The id of the token for text that the vocabulary lacks; None if it has all bytes."""
+        if "unk_id" in self.model:
+            return self.model["unk_id"]
+        return self.tokens.get(self.model.get("unk_token") or "")
+
+    @functools.cached_property
     def is_byte_level(self) -> bool:
         """Whether tokens are decoded as GPT-2's are: each is a sequence of bytes."""
         decoder = self.values.get("decoder") or {}
@@ -116,12 +123,15 @@ def leaves(part: Mapping[str, Any], list_name: str) -> list[dict[str, Any]]:
     return [dict(part)] if not isinstance(part, dict) else [part]
 
 
-def after_document(suffix: list[int], end: int | None) -> list[int]:
-    """Return the ids that follow a document: those of the tokenizer, and the end token once."""
-    return suffix if end is None or suffix[-1:] == [end] else [*suffix, end]
-
-
 def bytes_by_id(described: Description) -> dict[int, bytes]:
-    """Return id -> bytes of a byte-level tokenizer; added tokens are spelled as plain text."""
-    found = {index: token_bytes(token) for token, index in described.vocab.items()}
-    return found | {index: token.encode() for token, index in described.added.items()}
+    """Return id -> bytes; of a token that is not made of bytes, its spelling in UTF-8.
+
+    Added tokens are always spelled as their text.
+    """
+    spelled = token_bytes if described.is_byte_level else _utf8
+    found = {index: spelled(token) for token, index in described.vocab.items()}
+    return found | {index: _utf8(token) for token, index in described.added.items()}
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "replace")

@@ -24,13 +24,15 @@ from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import tokenizer_files
 from gpt2cli.text.bpe import BPE
 from gpt2cli.text.description import Description
+from gpt2cli.text.sentencepiece_model import SentencePiece
+from gpt2cli.text.tokenizer import Tokenizer
 from gpt2cli.text.tokenizer_files import KINDS
 from gpt2cli.text.tokenizer_json import TokenizerJson
 from gpt2cli.text.wordpiece import WordPiece
 
-__all__ = ["BPE", "KINDS", "Encoder", "TokenizerJson", "WordPiece"]
+__all__ = ["BPE", "KINDS", "Encoder", "SentencePiece", "TokenizerJson", "WordPiece"]
 
-Encoder = BPE | TokenizerJson  # WordPiece is a TokenizerJson
+Encoder = Tokenizer
 
 # Texts on which tokenizers differ: normal forms, case, digits, scripts without spaces, ligatures,
 # white space, contractions, code.
@@ -78,6 +80,8 @@ def choose(described: Description, recorded: object = None) -> Encoder:
     Raises:
         UserError: the library rejects the tokenizer.
     """
+    if described.kind == "SentencePiece":
+        return SentencePiece(described)
     if needs_no_verdict(described):
         return WordPiece(described) if described.kind == "WordPiece" else BPE(described)
     found = recorded if recorded in ("bpe", "wordpiece", "tokenizers") else verdict(described)
@@ -87,8 +91,8 @@ def choose(described: Description, recorded: object = None) -> Encoder:
 
 
 def needs_no_verdict(described: Description) -> bool:
-    """Return whether a tokenizer is GPT-2's or BERT's own, so that it needs no comparison."""
-    return described.is_plain and _is_simple(described)
+    """Return whether a tokenizer is GPT-2's, BERT's or SentencePiece's own: nothing to compare."""
+    return described.kind == "SentencePiece" or (described.is_plain and _is_simple(described))
 
 
 def verdict(described: Description) -> str:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import codecs
-import copy
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from gpt2cli.text.tokenizer_json import TokenizerJson
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 
 class Stream(Protocol):
@@ -24,24 +18,24 @@ class Stream(Protocol):
 
 
 class ByteStream:
-    """A decoder whose `feed` and `finish` give `decode` of all ids, and never half a character.
+    """A decoder of tokens that are bytes; never yields half a character.
 
     Args:
-        encoder: its `bytes_of` gives the bytes of ids.
+        bytes_of: returns the bytes of ids.
     """
 
-    def __init__(self, encoder: Any) -> None:
-        self._encoder = encoder
+    def __init__(self, bytes_of: Callable[[Iterable[int]], bytes]) -> None:
+        self._bytes_of = bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __copy__(self) -> ByteStream:
-        twin = ByteStream(self._encoder)
+        twin = ByteStream(self._bytes_of)
         twin._decoder.setstate(self._decoder.getstate())
         return twin
 
     def feed(self, ids: Iterable[int]) -> str:
         """Return the text that these ids complete."""
-        return self._decoder.decode(self._encoder.bytes_of(ids))
+        return self._decoder.decode(self._bytes_of(ids))
 
     def finish(self) -> str:
         """Return the rest: U+FFFD for a character whose last bytes never came."""
@@ -49,39 +43,44 @@ class ByteStream:
 
 
 class TextStream:
-    """A decoder for tokens that are not bytes, such as Unigram's and Metaspace's.
+    """A decoder of tokens whose text depends on their neighbours, such as Unigram's.
+
+    A window of the last tokens is decoded with and without the new one, so that the time does not
+    grow with the text.
 
     Args:
-        encoder: decodes all ids at the end.
-        tokenizer: the library's.
+        decode: returns the text of ids.
     """
 
-    def __init__(self, encoder: TokenizerJson, tokenizer: Tokenizer) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._encoder, self._tokenizer = encoder, tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
         self._ids: list[int] = []
+        self._begin = 0  # of the window
+        self._read = 0  # ids whose text was returned
         self._given = ""
 
     def __copy__(self) -> TextStream:
-        twin = TextStream(self._encoder, self._tokenizer)
-        twin._stream = copy.copy(self._stream)
-        twin._ids, twin._given = [*self._ids], self._given
+        twin = TextStream(self._decode)
+        twin._ids, twin._begin, twin._read = [*self._ids], self._begin, self._read
+        twin._given = self._given
         return twin
 
     def feed(self, ids: Iterable[int]) -> str:
         """Return the text that these ids complete."""
-        fresh = ""
-        for index in map(int, ids):
-            if not self._encoder.knows(index):
-                continue
-            self._ids.append(index)
-            fresh += self._stream.step(self._tokenizer, index) or ""
+        return "".join(self._add(int(index)) for index in ids)
+
+    def _add(self, index: int) -> str:
+        self._ids.append(index)
+        before = self._decode(self._ids[self._begin : self._read])
+        text = self._decode(self._ids[self._begin :])
+        if text.endswith("\ufffd") or not text.startswith(before) or len(text) == len(before):
+            return ""  # perhaps half a character
+        self._begin, self._read = self._read, len(self._ids)
+        fresh = text[len(before) :]
         self._given += fresh
         return fresh
 
     def finish(self) -> str:
         """Return the text that was held back until a character was whole."""
-        text = self._encoder.decode(self._ids)
+        text = self._decode(self._ids)
         return text[len(self._given) :] if text.startswith(self._given) else ""

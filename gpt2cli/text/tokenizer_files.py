@@ -22,12 +22,14 @@ from gpt2cli.text.description import BYTE_OF, Description, leaves
 END = "<|endoftext|>"
 KINDS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("vocab.txt",))
 JSON = "tokenizer.json"
-SENTENCEPIECE = ("spiece.model", "tokenizer.model", "spm.model", "sentencepiece.bpe.model")
+SENTENCEPIECE = ("spiece.model", "tokenizer.model", "spm.model")
 
 # The classes of transformers that the files alone describe; the last two are generic.
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
 CLASSES = (*GPT2_CLASSES, *BERT_CLASSES, "PreTrainedTokenizerFast", "TokenizersBackend")
+SENTENCEPIECE_CLASSES = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast")
+MODELS = ("BPE", "WordPiece", "Unigram", "WordLevel", "SentencePiece")
 # Keys that name one special token, or several (tokenization_utils_base.py).
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 NAMED_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -99,7 +101,7 @@ class _Reader:
         path, values = self._tokenizer_json() if is_whole else self._from_vocabulary()
         found = Description(path, values)
         try:
-            if found.kind not in ("BPE", "WordPiece", "Unigram", "WordLevel"):
+            if found.kind not in MODELS:
                 raise UserError(f"{path}: its model is {found.kind}, which gpt2cli does not have")
             if is_whole:
                 _check_ids(found.vocab, path)
@@ -168,10 +170,7 @@ class _Reader:
         kind = next((kind for kind in KINDS if all(map(self.folder.has, kind))), None)
         model = next((name for name in present if name in SENTENCEPIECE), None)
         if kind is None and model:
-            raise UserError(
-                f"{self.path / model} is a SentencePiece model, which gpt2cli reads only as "
-                f"{JSON}. Load it in transformers (AutoTokenizer) and save it with save_pretrained"
-            )
+            return self.folder.place(model), self._sentencepiece(model)
         if kind is None:
             found = f"only {' and '.join(sorted(present))}" if present else "none of them"
             raise UserError(
@@ -264,6 +263,26 @@ class _Reader:
                 "vocab": vocab,
             },
         }
+
+    def _sentencepiece(self, name: str) -> dict[str, Any]:
+        """Return T5Tokenizer; other classes add pieces or options of their own.
+
+        Raises:
+            UserError: it was made for another class, or the sentencepiece package is missing.
+        """
+        path = self.folder.place(name)
+        if self.made_for not in (None, *SENTENCEPIECE_CLASSES):
+            raise UserError(
+                f"{path} was made for {self.made_for!r:.60}, and gpt2cli reads the SentencePiece "
+                "models of T5Tokenizer only. Load it in transformers (AutoTokenizer) and save it "
+                f"with save_pretrained, which writes {JSON}"
+            )
+        from gpt2cli.text import sentencepiece_model
+
+        values = sentencepiece_model.values_of(self.folder.read(name), path)
+        if self.config.get("do_lower_case"):
+            values["normalizer"] = {"type": "Lowercase"}
+        return values
 
     def _added_tokens(self, found: Description) -> list[dict[str, Any]]:
         """Return the added and special tokens of all files, as in a tokenizer.json."""

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import regex
 
 from gpt2cli.errors import UserError
-from gpt2cli.text.description import Description, after_document, bytes_by_id, without_surrogates
-from gpt2cli.text.streams import ByteStream, Stream, TextStream
+from gpt2cli.text.description import Description, without_surrogates
+from gpt2cli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-NEVER = regex.compile(r"(?!)")  # a text is not cut
-# Places where a text may be cut if the tokenizer turns out to allow it; see `encoder`.
-CUTS = tuple(map(regex.compile, (r"(?r)(?<=\S)[ \n]", r"(?r)(?<=\S)\n")))
-CUT_PROBES = (
-    "one two\n three\n\nfour  five，六。 Seven\t8\n9",
-    "it's a 'test', isn't it?\nwe'll see\n  indented {\n}\n\n\n1 234 5678\nÀé ﬁ ｆｕｌｌ\n",
-    "中文 你好\n한국어 텍스트\nहिन्दी पाठ\nעברית\n😀 👍🏽\nе\u0301 a\u0301 \u00a0x\n",
-)
+    import tokenizers
 
 
-class TokenizerJson:
+class TokenizerJson(Tokenizer):
     """A tokenizer that does what its tokenizer.json says; see `encoder` for the attributes.
 
     Args:
@@ -39,35 +28,13 @@ class TokenizerJson:
     """
 
     def __init__(self, described: Description) -> None:
-        self.described = described
+        super().__init__(described)
         self._tokenizer = _built(described, described.values)
-        self._plain: Tokenizer | None = None
-        tokens = described.tokens
-        self.n_vocab = max(tokens.values(), default=-1) + 1
-        self.start = None if described.start is None else tokens[described.start]
-        self.end = None if described.end is None else tokens[described.end]
-        self.ends = described.ends
-        self.prefix, suffix = described.around()
-        self.after = after_document(suffix, self.end)
-        self.added = described.added
-        self.banned: list[int] = []
-        self.unknown = _unknown(described)
-        self._vocab = tokens
-        self._tokens = {index: token for token, index in tokens.items()}
-        self._bytes = bytes_by_id(described) if described.is_byte_level else None
-        self._missing: dict[str, bool] = {}  # character -> whether the vocabulary lacks it
+        self._plain: tokenizers.Tokenizer | None = None
         self.CUT = self._where_to_cut()
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Return the ids of a text; with `special`, the texts in `added` are those tokens."""
-        return self.arrays([text], special)[0].tolist()
-
     def arrays(self, texts: Iterable[str], special: bool = False) -> list[np.ndarray]:
-        """Return `encode` of each text as an int32 array; releases the interpreter lock.
-
-        Raises:
-            UserError: a text has characters without a token, and unknown ones have none either.
-        """
+        """See `Tokenizer.arrays`."""
         texts = [without_surrogates(text) for text in texts]
         tokenizer = self._tokenizer if special else self._without_added()
         try:
@@ -79,45 +46,10 @@ class TokenizerJson:
             ) from None
         return [np.array(one.ids, np.int32) for one in found]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; unknown ids are dropped."""
-        if self._bytes is not None:
-            return self.bytes_of(ids).decode("utf-8", "replace")
-        known = [int(index) for index in ids if int(index) in self._tokens]
-        return self._tokenizer.decode(known, skip_special_tokens=False)
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-    def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of ids; those of a byte-level tokenizer may end inside a character."""
-        if self._bytes is not None:
-            return b"".join(self._bytes.get(int(index), b"") for index in ids)
-        return "".join(self._tokens.get(int(index), "") for index in ids).encode("utf-8", "replace")
-
-    def stream(self) -> Stream:
-        """Return a decoder for ids that arrive one by one."""
-        return TextStream(self, self._tokenizer) if self._bytes is None else ByteStream(self)
-
-    def knows(self, index: int) -> bool:
-        """Return whether the vocabulary has an id."""
-        return index in self._tokens
-
-    def id_of(self, token: str) -> int | None:
-        """Return the id of a token as the vocabulary spells it, or None."""
-        return self._vocab.get(token)
-
-    def missing(self, text: str) -> collections.Counter[str]:
-        """Count the characters that have no token of their own."""
-        counts = collections.Counter(text)
-        for char in list(counts):
-            if char not in self._missing:
-                self._missing[char] = self._lacks(char)
-            if not self._missing[char]:
-                del counts[char]
-        return counts
-
-    def _lacks(self, char: str) -> bool:
-        return self.unknown is not None and self.unknown in self.encode(char)
-
-    def _without_added(self) -> Tokenizer:
+    def _without_added(self) -> tokenizers.Tokenizer:
         """Return the tokenizer for plain text: no text in it is an added token.
 
         Models may contain their special tokens as well, so these get a name that no text has.
@@ -139,34 +71,8 @@ class TokenizerJson:
             self._plain = _built(self.described, {**values, "added_tokens": []})
         return self._plain
 
-    def _where_to_cut(self) -> regex.Pattern[str]:
-        """Return the pattern of the places where a text may be cut."""
-        try:
-            return next((cut for cut in CUTS if self._may_cut(cut)), NEVER)
-        except UserError:  # the vocabulary lacks the probes' characters
-            return NEVER
 
-    def _may_cut(self, cut: regex.Pattern[str]) -> bool:
-        """Return whether the probes can be cut at every such place without changing an id."""
-        for text in CUT_PROBES:
-            for special in (False, True):
-                whole = self.encode(text, special)
-                for match in cut.finditer(text):
-                    at = match.start()
-                    if self.encode(text[:at], special) + self.encode(text[at:], special) != whole:
-                        return False
-        return True
-
-
-def _unknown(described: Description) -> int | None:
-    """Return the id of the token for text that the vocabulary lacks."""
-    model = described.model
-    if described.kind == "Unigram":
-        return model.get("unk_id")
-    return described.tokens.get(model.get("unk_token") or "")
-
-
-def _built(described: Description, values: dict[str, Any]) -> Tokenizer:
+def _built(described: Description, values: dict[str, Any]) -> tokenizers.Tokenizer:
     """Return the library's tokenizer; UserError if it rejects the values."""
     import tokenizers
 

@@ -35,6 +35,7 @@ class WordPiece(TokenizerJson):
                 "token per line"
             )
         super().__init__(described)
+        self._tokens = {index: token for token, index in self._vocab.items()}
         banned = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")
         self.banned = [self._vocab[token] for token in banned if token in self._vocab]
         self.lower_case = described.values["normalizer"]["lowercase"]

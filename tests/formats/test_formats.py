@@ -759,7 +759,10 @@ def test_a_wordpiece_vocabulary_is_found(tmp_path, state, file, lower):
 def test_a_sentencepiece_model_is_rejected_before_any_weight_is_read(tmp_path, state):
     folder = hf_folder(tmp_path / "m", state)
     (folder / "spiece.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    with pytest.raises(UserError, match=r"spiece.model is a SentencePiece model.*save_pretrained"):
+    with pytest.raises(UserError, match=r"spiece.model is damaged or not a SentencePiece model"):
+        open_source(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "AlbertTokenizer"}')
+    with pytest.raises(UserError, match=r"made for 'AlbertTokenizer'.*save_pretrained"):
         open_source(folder)
 
 
