@@ -371,11 +371,11 @@ class LanguageModel:
                 yield beam.row, beam.score
 
     def _rules(self, options: GenerateOptions) -> sampling.Rules:
-        """Return the options' rules, with this model's end token and banned tokens."""
-        end, banned = None, []
+        """Return the options' rules, with this model's end tokens and banned tokens."""
+        ends, banned = (), []
         if self.encoder:
             unknown = range(self.encoder.n_vocab, self.config.n_vocab)
-            end, banned = self.encoder.end, [*self.encoder.banned, *unknown]
+            ends, banned = self.encoder.ends, [*self.encoder.banned, *unknown]
         return sampling.Rules(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -383,7 +383,7 @@ class LanguageModel:
             repetition_penalty=options.repetition_penalty,
             min_length=options.min_length,
             no_repeat_ngram=options.no_repeat_ngram,
-            end=-1 if end is None else end,
+            ends=tuple(token for token in ends if token < self.config.n_vocab),
             banned=tuple(token for token in banned if token < self.config.n_vocab),
         )
 

@@ -105,10 +105,11 @@ class Row:
         return self._noise.random(count, np.float32)
 
     def grow(self, tokens: np.ndarray, logprobs: Logprobs | None = None) -> None:
-        """Add new tokens [M], up to the end token, a stop text or the row's length."""
+        """Add new tokens [M], up to an end token, a stop text or the row's length."""
         added = tokens[: self.length - self.generated].tolist()
-        if self.rules.end in added:
-            added = added[: added.index(self.rules.end)]
+        at_end = next((n for n, token in enumerate(added) if token in self.rules.ends), None)
+        if at_end is not None:
+            added = added[:at_end]
             self.finished = True
         added = added[: self.text.feed(added)]
         self.tokens += added

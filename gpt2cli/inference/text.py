@@ -24,9 +24,9 @@ class Sample:
         index: its number among all samples of the call.
         prompt: the prompt that it continues.
         text: the generated text, after the prompt with include_prefix; None without a vocabulary.
-        tokens: the generated ids, without the end token; up to the token that completed a stop
-            text.
-        finish_reason: length, stop (a stop text) or end (the end token).
+        tokens: the generated ids, without the token that ended it; up to the token that completed a
+            stop text.
+        finish_reason: length, stop (a stop text) or end (one of the model's end tokens).
         seed: the same seed and index give the same text again.
         logprobs: with the option of that name, the log-probability of each of `tokens`, in nats,
             before temperature, penalty and bans.
