@@ -144,11 +144,16 @@ class GenerateOptions:
 
     Length and end:
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
-        min_length: number of tokens before the end token or --stop may end a sample.
+        min_length: number of tokens before an end token or --stop may end a sample.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
+
+    Special tokens:
+        special: meaning of a literal <|endoftext|>, or the text of another added token, in a
+            prompt: plain text, or the token. In the text files of encode and train the flag means
+            the same, but its default is token.
 
     Sampling:
         temperature: sharpness of the distribution: below 1 favours likely tokens, above 1 unlikely
@@ -183,6 +188,7 @@ class GenerateOptions:
     keep_stop: bool = False
     truncate: str | None = None
     include_prefix: bool = False
+    special: Literal["token", "text"] = "text"
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.0

@@ -68,7 +68,7 @@ def run(options: InteractiveOptions) -> None:
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())
         say(f"seed {options.seed}")
-    index = 0
+    index, said = 0, set[str]()
     with _line_editing():
         for text, is_line in _inputs():
             if is_line and text.split()[0] in COMMANDS:
@@ -77,6 +77,7 @@ def run(options: InteractiveOptions) -> None:
                 options = _obey(text, options)
                 continue
             try:
+                _report(model, text, options, said)
                 for number, pieces in enumerate(_continuations(model, text, options, index)):
                     _show(text, pieces, options, number)
                     index += 1
@@ -86,6 +87,19 @@ def run(options: InteractiveOptions) -> None:
                 index += 1
             except UserError as error:
                 say(f"gpt2cli: {error}")
+
+
+def _report(model: LanguageModel, prompt: str, options: InteractiveOptions, said: set[str]) -> None:
+    """Report what the model does not see of a prompt, or reads in another way; advice only once."""
+    from gpt2cli.inference import hints, rows
+
+    special, seen = options.special == "token", rows.most_seen(model.config.n_ctx, options.window)
+    encoded = [(prompt, model.check_prompt(prompt, special))]
+    found = hints.about(encoded, model.encoder, seen, special, sys.stderr.isatty())
+    for kind, line in found.items():
+        if kind not in said:
+            say(line)
+    said |= {"special", "space"} & set(found)
 
 
 def _continuations(

@@ -141,7 +141,7 @@ def run(options: SampleOptions) -> None:
     tensorflow.keep_no_memory()
     model = generator.load_model(folder, options.precision, vocabulary)
     say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}")
-    encoded = _encode(model, texts)
+    encoded = _encode(model, options, texts)
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())
         say(f"seed {options.seed}")
@@ -168,14 +168,16 @@ def resolved(options: SampleOptions, environment: Mapping[str, str]) -> SampleOp
     return dataclasses.replace(options, shard=shard, out=out)
 
 
-def _encode(model: LanguageModel, texts: list[Prompt]) -> list[Encoded]:
-    """Encode the prompts; report each that is longer than the model's window."""
-    encoded = [(prompt, model.check_prompt(prompt)) for prompt in texts]
-    n_ctx = model.config.n_ctx
-    for number, (_, ids) in enumerate(encoded, 1):
-        if len(ids) > n_ctx:
-            cut = f"prompt {number} has {len(ids)} tokens; the model sees only the last {n_ctx}"
-            say(cut)
+def _encode(model: LanguageModel, options: SampleOptions, texts: list[Prompt]) -> list[Encoded]:
+    """Encode the prompts; report what the model does not see, or reads in another way."""
+    from gpt2cli.inference import hints, rows
+
+    special = options.special == "token"
+    encoded = [(prompt, model.check_prompt(prompt, special)) for prompt in texts]
+    seen = rows.most_seen(model.config.n_ctx, options.window)
+    typed = options.prompts is None and sys.stderr.isatty()
+    for line in hints.about(encoded, model.encoder, seen, special, typed).values():
+        say(line)
     return encoded
 
 

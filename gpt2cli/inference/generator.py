@@ -23,9 +23,9 @@ from gpt2cli.inference.beams import Search
 from gpt2cli.inference.engines.engine import Engine
 from gpt2cli.inference.engines.litert import LitertEngine
 from gpt2cli.inference.engines.xla import SMALLEST_CACHE, XlaEngine, cache_sizes
-from gpt2cli.inference.rows import Generation, Row
+from gpt2cli.inference.rows import Generation, Row, most_seen
 from gpt2cli.inference.score import Score, score
-from gpt2cli.inference.text import Prompt, RowText, Sample
+from gpt2cli.inference.text import Prompt, RowText, Sample, encode_prompt
 from gpt2cli.model.network import GPT2
 from gpt2cli.options import GenerateOptions, Precision, new_seed
 from gpt2cli.storage import checkpoint, folders
@@ -260,8 +260,16 @@ class LanguageModel:
             for _ in self._grow(rows, sampling.CHUNK, width):
                 pass
 
-    def check_prompt(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt; UserError if it cannot be continued."""
+    def check_prompt(self, prompt: Prompt, special: bool = False) -> list[int]:
+        """Return the ids of a prompt, after those that this model puts before every text.
+
+        Args:
+            prompt: what to continue.
+            special: read texts of `encoder.added` in it, such as <|endoftext|>, as these tokens.
+
+        Raises:
+            UserError: it cannot be continued.
+        """
         if prompt is not None and not isinstance(prompt, str):
             ids = self._checked(prompt)
             if not ids:
@@ -272,7 +280,7 @@ class LanguageModel:
                 "this model folder has no vocabulary: give the prompt as token ids, with "
                 '--prompts FILE.jsonl and lines such as {"tokens": [464, 2068]}'
             )
-        ids = [*self.encoder.prefix, *self.encoder.encode(prompt or "")]
+        ids = encode_prompt(self.encoder, prompt or "", special)
         if not ids:
             if self.encoder.start is None:
                 raise UserError("this model has no start token: give it a prompt to continue")
@@ -299,7 +307,7 @@ class LanguageModel:
         Raises:
             UserError: as `check_prompt`; or an option needs a vocabulary and there is none.
         """
-        ids = self.check_prompt(prompt) if ids is None else ids
+        ids = self.check_prompt(prompt, options.special == "token") if ids is None else ids
         if self.encoder is None and (options.stop or options.truncate):
             raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
         n_ctx = self.config.n_ctx
@@ -332,7 +340,12 @@ class LanguageModel:
             seed=seed,
             logprobs=logprobs,
             score=score,
+            prompt_cut=self.prompt_cut(row),
         )
+
+    def prompt_cut(self, row: Row) -> int:
+        """Return the number of tokens at the prompt's start that the model does not see."""
+        return max(0, row.prompt_length - most_seen(self.config.n_ctx, row.sees))
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
         """Return ids as a list of int; UserError if one is not in the model."""
@@ -372,7 +385,8 @@ class LanguageModel:
 
     def _rules(self, options: GenerateOptions) -> sampling.Rules:
         """Return the options' rules, with this model's end tokens and banned tokens."""
-        ends, banned = (), []
+        ends: tuple[int, ...] = ()
+        banned: list[int] = []
         if self.encoder:
             unknown = range(self.encoder.n_vocab, self.config.n_vocab)
             ends, banned = self.encoder.ends, [*self.encoder.banned, *unknown]
