@@ -101,7 +101,7 @@ class _Found:
             return f"prompt {number} has {length} tokens; the model sees only the last {seen}"
         return (
             f"{len(self.cut):,} of {counted(self.count, 'prompt')} are longer than the model's "
-            f"window, such as prompt {number} ({length} tokens); it sees only the last {seen} of each"
+            f"window, such as prompt {number} ({length} tokens); it sees only the last {seen}"
         )
 
     def _unknown(self, vocabulary: Encoder) -> str:

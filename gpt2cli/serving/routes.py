@@ -264,4 +264,5 @@ async def home(request: Request) -> Response:
         text = page.render(service, "page.html", form=form, error=str(error))
         return HTMLResponse(text, error.status, error.headers)
     samples = [choice["text"] for choice in found["choices"]]
-    return HTMLResponse(page.render(service, "page.html", form=form, samples=samples))
+    cut = max(choice.get("prompt_cut", 0) for choice in found["choices"])
+    return HTMLResponse(page.render(service, "page.html", form=form, samples=samples, cut=cut))

@@ -62,7 +62,7 @@ def test_long_prompts_are_counted_and_the_first_is_described(tiny):
     (line,) = about(None, [1] * 7, [5] * 9, [4] * 10, "no vocabulary", seen=8).values()
     assert line == (
         "2 of 4 prompts are longer than the model's window, such as prompt 2 (9 tokens); it "
-        "sees only the last 8 of each"
+        "sees only the last 8"
     )
 
 

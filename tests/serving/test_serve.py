@@ -32,8 +32,9 @@ from gpt2cli.errors import UserError
 from gpt2cli.inference import generator
 from gpt2cli.options import GenerateOptions
 from gpt2cli.serving import connections, scheduler, service
-from gpt2cli.serving.api import CompletionRequest, RequestError
+from gpt2cli.serving.api import CompletionRequest, RequestError, openapi_document
 from gpt2cli.serving.routes import make_app
+from gpt2cli.text import encoder
 
 SECRET = "Nobody may read this in the log"
 
@@ -237,6 +238,66 @@ def test_a_token_that_is_not_utf_8_is_shown_as_bytes(tiny):
     assert service.token_text(tiny.encoder, half) == "bytes:" + "".join(
         f"\\x{byte:02x}" for byte in raw
     )
+
+
+def test_special_decides_what_the_text_of_a_token_in_a_prompt_is(tiny, address):
+    text = "One<|endoftext|>two"
+    for fields, special in (
+        ({}, False),
+        ({"special": "text"}, False),
+        ({"special": "token"}, True),
+    ):
+        ids = tiny.check_prompt(text, special)
+        assert (tiny.encoder.end in ids) == special
+        settings = dict(temperature=0, max_tokens=8, echo=True, logprobs=0)
+        found = complete(address, prompt=text, **settings, **fields).json()
+        (choice,) = found["choices"]
+        expected = tiny.generate([ids], length=8, temperature=0)[0].text
+        assert choice["text"] == text + expected
+        assert found["usage"]["prompt_tokens"] == len(ids)
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+        shown = complete(address, prompt=ids, temperature=0, max_tokens=8).json()["choices"][0]
+        assert shown["text"] == expected
+    error = complete(address, prompt=text, special="yes").json()["error"]
+    assert error["param"] == "special" and "'token' or 'text'" in error["message"]
+
+
+def test_a_prompt_that_was_cut_is_marked_in_its_choices(tiny):
+    long = [5] * 260
+    with serving(tiny, max_prompt=300) as (address, _):
+        fields = dict(prompt=[long, [5, 6]], max_tokens=3, seed=1)
+        first, second = complete(address, **fields).json()["choices"]
+        assert first["prompt_cut"] == 4 and "prompt_cut" not in second
+        events = complete(address, **fields, stream=True).text.split("\n\n")
+        choices = [json.loads(e[6:])["choices"][0] for e in events if e.startswith("data: {")]
+        assert {(c["index"], c.get("prompt_cut")) for c in choices} == {(0, 4), (1, None)}
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            found = client.completions.create(model="tiny", **fields).choices
+            assert found[0].prompt_cut == 4 and found[0].text == first["text"]
+        unread = complete(address, prompt=long, max_tokens=0, echo=True).json()["choices"]
+        assert "prompt_cut" not in unread[0]
+        text = "word and " * 90
+        cut = len(tiny.encoder.encode(text)) - 256
+        page = httpx.post(address, data={"seed": text, "max_tokens": "3"}, timeout=60).text
+        assert cut > 0 and f"The model did not see the first {cut} tokens of the text." in page
+    schema = openapi_document()["components"]["schemas"]["Choice"]
+    assert "prompt_cut" in schema["properties"] and "prompt_cut" not in schema["required"]
+
+
+def test_a_typed_start_token_is_echoed_but_comes_once(network, tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + [chr(0x4E00 + n) for n in range(93)]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    model = generator.LanguageModel(compiled("lite", network), encoder.load(tmp_path))
+    settings = dict(max_tokens=3, temperature=0, echo=True, logprobs=0)
+    with serving(model) as (address, _):
+        plain = complete(address, prompt="一丁", **settings).json()
+        typed = complete(address, prompt="[CLS]一丁", **settings).json()
+    assert typed["usage"] == plain["usage"] and plain["usage"]["prompt_tokens"] == 3
+    (plain,), (typed,) = plain["choices"], typed["choices"]
+    assert typed["text"] == f"[CLS]{plain['text']}"
+    assert typed["logprobs"]["tokens"] == plain["logprobs"]["tokens"]
+    offsets = plain["logprobs"]["text_offset"]
+    assert typed["logprobs"]["text_offset"] == [5 + offset for offset in offsets]
 
 
 WRONG = [
@@ -460,6 +521,7 @@ def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
     assert len(re.findall(r'<span class="new">', found.text)) == 1
     for data, status, said in (
         ({"submit": "Enter"}, 400, "seed"),
+        ({"seed": "x", "words": "50"}, 400, "unknown field words; the fields are seed, max_tokens"),
         ({"seed": "x", "n": "many"}, 400, "n must be a valid integer"),
         ({"seed": "x" * 5, "max_tokens": "500"}, 400, "max_tokens 500"),
     ):
