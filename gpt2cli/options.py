@@ -210,22 +210,27 @@ class GenerateOptions:
             top_k=(0, MAX_TOKENS),
             top_p=(0, 1),
             seed=(0, MAX_SEED),
-            nsamples=(0, None),
-            batch_size=(1, None),
+            nsamples=(0, MAX_TOKENS),
+            batch_size=(1, MAX_TOKENS),
             min_length=(0, MAX_TOKENS),
             no_repeat_ngram=(0, MAX_TOKENS),
             beams=(1, 1000),
         )
-        if self.beams > 1:
-            self._check_beams()
+        self._check_beams()
         if self.repetition_penalty <= 0:
             raise UsageError(f"--repetition_penalty must be above 0, got {self.repetition_penalty}")
         if "" in self.stop or self.truncate == "":
             raise UsageError("--stop and --truncate must not be empty")
+        if self.keep_stop and not self.stop:
+            raise UsageError("--keep_stop needs --stop TEXT")
         if self.length is not None and self.min_length > self.length:
             raise UsageError(f"--min_length {self.min_length} is more than --length {self.length}")
 
     def _check_beams(self) -> None:
+        if self.beams == 1:
+            if self.length_penalty != 1:
+                raise UsageError("--length_penalty needs --beams above 1")
+            return
         if not 1 <= self.nsamples <= self.beams:
             raise UsageError(
                 f"--beams {self.beams} can return 1 to {self.beams} samples, not {self.nsamples}: "

@@ -234,7 +234,8 @@ class LanguageModel:
     ) -> Iterator[str | Sample]:
         """Yield the text of one sample in pieces, as it is generated, and last the Sample.
 
-        With beams nothing is certain before the end, so the best beam comes in one piece.
+        nsamples and batch_size do not count. With beams nothing is certain before the end, so the
+        best beam comes in one piece.
         """
         seed = new_seed() if options.seed is None else options.seed
         if options.beams > 1:
@@ -308,8 +309,11 @@ class LanguageModel:
             UserError: as `check_prompt`; or an option needs a vocabulary and there is none.
         """
         ids = self.check_prompt(prompt, options.special == "token") if ids is None else ids
-        if self.encoder is None and (options.stop or options.truncate):
-            raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
+        if self.encoder is None and (options.stop or options.truncate or options.include_prefix):
+            raise UserError(
+                "--stop, --truncate and --include_prefix need a vocabulary; this model folder has "
+                "none"
+            )
         n_ctx = self.config.n_ctx
         return Row(
             ids,

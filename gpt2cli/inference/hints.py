@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from gpt2cli.console import counted
+from gpt2cli.inference import rows
 from gpt2cli.inference.text import Prompt, encode_prompt
+from gpt2cli.options import GenerateOptions
 from gpt2cli.text.encoder import Encoder
 
 NAMED = 5  # characters or tokens that a line names; the others are counted
@@ -16,8 +18,8 @@ NAMED = 5  # characters or tokens that a line names; the others are counted
 def about(
     prompts: Iterable[tuple[Prompt, list[int] | None]],
     vocabulary: Encoder | None,
-    seen: int,
-    special: bool = False,
+    n_ctx: int,
+    options: GenerateOptions,
     typed: bool = False,
 ) -> dict[str, str]:
     """Return lines for standard error about prompts, at most one of each kind.
@@ -25,15 +27,16 @@ def about(
     Args:
         prompts: each prompt and its ids, or None to encode it here.
         vocabulary: the encoder; without it only token ids that are too many are found.
-        seen: number of tokens that the model sees of a long prompt.
-        special: whether texts of added tokens in a prompt are read as these tokens.
+        n_ctx: of the model.
+        options: how the prompts are continued; special and window count.
         typed: whether a person typed the prompt: then a space at its end is mentioned too.
 
     Returns:
         kind -> line. The kinds are cut (prompts longer than the window), unknown (characters that
         the vocabulary lacks), special (texts of added tokens that are read as plain text), space.
     """
-    found = _Found()
+    found, special = _Found(), options.special == "token"
+    seen = rows.most_seen(n_ctx, options.window)
     added = sorted(vocabulary.added, key=len, reverse=True) if vocabulary and not special else []
     pattern = re.compile("|".join(map(re.escape, added)) or "(?!)")
     for prompt, ids in prompts:

@@ -9,6 +9,7 @@ import heapq
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from gpt2cli import files
 from gpt2cli.console import progress, say
 from gpt2cli.errors import UsageError, UserError
-from gpt2cli.inference import hints, rows
+from gpt2cli.inference import hints
 from gpt2cli.jobs import lines as lines_file
 from gpt2cli.jobs import shards, workers
 from gpt2cli.jobs.lines import Lines
@@ -104,9 +105,9 @@ def _report(
     options: SampleOptions, folder: ModelFolder, vocabulary: Encoder | None, samples: Samples
 ) -> None:
     """Report what the model will not see of the prompts, or read in another way."""
-    seen = rows.most_seen(folder.known_sizes().n_ctx, options.window)
     prompts = ((prompt, None) for _, prompt in samples[:: options.nsamples])
-    found = hints.about(prompts, vocabulary, seen, options.special == "token")
+    typed = options.prompts is None and sys.stderr.isatty()
+    found = hints.about(prompts, vocabulary, folder.known_sizes().n_ctx, options, typed)
     for line in found.values():
         say(f"{options.out}: {line}")
 

@@ -192,6 +192,9 @@ class CompletionRequest(BaseModel):
             raise from_user_error(error) from None
         if request.best_of not in (None, request.n):
             raise RequestError(400, MESSAGES["best_of"], "best_of")
+        if request.stream_options and not request.stream:
+            message = "stream_options needs stream: true"
+            raise RequestError(400, message, "stream_options")
         if request.max_tokens == 0 and not request.echo:
             message = "max_tokens must be at least 1, or 0 with echo"
             raise RequestError(400, message, "max_tokens")

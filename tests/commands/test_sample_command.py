@@ -396,6 +396,41 @@ def test_a_job_is_not_resumed_with_another_meaning_of_special(cli, prompts, monk
     assert "out.jsonl.part belongs to a different job; moved to out.jsonl.part.old" in result.stderr
 
 
+def test_flags_without_an_effect_are_named(cli, monkeypatch):
+    import io
+
+    result = cli("sample", *T, "--beams", 2, "--batch_size", 3, "--length", 2)
+    assert result.returncode == 0 and "--batch_size has no effect with --beams" in result.stderr
+    typed = "/set batch_size 4\n/set logprobs true\n/set keep_stop true\n/show\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    result = cli("interactive", *T, "--batch_size", 3, "--logprobs")
+    assert result.returncode == 0
+    for line in (
+        "--batch_size has no effect here: one sample is generated at a time",
+        "--logprobs has no effect here: only sample --format jsonl prints log-probabilities",
+        "--keep_stop needs --stop TEXT",
+    ):
+        assert line in result.stderr
+    assert result.stderr.count("batch_size has no effect here") == 2
+    assert "batch_size = 3" in result.stderr and "keep_stop = False" in result.stderr
+
+
+def test_any_of_the_models_end_tokens_ends_a_sample(cli, tiny, monkeypatch):
+    """A newline too, which stays a newline everywhere else."""
+    (newline,) = tiny.encoder.encode("\n")
+    settings = dict(length=80, seed=3, temperature=0.8, include_prefix=True)
+    (free,) = tiny.generate("The\nclass", **settings)
+    at = free.tokens.index(newline)
+    monkeypatch.setattr(tiny.encoder, "ends", (newline, tiny.encoder.end))
+    (ended,) = tiny.generate("The\nclass", **settings)
+    assert ended.finish_reason == "end" and ended.tokens == free.tokens[:at] and at > 0
+    assert ended.text == "The\nclass" + tiny.encoder.decode(free.tokens[:at])
+    assert len(tiny.generate("The\nclass", min_length=at + 5, **settings)[0].tokens) >= at + 5
+    words = ("sample", *T, "--prompt", "The\nclass", "--length", 80, "--seed", 3)
+    (found,) = jsonl(cli(*words, "--temperature", 0.8, "--format", "jsonl"))
+    assert found["finish_reason"] == "end" and found["tokens"] == ended.tokens
+
+
 def test_interactive_gives_advice_once_and_special_can_be_set(cli, monkeypatch):
     import io
 

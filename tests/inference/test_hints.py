@@ -4,6 +4,7 @@ import pytest
 
 from gpt2cli.inference import hints
 from gpt2cli.inference.text import encode_prompt
+from gpt2cli.options import GenerateOptions
 from gpt2cli.text import encoder
 
 
@@ -16,8 +17,9 @@ def wordpiece(tmp_path_factory):
     return encoder.load(folder)
 
 
-def about(vocabulary, *prompts, seen=100, **more):
-    return hints.about(((prompt, None) for prompt in prompts), vocabulary, seen, **more)
+def about(vocabulary, *prompts, n_ctx=100, typed=False, **settings):
+    encoded = ((prompt, None) for prompt in prompts)
+    return hints.about(encoded, vocabulary, n_ctx, GenerateOptions(**settings), typed)
 
 
 def test_ordinary_prompts_need_no_line(tiny, wordpiece):
@@ -44,8 +46,8 @@ def test_texts_of_tokens_are_named_unless_they_are_read_as_tokens(tiny, wordpiec
     assert line == (
         "<|endoftext|> in a prompt is read as plain text; --special token makes it the token"
     )
-    assert about(tiny.encoder, text, special=True) == {}
-    assert about(wordpiece, "天[SEP]气", special=True) == {}
+    assert about(tiny.encoder, text, special="token") == {}
+    assert about(wordpiece, "天[SEP]气", special="token") == {}
     assert "[SEP] in a prompt is read" in about(wordpiece, "天[SEP]气")["special"]
 
 
@@ -56,10 +58,12 @@ def test_a_token_that_is_ordinary_text_needs_no_line(tiny, monkeypatch):
 
 
 def test_long_prompts_are_counted_and_the_first_is_described(tiny):
-    (line,) = about(tiny.encoder, "x", [5] * 9, seen=8).values()
+    (line,) = about(tiny.encoder, "x", [5] * 9, n_ctx=8).values()
     assert line == "prompt 2 has 9 tokens; the model sees only the last 8"
-    assert about(tiny.encoder, [5] * 8, seen=8) == {}
-    (line,) = about(None, [1] * 7, [5] * 9, [4] * 10, "no vocabulary", seen=8).values()
+    assert about(tiny.encoder, [5] * 8, n_ctx=8) == {}
+    (line,) = about(tiny.encoder, [5] * 8, n_ctx=8, window="last").values()
+    assert line == "prompt 1 has 8 tokens; the model sees only the last 7"
+    (line,) = about(None, [1] * 7, [5] * 9, [4] * 10, "no vocabulary", n_ctx=8).values()
     assert line == (
         "2 of 4 prompts are longer than the model's window, such as prompt 2 (9 tokens); it "
         "sees only the last 8"

@@ -573,6 +573,12 @@ def test_wrong_ids_are_rejected(plain_model):
         plain_model.logits([1] * 25)
 
 
+@pytest.mark.parametrize("setting", [{"stop": "x"}, {"truncate": "x"}, {"include_prefix": True}])
+def test_settings_about_text_need_a_vocabulary(plain_model, setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))}.* need a vocabulary"):
+        plain_model.generate([5], length=3, **setting)
+
+
 def test_a_prompt_whose_ids_are_known_is_not_encoded_again(tiny, monkeypatch):
     options = GenerateOptions(length=5, seed=1)
     ids = tiny.check_prompt("The import")

@@ -340,6 +340,7 @@ WRONG = [
     (b'{"echo": 1}', "echo"),
     (b'{"stream": "yes"}', "stream"),
     (b'{"stream_options": {"x": 1}}', "stream_options"),
+    (b'{"stream_options": {"include_usage": true}}', "stream_options"),
     (b'{"repetition_penalty": 0}', "repetition_penalty"),
     (b'{"min_length": 20}', "min_length"),
     (b'{"presence_penalty": 0.5}', "presence_penalty"),
