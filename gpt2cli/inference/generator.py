@@ -7,6 +7,7 @@ use `LanguageModel`. Here text becomes ids and ids become text; `sampling` knows
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -260,6 +261,13 @@ class LanguageModel:
             rows = [self.begin(index, prompt, options, seed=0) for index in range(number)]
             for _ in self._grow(rows, sampling.CHUNK, width):
                 pass
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """The number of bytes of the vocabulary's longest token."""
+        vocabulary = self.encoder
+        ids = range(vocabulary.n_vocab) if vocabulary else ()
+        return max((len(vocabulary.bytes_of([token])) for token in ids if vocabulary), default=0)
 
     def check_prompt(self, prompt: Prompt, special: bool = False) -> list[int]:
         """Return the ids of a prompt, after those that this model puts before every text.

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import functools
 import hmac
+import ipaddress
 import json
 import logging
+import re
 import threading
 import time
 import uuid
@@ -134,6 +136,22 @@ class Service:
                 headers={"www-authenticate": "Bearer"},
             )
 
+    def check_host(self, header: str | None) -> None:
+        """Raise RequestError if a browser may have sent this Host header for a page from elsewhere.
+
+        A page can point its own name to this machine (DNS rebinding), so without an API key a
+        server that listens on a loopback address answers only for addresses and known names.
+        """
+        options = self.options
+        if header is None or options.api_key or not _is_address(options.host, loopback=True):
+            return
+        name = header.rpartition(":")[0] if re.search(r":\d*\Z", header) else header
+        name = name.strip("[]").lower().rstrip(".")
+        known = ("localhost", options.host.lower(), *map(str.lower, options.allow_host))
+        if not (_is_address(name) or name in known):
+            message = f"this server does not answer for the host {name:.100}; see --allow_host"
+            raise RequestError(403, message)
+
     def check_model(self, name: str) -> None:
         """Raise RequestError unless this is the model being served."""
         if name != self.name:
@@ -209,6 +227,17 @@ class Service:
         return RequestError(504, f"the request exceeded {limit}", code="timeout")
 
 
+def _is_address(host: str, loopback: bool = False) -> bool:
+    """Return whether a host is an IP address; with loopback, one that only this machine reaches."""
+    if host.lower() == "localhost":
+        return loopback
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return found.is_loopback or not loopback
+
+
 class Answer:
     """A request that is being answered.
 
@@ -236,6 +265,13 @@ class Answer:
         self.rows: list[Row] = []
         for prompt in request.prompts():
             try:
+                if isinstance(prompt, str) and len(prompt) > most * model.longest_token:
+                    # a megabyte of spaces is not worth the seconds that it takes to encode
+                    message = (
+                        f"the prompt has {len(prompt):,} characters, more than {most:,} tokens can "
+                        "have; this server accepts no more tokens"
+                    )
+                    raise RequestError(400, message, "prompt", "context_length_exceeded")
                 ids = model.check_prompt(prompt, settings.special == "token")
                 if len(ids) > most:
                     message = f"the prompt has {len(ids)} tokens; this server accepts up to {most}"

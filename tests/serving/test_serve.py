@@ -377,6 +377,45 @@ def test_a_long_list_with_one_wrong_item_makes_one_error():
     assert time.monotonic() - began < 1.5  # 0.2 seconds; an error for each item takes 3
 
 
+def test_a_name_that_a_web_page_could_point_here_is_rejected(tiny):
+    def status(address, host, path="/v1/models"):
+        return httpx.get(f"{address}{path}", headers={"host": host}).status_code
+
+    with serving(tiny, allow_host=("books.example",)) as (address, _):
+        port = address.rpartition(":")[2]
+        for host in (
+            f"127.0.0.1:{port}",
+            "localhost",
+            "[::1]:80",
+            "192.168.1.5",
+            "Books.example:80",
+        ):
+            assert status(address, host) == 200, host
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "1.2.3.4.x"):
+            assert status(address, host) == status(address, host, "/") == 403, host
+        error = httpx.get(f"{address}/", headers={"host": "evil.example"}).json()["error"]
+        assert "the host evil.example; see --allow_host" in error["message"]
+    with serving(tiny, api_key="sesame") as (address, _):
+        assert status(address, "evil.example", "/health") == 200
+    with serving(tiny, host="0.0.0.0") as (address, _):
+        assert status(address, "books.lan") == 200
+
+
+def test_a_megabyte_of_spaces_is_rejected_at_once(tiny, address):
+    assert tiny.longest_token == max(len(tiny.encoder.bytes_of([t])) for t in range(2048)) > 10
+    began = time.monotonic()
+    found = complete(address, prompt=" " * 990_000, max_tokens=1)
+    assert found.status_code == 400 and time.monotonic() - began < 0.5
+    error = found.json()["error"]
+    assert error["code"] == "context_length_exceeded" and "990,000 characters" in error["message"]
+
+
+def test_an_empty_key_in_the_environment_is_rejected(cli, monkeypatch):
+    monkeypatch.setenv("GPT2CLI_API_KEY", "")
+    result = cli("serve", "--model_name", "tiny", "--models_dir", ROOT / "models", "--port", 0)
+    assert result.returncode == 1 and "GPT2CLI_API_KEY is set but empty" in result.stderr
+
+
 def test_errors_have_openais_form(address, client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="tiny", prompt="x", temperature=-1)
@@ -435,7 +474,7 @@ def test_a_client_that_disconnects_frees_its_place(served, stream, monkeypatch):
     slow_down(made, monkeypatch)
     port = int(address.rpartition(":")[2])
     body = json.dumps({"prompt": "x", "max_tokens": 400, "n": 16, "stream": stream})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
         before = made.metrics.registry.get_sample_value(GENERATED)
@@ -461,7 +500,7 @@ def test_a_client_that_disconnects_before_the_response_costs_nothing(tiny, serve
     monkeypatch.setattr(tiny, "logprobs", slowly)
     fields = {"prompt": ["a"] * 16, "max_tokens": 0, "echo": True, "logprobs": 1}
     body = json.dumps(fields).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for _ in range(4):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -617,7 +656,7 @@ def test_a_client_that_does_not_read_is_disconnected(served):
         connection.settimeout(0.5)
         with contextlib.suppress(OSError):
             for _ in range(20_000):  # a hundred megabytes of responses, more than buffers hold
-                connection.sendall(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n")
+                connection.sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n")
         wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
     assert get_status(f"{address}/health") == 200
 
