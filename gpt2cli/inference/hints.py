@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from gpt2cli.console import counted
 from gpt2cli.inference import rows
-from gpt2cli.inference.text import Prompt, encode_prompt
+from gpt2cli.inference.text import Prompt, encode_prompt, prefix_text
 from gpt2cli.options import GenerateOptions
 from gpt2cli.text.encoder import Encoder
 
@@ -37,14 +37,17 @@ def about(
     """
     found, special = _Found(), options.special == "token"
     seen = rows.most_seen(n_ctx, options.window)
-    added = sorted(vocabulary.added, key=len, reverse=True) if vocabulary and not special else []
+    added = sorted(vocabulary.added, key=len, reverse=True) if vocabulary else []
     pattern = re.compile("|".join(map(re.escape, added)) or "(?!)")
     for prompt, ids in prompts:
         found.count += 1
         if vocabulary is not None and (prompt is None or isinstance(prompt, str)):
             ids = encode_prompt(vocabulary, prompt or "", special) if ids is None else ids
-            found.add_text(prompt or "", ids, vocabulary)
-            found.added |= dict.fromkeys(pattern.findall(prompt or ""))
+            text = (prompt or "").removeprefix(prefix_text(vocabulary))
+            if special:
+                text = pattern.sub("", text)
+            found.added |= dict.fromkeys(pattern.findall(text))
+            found.add_text(text, ids, vocabulary)
         elif ids is None and isinstance(prompt, list):
             ids = prompt
         found.add_length(len(ids or ()), seen)
@@ -62,12 +65,12 @@ class _Found:
         self.added: dict[str, None] = {}  # texts of tokens, in the order of their first places
         self.ends_in_space = False
 
-    def add_text(self, prompt: str, ids: Sequence[int], vocabulary: Encoder) -> None:
-        """Look at a prompt's text."""
+    def add_text(self, text: str, ids: Sequence[int], vocabulary: Encoder) -> None:
+        """Look at a prompt's text, without what is read as tokens."""
         if vocabulary.unknown is not None and vocabulary.unknown in ids:
             self.unknown.append(self.count)
-            self.missing += vocabulary.missing(prompt)
-        self.ends_in_space |= prompt.endswith(" ")
+            self.missing.update(vocabulary.missing(text))
+        self.ends_in_space |= text.endswith(" ")
 
     def add_length(self, length: int, seen: int) -> None:
         """Look at a prompt's number of tokens."""

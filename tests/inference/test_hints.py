@@ -36,6 +36,10 @@ def test_characters_that_the_vocabulary_lacks_are_named(wordpiece):
     (line,) = about(wordpiece, "日", "天", "月火水木金").values()
     assert line.startswith("2 of 3 prompts have characters that the vocabulary lacks ('日', ")
     assert "'水', '木', 1 more)" in line
+    for special in ("text", "token"):  # no letter of [CLS], which is not read as text
+        lines = about(wordpiece, "[CLS]日[SEP]", special=special)
+        assert ("'['" in lines["unknown"]) == (special == "text"), lines
+        assert ("'日'" in lines["unknown"]) and "'L'" not in lines["unknown"]
     (line,) = about(wordpiece, "ab").values()  # there is no ##b
     assert "prompt 1 has words that the vocabulary cannot spell; the model reads [UNK]" in line
 
