@@ -44,6 +44,7 @@ def convert(
     vocab: str | Path | None = None,
     n_head: int | None = None,
     as_published: bool = False,
+    add_token: tuple[str, ...] = (),
     verbose: bool = False,
 ) -> None:
     """Convert a model from another program to a model folder, or one to Hugging Face format.
@@ -64,6 +65,8 @@ def convert(
             from the weights.
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
+        add_token: text of a new token, such as "<|user|>"; repeat the flag for more. Its
+            embedding is the mean of all others.
         verbose: show TensorFlow's own messages.
 
     Raises:
@@ -523,6 +526,7 @@ def vocab(
     size: int = 50257,
     min_frequency: int = 2,
     lower_case: bool = True,
+    add_token: tuple[str, ...] = (),
     combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
@@ -545,6 +549,8 @@ def vocab(
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
+        add_token: text of a token to add to the trained ones, such as "<|user|>"; repeat the
+            flag for more. It counts in --size.
         combine: join files shorter than N characters, with a separator between them.
         encoding: text encoding of the files.
         errors: handling of bytes that are invalid in that encoding: stop (strict) or replace

@@ -32,6 +32,15 @@ def check_name(flag: str, name: str) -> None:
         )
 
 
+def check_added(texts: tuple[str, ...]) -> None:
+    """Reject (UsageError) texts of new tokens that are empty, blank or given twice."""
+    for number, text in enumerate(texts):
+        if not text.strip() or "\n" in text:
+            raise UsageError(f"--add_token must be a text such as <|user|>, got {text!r}")
+        if text in texts[:number]:
+            raise UsageError(f"--add_token {text} is given twice")
+
+
 def new_seed() -> int:
     """Draw a seed that is short enough to type again."""
     return secrets.randbelow(2**31)
