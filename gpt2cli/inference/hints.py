@@ -93,8 +93,7 @@ class _Found:
                 f"{_named(texts)} in a prompt is read as plain text; --special token makes it the "
                 "token"
             )
-        # a vocabulary whose words begin with their space, as GPT-2's do
-        if vocabulary and typed and self.ends_in_space and vocabulary.id_of(" the") is not None:
+        if vocabulary and typed and self.ends_in_space and _joins_spaces(vocabulary):
             found["space"] = (
                 "the prompt ends in a space. In this vocabulary a word begins with its space, so "
                 "the continuation is better without it"
@@ -120,6 +119,12 @@ class _Found:
         lacking = f"characters that the vocabulary lacks ({_named(chars)})"
         lacking = lacking if chars else "words that the vocabulary cannot spell"
         return f"{where} {lacking}; the model reads {token} in their place"
+
+
+def _joins_spaces(vocabulary: Encoder) -> bool:
+    """Return whether a word begins with its space: so in GPT-2's vocabulary, not in WordPiece."""
+    first = vocabulary.bytes_of(vocabulary.encode(" the")[:1]).decode("utf-8", "replace")
+    return len(first) > 1 and first[0] in " ▁"  # U+2581 is Metaspace's space
 
 
 def _named(texts: list[str]) -> str:
