@@ -89,9 +89,10 @@ class _Found:
             t for t in self.added if vocabulary and vocabulary.encode(t) != [vocabulary.added[t]]
         ]
         if texts:
+            are, tokens = ("is", "it the token") if len(texts) == 1 else ("are", "them tokens")
             found["special"] = (
-                f"{_named(texts)} in a prompt is read as plain text; --special token makes it the "
-                "token"
+                f"{_named(texts)} in a prompt {are} read as plain text; --special token makes "
+                f"{tokens}"
             )
         if vocabulary and typed and self.ends_in_space and _joins_spaces(vocabulary):
             found["space"] = (

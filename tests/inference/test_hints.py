@@ -51,6 +51,8 @@ def test_texts_of_tokens_are_named_unless_they_are_read_as_tokens(tiny, wordpiec
         "<|endoftext|> in a prompt is read as plain text; --special token makes it the token"
     )
     assert about(tiny.encoder, text, special="token") == {}
+    (line,) = about(wordpiece, "天[SEP]天[CLS]")["special"].splitlines()
+    assert line.startswith("[SEP], [CLS] in a prompt are read") and line.endswith("them tokens")
     assert about(wordpiece, "天[SEP]气", special="token") == {}
     assert "[SEP] in a prompt is read" in about(wordpiece, "天[SEP]气")["special"]
 
