@@ -296,6 +296,7 @@ def sample(
     keep_stop: bool = False,
     truncate: str | Path | None = None,
     include_prefix: bool = False,
+    special: Literal["token", "text"] = "text",
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
@@ -343,11 +344,14 @@ def sample(
         processes: split the prompts across N processes, one GPU each if available; 0 means one
             process per GPU. Needs --format jsonl --out FILE.
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
-        min_length: number of tokens before the end token or --stop may end a sample.
+        min_length: number of tokens before an end token or --stop may end a sample.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
+        special: meaning of a literal <|endoftext|>, or the text of another added token, in a
+            prompt: plain text, or the token. In the text files of encode and train the flag
+            means the same, but its default is token.
         temperature: sharpness of the distribution: below 1 favours likely tokens, above 1
             unlikely ones; 0 always takes the likeliest token.
         top_k: sample from the K likeliest tokens; 0 samples from all.
