@@ -36,8 +36,8 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def logits(weights, n_head, tokens, slip=None, activation="gelu_new"):
-    """Weights by OpenAI's names, ids [T] -> float64 [T, V]."""
+def logits(weights, n_head, tokens, slip=None, activation="gelu_new", scales=None):
+    """Weights by OpenAI's names, ids [T] -> float64 [T, V]; `scales` of each layer's scores."""
     bend = ACTIVATIONS["gelu" if slip == "erf gelu" else activation]
     w = {name.removeprefix("model/"): np.asarray(v, np.float64) for name, v in weights.items()}
     x = w["wte"][tokens] + w["wpe"][: len(tokens)]
@@ -57,7 +57,8 @@ def logits(weights, n_head, tokens, slip=None, activation="gelu_new"):
         for h in range(n_head):
             cut = slice(h * head, (h + 1) * head)
             scores = q[:, cut] @ k[:, cut].T
-            scores = scores if slip == "no scale" else scores / math.sqrt(head)
+            scale = 1 / math.sqrt(head) if scales is None else scales[layer]
+            scores = scores if slip == "no scale" else scores * scale
             scores = np.where(np.tril(np.ones([length, length], bool)), scores, -np.inf)
             place = n_head - 1 - h if slip == "swapped heads" else h
             out[:, place * head : (place + 1) * head] = softmax(scores) @ v[:, cut]

@@ -15,8 +15,8 @@ class ConvertOptions:
 
     Model:
         src: folder or file to read: the checkpoint of OpenAI, nshepperd, gpt-2-simple or GPT2_ML (a
-            folder, or its path without extension), a Hugging Face folder, or the .bin of UER-py or
-            TencentPretrain.
+            folder, or its path without extension), a Hugging Face folder, nanoGPT's ckpt.pt, or the
+            .bin of UER-py or TencentPretrain.
         dst: folder to create.
         to: format to write: openai, which all commands here read, or hf, for transformers.
         from_: format of SRC; auto detects it from the files.
@@ -25,8 +25,10 @@ class ConvertOptions:
     Missing information:
         config: JSON file with the sizes, if SRC does not contain it (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, if SRC does not contain it.
-        n_head: number of attention heads, if no JSON file gives it (UER-py); it cannot be read
+        n_head: number of attention heads, if no file gives it (UER-py); it cannot be read
             from the weights.
+        activation: activation function, if no JSON file gives it (default: OpenAI's gelu_new, and
+            gelu for nanoGPT).
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
 
@@ -41,11 +43,12 @@ class ConvertOptions:
     src: str
     dst: str
     to: Literal["openai", "hf"] = "openai"
-    from_: Literal["auto", "openai", "hf", "uer", "gpt2_ml"] = "auto"
+    from_: Literal["auto", "openai", "hf", "nanogpt", "uer", "gpt2_ml"] = "auto"
     overwrite: bool = False
     config: str | None = None
     vocab: str | None = None
     n_head: int | None = None
+    activation: Literal["gelu_new", "gelu", "relu", "silu", "tanh"] | None = None
     as_published: bool = False
     verbose: bool = False
 
@@ -69,6 +72,7 @@ def run(options: ConvertOptions) -> None:
         vocab=options.vocab,
         n_head=options.n_head,
         as_published=options.as_published,
+        activation=options.activation,
     )
     say(f"read {options.src}, {source.describe()}")
     for warning in source.warnings:

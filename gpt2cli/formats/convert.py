@@ -4,6 +4,7 @@ The formats:
     openai      a TensorFlow checkpoint with hparams.json: OpenAI's, nshepperd's, gpt-2-simple's
     gpt2_ml     a TensorFlow checkpoint with `newslm/...` variables
     hf          config.json with model.safetensors or pytorch_model.bin, in one file or several
+    nanogpt     a ckpt.pt of nanoGPT, or another state dict with the matrices of PyTorch's Linear
     uer         a .bin of UER-py or TencentPretrain
 
 A `Source` reads each weight from its file when it is needed, so that a model with 1.5 billion
@@ -26,7 +27,7 @@ import safetensors.numpy
 from gpt2cli import files
 from gpt2cli.console import counted
 from gpt2cli.errors import UserError
-from gpt2cli.formats import statedict, vocabularies
+from gpt2cli.formats import settings, statedict, tensors, vocabularies
 from gpt2cli.formats.statedict import ReadWeight
 from gpt2cli.formats.vocabularies import Vocabulary
 from gpt2cli.model.network import GPT2, W_STDDEV, weight_shapes
@@ -39,6 +40,7 @@ FORMATS = {
     "openai": "a TensorFlow checkpoint of GPT-2",
     "gpt2_ml": "a TensorFlow checkpoint of GPT2_ML",
     "hf": "a Hugging Face model",
+    "nanogpt": "a nanoGPT model",
     "uer": "a UER-py model",
 }
 NOT_READ = ("tf_model.h5", "flax_model.msgpack")  # weights of Keras and Flax
@@ -70,10 +72,12 @@ class Source:
         """Return one line with the format, the sizes and the number of parameters."""
         c = self.config
         count = sum(math.prod(shape) for shape in weight_shapes(c).values())
+        odd = f"activation {c.activation}, " if c.activation != ModelConfig.activation else ""
+        odd += f"{c.n_inner} wide inside its MLPs, " if c.n_inner is not None else ""
         size = f"a vocabulary of {len(self.tokens()):,}" if self.vocabulary else "no vocabulary"
         return (
             f"{FORMATS[self.format]}: {counted(c.n_layer, 'layer')}, {counted(c.n_head, 'head')}, "
-            f"{c.n_embd} wide, {counted(c.n_vocab, 'token')}, {counted(c.n_ctx, 'position')}, "
+            f"{c.n_embd} wide, {counted(c.n_vocab, 'token')}, {counted(c.n_ctx, 'position')}, {odd}"
             f"{count:,} parameters, {size}"
         )
 
@@ -93,6 +97,7 @@ def open_source(
     vocab: str | Path | None = None,
     n_head: int | None = None,
     as_published: bool = False,
+    activation: str | None = None,
 ) -> Source:
     """Open the model at `src`, and check everything that can be checked without its weights.
 
@@ -103,6 +108,7 @@ def open_source(
         vocab: vocabulary file or folder, where it is not in `src`.
         n_head: number of attention heads, where no JSON file gives it.
         as_published: keep UER-py's gains and epsilon 1e-5; see `ConvertOptions`.
+        activation: activation function, where neither `src` nor a JSON file gives it.
 
     Raises:
         UserError: no model of these formats, a setting our network does not support, a weight that
@@ -113,7 +119,7 @@ def open_source(
     if kind in ("openai", "gpt2_ml", "tensorflow"):
         source = _open_tensorflow(path, config)
     else:
-        source = _open_state(path, kind, config, n_head, as_published)
+        source = _open_state(path, kind, config, n_head, as_published, activation)
     found = FORMATS[source.format]
     if format not in ("auto", source.format):
         raise UserError(f"{path} is {found}: use --from {source.format}, not {format}")
@@ -133,11 +139,11 @@ def _kind_of(path: Path) -> str:
             return "hf" if path.suffix == ".safetensors" else "torch"
         return "tensorflow"
     has_tensorflow = any(path.glob("*.index"))
-    weights = statedict.find(path)
+    weights = tensors.find(path)
     if has_tensorflow and weights:
         raise UserError(
             f"{path} contains a TensorFlow checkpoint and {weights.name}. "
-            "Choose one with --from openai, gpt2_ml, hf or uer"
+            "Choose one with --from openai, gpt2_ml, hf, nanogpt or uer"
         )
     if has_tensorflow or weights:
         return "torch" if weights else "tensorflow"
@@ -175,18 +181,25 @@ def _open_tensorflow(path: Path, config_path: Path | None) -> Source:
 
 
 def _open_state(
-    path: Path, kind: str, config_path: Path | None, n_head: int | None, as_published: bool
+    path: Path,
+    kind: str,
+    config_path: Path | None,
+    n_head: int | None,
+    as_published: bool,
+    activation: str | None,
 ) -> Source:
-    """Open a state dict; `kind` is hf, uer, or torch for either."""
-    file = statedict.find(path) if path.is_dir() else path
+    """Open a state dict; `kind` is hf, nanogpt, uer, or torch for any of them."""
+    file = tensors.find(path) if path.is_dir() else path
     if file is None or not file.is_file():
         raise UserError(f"no weights at {path}: neither .safetensors nor .bin. Check the path")
-    stored = statedict.read(file)
-    format = statedict.format_of(stored)
-    if kind not in ("torch", format):
+    weights = tensors.read(file)
+    format = statedict.format_of(weights)
+    if kind not in ("torch", format) and (kind, format) != ("hf", "nanogpt"):
         raise UserError(f"{path} is {FORMATS[format]}: use --from {format}, not {kind}")
-    config, tensor = statedict.open_weights(file, stored, format, config_path, n_head, as_published)
-    return Source(format, path, config, tensor)
+    config, tensor, notes = statedict.open_weights(
+        weights, config_path, n_head, as_published, activation
+    )
+    return Source(format, path, config, tensor, warnings=tuple(notes))
 
 
 def _with_vocabulary(source: Source, named: Path | None) -> Source:
@@ -207,9 +220,10 @@ def _with_vocabulary(source: Source, named: Path | None) -> Source:
             f"{folder}: the vocabulary has {largest + 1:,} tokens, but the model only "
             f"{source.config.n_vocab:,}. Name the vocabulary that belongs to it with --vocab"
         )
-    if source.format == "hf" and found:
+    if source.format in ("hf", "nanogpt") and found:
         options |= vocabularies.hf_special(home, folder if folder.is_dir() else home, found)
     config = dataclasses.replace(source.config, extra={**source.config.extra, **options})
+    warnings = [*source.warnings, *warnings]
     return dataclasses.replace(source, config=config, vocabulary=found, warnings=tuple(warnings))
 
 
@@ -275,7 +289,7 @@ def _write_checked(source: Source, part: Path, to: str) -> float:
         checkpoint.save(network, part)
     del network
     if to == "hf":
-        _write_safetensors(source, part / statedict.HF_WEIGHTS[0])
+        _write_safetensors(source, part / tensors.HF_WEIGHTS[0])
     written = open_source(part)
     found = _sample_logits(GPT2(written.config, written.tensor))
     difference = float(np.abs(found - expected).max())
@@ -323,10 +337,10 @@ def _write_hf_description(source: Source, folder: Path) -> None:
     values: dict[str, Any] = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **{statedict.SIZE_FIELDS["hf"][name][0]: getattr(config, name) for name in SIZES},
+        **{settings.SIZE_FIELDS["hf"][name][0]: getattr(config, name) for name in SIZES},
         "n_ctx": config.n_ctx,  # read by versions before 2020
-        "n_inner": None,
-        "activation_function": "gelu_new",
+        "n_inner": config.n_inner,
+        "activation_function": config.activation,
         "layer_norm_epsilon": config.ln_epsilon,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1),  # as in their GPT-2
         "initializer_range": W_STDDEV,
