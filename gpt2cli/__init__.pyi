@@ -40,6 +40,7 @@ def convert(
     to: Literal["openai", "hf"] = "openai",
     from_: Literal["auto", "openai", "hf", "nanogpt", "uer", "gpt2_ml"] = "auto",
     overwrite: bool = False,
+    base: str | Path | None = None,
     config: str | Path | None = None,
     vocab: str | Path | None = None,
     n_head: int | None = None,
@@ -59,6 +60,7 @@ def convert(
         to: format to write: openai, which all commands here read, or hf, for transformers.
         from_: format of SRC; auto detects it from the files.
         overwrite: replace DST if it exists.
+        base: folder of the model that SRC, a LoRA adapter, was trained on; merges the two.
         config: JSON file with the sizes, if SRC does not contain it (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, if SRC does not contain it.
         n_head: number of attention heads, if no file gives it (UER-py); it cannot be read from

@@ -22,6 +22,8 @@ class ConvertOptions:
         from_: format of SRC; auto detects it from the files.
         overwrite: replace DST if it exists.
 
+        base: folder of the model that SRC, a LoRA adapter, was trained on; merges the two.
+
     Missing information:
         config: JSON file with the sizes, if SRC does not contain it (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, if SRC does not contain it.
@@ -37,6 +39,7 @@ class ConvertOptions:
 
     Examples:
         gpt2cli convert checkpoint/books export/books --to hf
+        gpt2cli convert adapter models/tuned --base models/124M
         gpt2cli convert uer_model.bin models/uer --config uer_config.json --vocab vocab.txt
     """
 
@@ -45,6 +48,7 @@ class ConvertOptions:
     to: Literal["openai", "hf"] = "openai"
     from_: Literal["auto", "openai", "hf", "nanogpt", "uer", "gpt2_ml"] = "auto"
     overwrite: bool = False
+    base: str | None = None
     config: str | None = None
     vocab: str | None = None
     n_head: int | None = None
@@ -73,6 +77,7 @@ def run(options: ConvertOptions) -> None:
         n_head=options.n_head,
         as_published=options.as_published,
         activation=options.activation,
+        base=options.base,
     )
     say(f"read {options.src}, {source.describe()}")
     for warning in source.warnings:
@@ -92,7 +97,8 @@ def check_paths(options: ConvertOptions) -> None:
             f"nothing at {src.absolute()}: name a folder, a .bin file, or a TensorFlow checkpoint "
             "without its extension"
         )
-    for flag, named in (("config", options.config), ("vocab", options.vocab)):
+    for flag in ("config", "vocab", "base"):
+        named = getattr(options, flag)
         if named is not None and not Path(named).exists():
             raise UserError(f"--{flag}: nothing at {Path(named).absolute()}. Check the path")
     if options.config is not None and Path(options.config).is_dir():

@@ -27,7 +27,7 @@ import safetensors.numpy
 from gpt2cli import files
 from gpt2cli.console import counted
 from gpt2cli.errors import UserError
-from gpt2cli.formats import settings, statedict, tensors, vocabularies
+from gpt2cli.formats import adapters, settings, statedict, tensors, vocabularies
 from gpt2cli.formats.statedict import ReadWeight
 from gpt2cli.formats.vocabularies import Vocabulary
 from gpt2cli.model.network import GPT2, W_STDDEV, weight_shapes
@@ -43,7 +43,7 @@ FORMATS = {
     "nanogpt": "a nanoGPT model",
     "uer": "a UER-py model",
 }
-NOT_READ = ("tf_model.h5", "flax_model.msgpack")  # weights of Keras and Flax
+NOT_READ = (".h5", ".msgpack", ".gguf", ".onnx", ".ot")  # Keras, Flax, llama.cpp, ONNX, Rust
 CHECK_TOLERANCE = 1e-4  # of logits; the weights are equal, so only rounding may differ
 
 
@@ -98,6 +98,7 @@ def open_source(
     n_head: int | None = None,
     as_published: bool = False,
     activation: str | None = None,
+    base: str | Path | None = None,
 ) -> Source:
     """Open the model at `src`, and check everything that can be checked without its weights.
 
@@ -109,11 +110,20 @@ def open_source(
         n_head: number of attention heads, where no JSON file gives it.
         as_published: keep UER-py's gains and epsilon 1e-5; see `ConvertOptions`.
         activation: activation function, where neither `src` nor a JSON file gives it.
+        base: the model that `src`, a LoRA adapter, is merged into; all else is about this model.
 
     Raises:
         UserError: no model of these formats, a setting our network does not support, a weight that
             is missing, unexpected or of a wrong shape, or a damaged file; the text names it.
     """
+    adapter = adapters.find(Path(src))
+    if adapter is not None and base is None:
+        adapters.reject(adapter)
+    if base is not None:
+        if adapter is None:
+            raise UserError(f"--base is for a LoRA adapter, but {src} has no {adapters.CONFIG}")
+        source = open_source(base, format, config, vocab, n_head, as_published, activation)
+        return _with_adapter(source, adapter)
     path, config = Path(src), Path(config) if config else None
     kind = _kind_of(path) if format == "auto" else format
     if kind in ("openai", "gpt2_ml", "tensorflow"):
@@ -135,6 +145,8 @@ def open_source(
 def _kind_of(path: Path) -> str:
     """Return tensorflow, hf (.safetensors) or torch (.bin) by the files; UserError if unclear."""
     if not path.is_dir():
+        if path.suffix in NOT_READ:
+            raise UserError(_not_read(path))
         if path.is_file() and path.suffix not in (".index", ".meta") and ".data-" not in path.name:
             return "hf" if path.suffix == ".safetensors" else "torch"
         return "tensorflow"
@@ -147,15 +159,20 @@ def _kind_of(path: Path) -> str:
         )
     if has_tensorflow or weights:
         return "torch" if weights else "tensorflow"
-    for name in NOT_READ:
-        if (path / name).is_file():
-            raise UserError(
-                f"{path} has its weights only as {name}, which gpt2cli cannot read. Load it in "
-                "transformers (from_tf or from_flax) and save it with save_pretrained"
-            )
+    unread = next((p for p in sorted(path.iterdir()) if p.suffix in NOT_READ), None)
+    if unread is not None:
+        raise UserError(f"{path} has its weights only as {unread.name}. {_not_read(unread)}")
     raise UserError(
         f"no model in {path}: it contains neither a TensorFlow checkpoint (.index) nor "
         ".safetensors nor .bin. Check the path"
+    )
+
+
+def _not_read(path: Path) -> str:
+    """Return what to do about weights that are in none of our formats."""
+    return (
+        f"gpt2cli cannot read {path.suffix}: get the model as .safetensors, or load it in "
+        "transformers (from_tf, from_flax or gguf_file) and save it with save_pretrained"
     )
 
 
@@ -199,7 +216,24 @@ def _open_state(
     config, tensor, notes = statedict.open_weights(
         weights, config_path, n_head, as_published, activation
     )
+    if (file.parent / adapters.CONFIG).exists():
+        notes.append(f"the adapter of {adapters.CONFIG} beside the weights is not applied to them")
     return Source(format, path, config, tensor, warnings=tuple(notes))
+
+
+def _with_adapter(source: Source, adapter: adapters.Adapter) -> Source:
+    """Return the Source of a base with an adapter merged into it; UserError if it does not fit."""
+    if source.config.arch != "gpt2":
+        raise UserError(f"{adapter.folder} is {adapter}, but --base {source.path} is no GPT-2")
+    own = vocabularies.tokens(vocabularies.read(adapter.folder, source.config.n_vocab)[0])
+    if own and own != source.tokens():
+        raise UserError(
+            f"{adapter.folder} has a vocabulary of its own, unlike that of {source.path}. Merge it "
+            "in PEFT, which also resizes the embeddings"
+        )
+    tensor = adapters.merged(adapter, source.tensor, weight_shapes(source.config))
+    note = f"{adapter}, merged into {source.path}"
+    return dataclasses.replace(source, tensor=tensor, warnings=(*source.warnings, note))
 
 
 def _with_vocabulary(source: Source, named: Path | None) -> Source:

@@ -404,6 +404,9 @@ def test_a_folder_with_only_keras_weights_says_what_to_do(tmp_path):
     (tmp_path / "tf_model.h5").write_bytes(b"")
     with pytest.raises(UserError, match=r"only as tf_model.h5.*save_pretrained"):
         open_source(tmp_path)
+    (tmp_path / "gpt2-q8.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"cannot read .gguf: get the model as .safetensors"):
+        open_source(tmp_path / "gpt2-q8.gguf")
 
 
 def test_two_formats_or_two_files_in_one_folder_need_a_choice(tmp_path, state, network):
