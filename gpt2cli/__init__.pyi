@@ -240,7 +240,7 @@ def init(
     vocab: str | Path,
     seed: int = 0,
     overwrite: bool = False,
-    size: Literal["tiny", "distil", "124M", "355M", "774M", "1558M"] = "124M",
+    size: Literal["tiny", "distil", "117M", "124M", "345M", "355M", "774M", "1558M"] | None = None,
     n_layer: int | None = None,
     n_head: int | None = None,
     n_embd: int | None = None,
@@ -254,12 +254,13 @@ def init(
     Runs `gpt2cli init` with the same settings.
 
     Args:
-        name: name of the model, models/NAME.
+        name: name of the model, models/NAME; the name of a size, such as 355M, makes that size.
         vocab: vocabulary: vocab.txt, or a folder with it or with encoder.json and vocab.bpe
             (`gpt2cli vocab` makes one).
         seed: seed of the weights.
         overwrite: replace the model if it exists.
-        size: named size for layers, heads and width; the flags below override it.
+        size: named size for layers, heads and width; the flags below override it (default:
+            124M, or the size that NAME names). 117M and 345M are older names of 124M and 355M.
         n_layer: number of layers.
         n_head: number of attention heads in each layer.
         n_embd: width of the embeddings.
