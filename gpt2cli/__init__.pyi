@@ -346,7 +346,8 @@ def sample(
         processes: split the prompts across N processes, one GPU each if available; 0 means one
             process per GPU. Needs --format jsonl --out FILE.
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
-        min_length: number of tokens before the end token or --stop may end a sample.
+        min_length: number of generated tokens before the end token or --stop may end a sample;
+            in transformers, min_length and max_length include the prompt.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
@@ -355,7 +356,8 @@ def sample(
             unlikely ones; 0 always takes the likeliest token.
         top_k: sample from the K likeliest tokens; 0 samples from all.
         top_p: sample from the smallest set of tokens whose probability reaches P (nucleus
-            sampling); 0 samples from all.
+            sampling); 0 samples from all, as in nshepperd/gpt-2 (in OpenAI's code, transformers
+            and the API of `serve`, 0 takes the likeliest token).
         repetition_penalty: above 1 makes tokens that already occurred less likely (CTRL, arXiv
             1909.05858).
         no_repeat_ngram: never write the same N tokens in a row twice; 0 allows repeats.
@@ -447,14 +449,16 @@ def train(
         restore_from: latest (resume the run's newest checkpoint, else start from the model),
             weights (the same, with the optimizer from scratch), fresh (the model), or the path
             of a checkpoint, run folder or model folder.
-        overwrite: let --restore_from fresh replace the checkpoints of an existing run.
+        overwrite: let --restore_from fresh replace the checkpoints of an existing run; in
+            gpt-2-simple it deletes old checkpoints when a run resumes (see --keep).
         sample_dir: folder in which samples/RUN_NAME/ is created.
         steps: total number of steps of the run; 0 trains until Ctrl-C.
         epochs: number of passes over the text, instead of --steps.
         batch_size: sequences in a batch on each device; --accumulate_gradients N reads N such
             batches per step.
         seq_length: tokens in a sequence; 0 uses the model's n_ctx.
-        accumulate_gradients: number of batches whose gradients are averaged into one step.
+        accumulate_gradients: number of batches whose gradients are averaged into one step;
+            nshepperd/gpt-2 adds them up, which makes N times the step with --optimizer sgd.
         optimizer: adam and sgd as in nshepperd/gpt-2; adamw; adafactor needs the least memory
             (arXiv 1804.04235; its rate is relative to the size of the weights, usually 0.001);
             adafactor_gpt2_ml is GPT2_ML's variant (with a plain rate, usually 0.0001).
@@ -483,13 +487,14 @@ def train(
         top_k: sample from the K likeliest tokens; 0 samples from all (default: 40, or 0 if
             --top_p is given).
         top_p: sample from the smallest set of tokens whose probability reaches P; 0 samples
-            from all.
+            from all, as in nshepperd/gpt-2.
         save_every: steps between checkpoints.
         keep: number of newest checkpoints to keep; 0 keeps all.
         keep_every_hours: hours between checkpoints that are kept permanently; 0 keeps none.
         keep_best: also save and keep the checkpoint with the lowest validation loss.
         val_dataset: text or encoded file for the validation loss; same forms as --dataset.
-        val_every: steps between validations; 0 turns validation off.
+        val_every: steps between validations; 0 turns validation off. Needs --val_dataset, for
+            which nshepperd/gpt-2 takes the training text.
         val_batch_size: sequences in a validation batch.
         val_batch_count: number of validation batches, the same ones each time.
         patience: stop after N validations without improvement; 0 disables early stopping.
