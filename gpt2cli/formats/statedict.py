@@ -108,8 +108,9 @@ def format_of(weights: StateDict) -> str:
 def _ours(weights: StateDict, format: str, notes: list[str]) -> dict[str, Stored]:
     """Return the tensors without what programs put before their names; add to the notes.
 
-    Names begin at the token table: whatever stands before it also stands before the layers, and
-    before the output matrix, but for `transformer.`.
+    Names begin at the table of positions: whatever stands before it also stands before the layers,
+    and before the output matrix, but for `transformer.`. Programs that save a shared tensor once
+    may have the token table only as the output matrix (accelerate, safetensors' save_model).
 
     Raises:
         UserError: two tensors get the same name.
@@ -119,13 +120,15 @@ def _ours(weights: StateDict, format: str, notes: list[str]) -> dict[str, Stored
         plain = {name: UER_OLD.get(new, new) for name, new in plain.items()}
     else:
         plain = {name: _with_usual_leaf(new) for name, new in plain.items()}
-        table = next((n for n in plain.values() if re.search(r"(^|\.)wte\.weight$", n)), "")
-        inner = table.removesuffix("wte.weight")
+        table = next((n for n in plain.values() if re.search(r"(^|\.)wpe\.weight$", n)), "")
+        inner = table.removesuffix("wpe.weight")
         outer = inner.removesuffix("transformer.")
         for name, new in plain.items():
             new = new.removeprefix(inner if new.startswith(inner) else outer)
             plain[name] = HEAD_OLD.get(new, new)
         plain = {name: new for name, new in plain.items() if not BUFFER.fullmatch(new)}
+        if "wte.weight" not in plain.values():
+            plain = {n: "wte.weight" if new == HEADS["hf"] else new for n, new in plain.items()}
         heads = [name for name, new in plain.items() if OTHER_HEAD.match(new)]
         if heads:
             notes.append(f"ignored {few(heads)}: a head that scores texts, not the language model")

@@ -71,6 +71,16 @@ def test_a_separate_output_matrix_may_be_the_token_table(tmp_path, network, stat
         open_source(hf_folder(tmp_path / "other", untied))
 
 
+def test_the_token_table_may_stand_only_as_the_output_matrix(tmp_path, network, state):
+    for number, wrap in enumerate(("", "module.")):
+        once = {f"{wrap}{name}": value for name, value in state.items() if name != HEAD}
+        folder = hf_folder(tmp_path / str(number), {**once, f"{wrap}lm_head.weight": state[HEAD]})
+        assert_weights(open_source(folder), network)
+    untied = {**once, "module.lm_head.weight": state[HEAD]}
+    with pytest.raises(UserError, match="tie_word_embeddings is false"):
+        open_source(hf_folder(tmp_path / "untied", untied, tie_word_embeddings=False))
+
+
 def test_heads_that_score_texts_are_skipped_and_named(tmp_path, network, state):
     value = {
         "v_head.summary.weight": np.ones((1, 16), np.float32),
