@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gpt2cli import cli as command_line
-from gpt2cli import flags, hints
+from gpt2cli import flags, peers
 from gpt2cli.commands.sample import SampleOptions
 from gpt2cli.errors import UsageError
 
@@ -104,19 +104,27 @@ def test_another_programs_flag_gets_ours(command, flag, ours):
 
 
 def test_every_hint_names_a_command_or_flag_of_ours():
-    assert set(hints.COMMANDS.values()) <= set(command_line.COMMANDS)
-    assert not set(hints.COMMANDS) & set(command_line.COMMANDS)
+    assert set(peers.COMMANDS.values()) <= set(command_line.COMMANDS)
+    assert not set(peers.COMMANDS) & set(command_line.COMMANDS)
     fields = {
         flags.spelled(name)
         for command in command_line.COMMANDS
         for name in flags.fields_of(command_line.options_class(command))
     }
-    assert {ours for several in hints.FLAGS.values() for ours in several} <= fields
+    assert {ours for several in peers.FLAGS.values() for ours in several} <= fields
 
 
 def test_a_text_of_several_words_needs_quotes():
     with pytest.raises(UsageError, match="unexpected argument 'upon': put a text .* in quotes"):
         read("sample", "Once", "upon")
+    with pytest.raises(UsageError, match="unexpected argument 'Once': gpt2cli sample continues"):
+        read("interactive", "Once")
+
+
+def test_a_missing_argument_is_shown_in_its_place():
+    usage = r"encode needs --out_npz: gpt2cli encode IN_TEXT OUT_NPZ \[FLAGS\]; see"
+    with pytest.raises(UsageError, match=usage):
+        read("encode", "list.json")
 
 
 @pytest.mark.parametrize(
