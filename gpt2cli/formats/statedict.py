@@ -144,7 +144,7 @@ def _ours(weights: StateDict, format: str, notes: list[str]) -> dict[str, Stored
 def _with_usual_leaf(name: str) -> str:
     """Return a name with the last part that is used today."""
     stem, _, leaf = name.rpartition(".")
-    return f"{stem}.{LEAVES.get(leaf, leaf)}"
+    return f"{stem}.{LEAVES.get(leaf, leaf)}" if stem else name
 
 
 def open_weights(
@@ -273,7 +273,7 @@ def _config_of(
             "give --config FILE or --n_head NUMBER"
         )
     epsilon = LN_EPSILON if format == "uer" else values.get("layer_norm_epsilon", LN_EPSILON)
-    epsilon = float(epsilon) if type(epsilon) is int else epsilon
+    epsilon = 0.0 if type(epsilon) is int and epsilon == 0 else epsilon
     sizes["n_head"] = stated[0] if stated else n_head
     try:
         return ModelConfig(**sizes, ln_epsilon=epsilon)

@@ -81,7 +81,7 @@ class ModelConfig:
             raise UserError(f"hparams: arch must be gpt2 or gpt2_ml, got {self.arch!r}")
         if type(self.ln_epsilon) is not float or not 0 <= self.ln_epsilon < 1:
             raise UserError(
-                f"hparams: ln_epsilon must be a number from 0 to 1, got {self.ln_epsilon!r}"
+                f"hparams: ln_epsilon must be a number from 0 to 1, got {self.ln_epsilon!r:.50}"
             )
         if self.activation not in ACTIVATIONS:
             raise UserError(
@@ -117,8 +117,8 @@ class ModelConfig:
             if theirs in values:
                 raise UserError(f"{where}: {theirs} is transformers' name; write {ours} instead")
         known = {name: values.pop(name) for name in (*SIZES, *OPTIONAL) if name in values}
-        if type(known.get("ln_epsilon")) is int:
-            known["ln_epsilon"] = float(known["ln_epsilon"])
+        if type(known.get("ln_epsilon")) is int and known["ln_epsilon"] == 0:
+            known["ln_epsilon"] = 0.0  # any other whole number is too large
         try:
             return cls(**known, extra=values)
         except UserError as error:

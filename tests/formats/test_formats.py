@@ -443,6 +443,7 @@ REJECTED = [
     ("n_head", 3),
     ("n_head", "4"),
     ("layer_norm_epsilon", "small"),
+    ("layer_norm_epsilon", 10**400),
 ]
 
 
