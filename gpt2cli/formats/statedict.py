@@ -184,6 +184,8 @@ def open_weights(
             f"{file.name} does not say which activation function it was trained with: taken as "
             "gelu, nanoGPT's since June 2023. For an older one, or minGPT: --activation gelu_new"
         )
+    elif not (values or activation):
+        notes.append(f"no file names the activation function: taken as {ACTIVATIONS[0]}")
     exact = format == "uer" and not as_published
     config = dataclasses.replace(
         config,

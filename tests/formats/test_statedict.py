@@ -274,6 +274,7 @@ def test_a_state_dict_inside_a_training_checkpoint_is_read(torch, tmp_path, netw
     torch.save({key: tensors, "epoch": 3, "loss": 1.5}, tmp_path / "last.ckpt")
     source = open_source(tmp_path / "last.ckpt", n_head=4)
     assert source.format == "hf"
+    assert any("taken as gelu_new" in note for note in source.warnings)
     assert_weights(source, network)
     assert any(f"only {key} is read, not epoch, loss" in note for note in source.warnings)
     torch.save({"net": tensors}, tmp_path / "odd.pt")
