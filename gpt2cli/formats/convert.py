@@ -27,7 +27,7 @@ import safetensors.numpy
 from gpt2cli import files
 from gpt2cli.console import counted
 from gpt2cli.errors import UserError
-from gpt2cli.formats import adapters, settings, statedict, tensors, vocabularies
+from gpt2cli.formats import adapters, names, settings, statedict, tensors, vocabularies
 from gpt2cli.formats.statedict import ReadWeight
 from gpt2cli.formats.vocabularies import Vocabulary
 from gpt2cli.model.network import GPT2, W_STDDEV, weight_shapes
@@ -135,6 +135,11 @@ def open_source(
         raise UserError(f"{path} is {found}: use --from {source.format}, not {format}")
     if as_published and source.format != "uer":
         raise UserError(f"--as_published is for UER-py models, but {path} is {found}")
+    if activation not in (None, source.config.activation):
+        raise UserError(
+            f"--activation {activation} contradicts {source.config.activation} of {path}. "
+            "Leave it out"
+        )
     if n_head not in (None, source.config.n_head):
         raise UserError(
             f"--n_head {n_head} contradicts n_head {source.config.n_head} of {path}. Leave it out"
@@ -210,7 +215,7 @@ def _open_state(
     if file is None or not file.is_file():
         raise UserError(f"no weights at {path}: neither .safetensors nor .bin. Check the path")
     weights = tensors.read(file)
-    format = statedict.format_of(weights)
+    format = names.format_of(weights)
     if kind not in ("torch", format) and (kind, format) != ("hf", "nanogpt"):
         raise UserError(f"{path} is {FORMATS[format]}: use --from {format}, not {kind}")
     config, tensor, notes = statedict.open_weights(
@@ -354,7 +359,7 @@ def _write_safetensors(source: Source, path: Path) -> None:
     arrays = {}
     for name, shape in weight_shapes(source.config).items():
         value = source.tensor(name, shape)
-        (place,) = statedict.places_of(name, "hf")
+        (place,) = names.places_of(name, "hf")
         arrays[f"transformer.{place}"] = value[0] if len(shape) == 3 else value
     try:
         safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})

@@ -15,6 +15,15 @@ import numpy as np
 from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.formats import settings
+from gpt2cli.formats.names import (
+    HEADS,
+    LAYERS,
+    OTHER_KINDS,
+    TRANSPOSED,
+    format_of,
+    places_of,
+    unwrapped,
+)
 from gpt2cli.formats.settings import SIZE_FIELDS
 from gpt2cli.formats.tensors import StateDict, Stored, few
 from gpt2cli.model.network import weight_shapes
@@ -23,63 +32,9 @@ from gpt2cli.model.sizes import ACTIVATIONS, LN_EPSILON, ModelConfig
 # Returns a weight, given our name and its shape, as a float32 array.
 ReadWeight = Callable[[str, tuple[int, ...]], np.ndarray]
 
-LAYERS = {"hf": "h.", "nanogpt": "h.", "uer": "encoder.transformer."}  # prefix of a layer's number
-TRANSPOSED = ("nanogpt", "uer")  # have the matrices of PyTorch's Linear, [out, in]
-# Our name of a weight, without its layer -> the tensors of UER-py that it consists of.
-UER_PLACES = {
-    "ln_1/g": ("layer_norm_1.gamma",),
-    "ln_1/b": ("layer_norm_1.beta",),
-    "attn/c_attn/w": tuple(f"self_attn.linear_layers.{i}.weight" for i in range(3)),  # q, k, v
-    "attn/c_attn/b": tuple(f"self_attn.linear_layers.{i}.bias" for i in range(3)),
-    "attn/c_proj/w": ("self_attn.final_linear.weight",),
-    "attn/c_proj/b": ("self_attn.final_linear.bias",),
-    "ln_2/g": ("layer_norm_2.gamma",),
-    "ln_2/b": ("layer_norm_2.beta",),
-    "mlp/c_fc/w": ("feed_forward.linear_1.weight",),
-    "mlp/c_fc/b": ("feed_forward.linear_1.bias",),
-    "mlp/c_proj/w": ("feed_forward.linear_2.weight",),
-    "mlp/c_proj/b": ("feed_forward.linear_2.bias",),
-    "wte": ("embedding.word.embedding.weight",),
-    "wpe": ("embedding.pos.embedding.weight",),
-    "ln_f/g": ("encoder.layer_norm.gamma",),
-    "ln_f/b": ("encoder.layer_norm.beta",),
-}
-# TencentPretrain scripts/convert_tencentpretrain_from_old_to_new.py: names before 2022 -> now
-UER_OLD = {
-    "embedding.word_embedding.weight": "embedding.word.embedding.weight",
-    "embedding.position_embedding.weight": "embedding.pos.embedding.weight",
-    "target.output_layer.weight": "target.lm.output_layer.weight",
-}
 # UER-py divides by the sample deviation of a row plus 1e-6. With scaled gains and almost nothing
 # added to the variance, OpenAI's formula gives the same result up to rounding.
 UER_LN_EPSILON = 1e-12
-# Older versions of transformers and nanoGPT save the causal mask and its -1e4 beside the weights.
-BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-# What torch.compile, DataParallel, FSDP and checkpointing put before or into a weight's name.
-WRAPPER = re.compile(
-    r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
-HEADS = {
-    "hf": "lm_head.weight",
-    "nanogpt": "lm_head.weight",
-    "uer": "target.lm.output_layer.weight",
-}
-HEAD_OLD = {"lm_head.decoder.weight": "lm_head.weight"}  # microsoft/DialoGPT
-# Heads beside the language model's: of trl and trlx, which score a text, and of transformers'
-# GPT2DoubleHeadsModel. The logits do not need them.
-OTHER_HEAD = re.compile(r"(v_head|value_head|multiple_choice_head)\.")
-# Tensors that mean another kind of model -> what it is.
-OTHER_KINDS = {
-    r"(score|classifier|qa_outputs)\.": "a classifier, whose weights no longer predict text well",
-    r".*\.(lora_[AB]|lora_embedding_[AB]|base_layer)\b": (
-        "a model with a LoRA adapter that is not merged. Merge it in PEFT with merge_and_unload() "
-        "and save_pretrained()"
-    ),
-    r".*\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_format|weight_packed|weight_scale)$": (
-        f"a quantized model. {settings.FULL}"
-    ),
-}
-LEAVES = {"g": "weight", "w": "weight", "b": "bias"}  # the first PyTorch ports kept ours
 
 
 class Opened(NamedTuple):
@@ -94,57 +49,6 @@ class Opened(NamedTuple):
     config: ModelConfig
     tensor: ReadWeight
     notes: list[str]
-
-
-def format_of(weights: StateDict) -> str:
-    """Return the format, hf, nanogpt or uer, that uses these names and shapes."""
-    names = _ours(weights, "hf", [])
-    if any(WRAPPER.sub("", name).startswith("embedding.word") for name in weights.tensors):
-        return "uer"
-    shape = names["h.0.attn.c_attn.weight"].shape if "h.0.attn.c_attn.weight" in names else ()
-    return "nanogpt" if len(shape) == 2 and shape[0] == 3 * shape[1] else "hf"
-
-
-def _ours(weights: StateDict, format: str, notes: list[str]) -> dict[str, Stored]:
-    """Return the tensors without what programs put before their names; add to the notes.
-
-    Names begin at the table of positions: whatever stands before it also stands before the layers,
-    and before the output matrix, but for `transformer.`. Programs that save a shared tensor once
-    may have the token table only as the output matrix (accelerate, safetensors' save_model).
-
-    Raises:
-        UserError: two tensors get the same name.
-    """
-    plain = {name: WRAPPER.sub("", name) for name in weights.tensors}
-    if format == "uer":
-        plain = {name: UER_OLD.get(new, new) for name, new in plain.items()}
-    else:
-        plain = {name: _with_usual_leaf(new) for name, new in plain.items()}
-        table = next((n for n in plain.values() if re.search(r"(^|\.)wpe\.weight$", n)), "")
-        inner = table.removesuffix("wpe.weight")
-        outer = inner.removesuffix("transformer.")
-        for name, new in plain.items():
-            new = new.removeprefix(inner if new.startswith(inner) else outer)
-            plain[name] = HEAD_OLD.get(new, new)
-        plain = {name: new for name, new in plain.items() if not BUFFER.fullmatch(new)}
-        if "wte.weight" not in plain.values():
-            plain = {n: "wte.weight" if new == HEADS["hf"] else new for n, new in plain.items()}
-        heads = [name for name, new in plain.items() if OTHER_HEAD.match(new)]
-        if heads:
-            notes.append(f"ignored {few(heads)}: a head that scores texts, not the language model")
-        plain = {name: new for name, new in plain.items() if not OTHER_HEAD.match(new)}
-    found: dict[str, str] = {}
-    for name, new in plain.items():
-        if new in found:
-            raise UserError(f"{weights.file} has both {found[new]} and {name}: two models in one")
-        found[new] = name
-    return {new: weights.tensors[name] for new, name in found.items()}
-
-
-def _with_usual_leaf(name: str) -> str:
-    """Return a name with the last part that is used today."""
-    stem, _, leaf = name.rpartition(".")
-    return f"{stem}.{LEAVES.get(leaf, leaf)}" if stem else name
 
 
 def open_weights(
@@ -167,55 +71,50 @@ def open_weights(
         UserError: a field, name or shape does not fit our network.
     """
     format, file, notes = format_of(weights), weights.file, list(weights.notes)
+    fields = "uer" if format == "uer" else "hf"
     where = config_path or file.parent / "config.json"
     has_json = bool(config_path) or where.is_file()
     values = {**weights.settings, **(files.read_object(where) if has_json else {})}
     where = where if has_json or not weights.settings else file
-    fields = "uer" if format == "uer" else "hf"
     settings.check(values, fields, where)  # a better message than a missing weight
-    names = _ours(weights, format, notes)
+    names = unwrapped(weights, format, notes)
     config = _config_of(names, format, values, where, n_head)
-    chosen = settings.activation_of(values, fields, where)
-    if activation and chosen not in (None, activation):
-        raise UserError(f"--activation {activation} contradicts {chosen} of {where}. Leave it out")
-    if format == "nanogpt" and not (chosen or activation):
-        chosen = "gelu"
-        notes.append(
-            f"{file.name} does not say which activation function it was trained with: taken as "
-            "gelu, nanoGPT's since June 2023. For an older one, or minGPT: --activation gelu_new"
-        )
-    elif not (values or activation):
-        notes.append(f"no file names the activation function: taken as {ACTIVATIONS[0]}")
+    named = settings.activation_of(values, fields, where)
+    if activation and named not in (None, activation):
+        raise UserError(f"--activation {activation} contradicts {named} of {where}. Leave it out")
     exact = format == "uer" and not as_published
     config = dataclasses.replace(
         config,
-        activation=chosen or activation or ACTIVATIONS[0],
+        activation=named or activation or _usual_activation(format, file, bool(values), notes),
         ln_epsilon=UER_LN_EPSILON if exact else config.ln_epsilon,
     )
     notes += settings.notes(values, fields, config.n_ctx)
     head = names.pop(HEADS[format], None)
     if head is None and values.get("tie_word_embeddings", True) is not True:
         raise UserError(
-            f"{where}: tie_word_embeddings is false, but {file} has no {HEADS[format]}: the model "
-            "is incomplete"
+            f"{where}: tie_word_embeddings is false, but {file} has no {HEADS[format]}: the "
+            "model is incomplete"
         )
     if not any(name.endswith(".bias") for name in names) and format == "nanogpt":
         names |= _zero_biases(config, file)
     _check_names_and_shapes(names, config, format, file)
-    tensor = _reader(names, config, format, file, exact)
-    scale = settings.query_scale(
-        {**values, "n_layer": config.n_layer}, config.n_embd // config.n_head
-    )
-    if scale is not None:
-        tensor = _with_scaled_queries(tensor, config, scale)
-        notes.append(
-            "its attention is scaled in another way (scale_attn_weights, "
-            "scale_attn_by_inverse_layer_idx): the weights of the queries were scaled instead, "
-            "with the same result"
-        )
+    tensor = _with_our_scale(_reader(names, config, format, file, exact), config, values, notes)
     if head is not None:
         _check_head(head, tensor("model/wte", (config.n_vocab, config.n_embd)), file)
     return Opened(config, tensor, notes)
+
+
+def _usual_activation(format: str, file: Path, has_settings: bool, notes: list[str]) -> str:
+    """Return the activation function of a model that does not name it; add to the notes."""
+    if format == "nanogpt":
+        notes.append(
+            f"{file.name} does not say which activation function it was trained with: taken as "
+            "gelu, nanoGPT's since June 2023. For an older one, or minGPT: --activation gelu_new"
+        )
+        return "gelu"
+    if not has_settings:
+        notes.append(f"no file names the activation function: taken as {ACTIVATIONS[0]}")
+    return ACTIVATIONS[0]
 
 
 def _check_head(head: Stored, table: np.ndarray, file: Path) -> None:
@@ -237,8 +136,19 @@ def _zero_biases(config: ModelConfig, file: Path) -> dict[str, Stored]:
     }
 
 
-def _with_scaled_queries(tensor: ReadWeight, config: ModelConfig, scale: list[float]) -> ReadWeight:
-    """Return the same function, with each layer's queries scaled."""
+def _with_our_scale(
+    tensor: ReadWeight, config: ModelConfig, values: dict[str, Any], notes: list[str]
+) -> ReadWeight:
+    """Return the same function, with queries for our scale of attention; add to the notes."""
+    head = config.n_embd // config.n_head
+    scale = settings.query_scale({**values, "n_layer": config.n_layer}, head)
+    if scale is None:
+        return tensor
+    notes.append(
+        "its attention is scaled in another way (scale_attn_weights, "
+        "scale_attn_by_inverse_layer_idx): the weights of the queries were scaled instead, "
+        "with the same result"
+    )
 
     def scaled(name: str, shape: tuple[int, ...]) -> np.ndarray:
         value = tensor(name, shape)
@@ -310,22 +220,6 @@ def _sizes_of(names: dict[str, Stored], format: str, where: Path) -> dict[str, A
         "n_layer": max(layers, default=-1) + 1,
         "n_inner": None if n_inner == 4 * n_embd else n_inner,
     }
-
-
-def places_of(name: str, format: str) -> tuple[str, ...]:
-    """Return the tensors in a state dict of a format that our weight `name` consists of.
-
-    There are several where UER-py has separate matrices for query, key and value.
-    """
-    match = re.fullmatch(r"model/(?:h(\d+)/)?(.+)", name)
-    assert match is not None, name
-    layer, part = match.groups()
-    if format == "uer":
-        found = UER_PLACES[part]
-    else:
-        stem, leaf = part.rsplit("/", 1) if "/" in part else (part, "w")
-        found = (f"{stem.replace('/', '.')}.{LEAVES[leaf]}",)
-    return found if layer is None else tuple(f"{LAYERS[format]}{layer}.{n}" for n in found)
 
 
 def _check_names_and_shapes(

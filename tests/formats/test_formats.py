@@ -13,7 +13,7 @@ import safetensors.numpy
 from conftest import check_golden, golden_models, golden_vocabulary, lively
 
 from gpt2cli.errors import UserError
-from gpt2cli.formats import statedict
+from gpt2cli.formats import names
 from gpt2cli.formats.convert import _sample_logits, convert, open_source
 from gpt2cli.inference.generator import load_model
 from gpt2cli.model.network import weight_shapes
@@ -581,7 +581,7 @@ def test_a_uer_state_dict_is_converted(tmp_path, network, uer_state):
 
 
 def test_the_names_before_2022_are_read(tmp_path, network, uer_state):
-    older = {new: old for old, new in statedict.UER_OLD.items()}
+    older = {new: old for old, new in names.UER_OLD.items()}
     arrays = {older.get(name, name): value for name, value in uer_state.items()}
     assert "embedding.word_embedding.weight" in arrays and "target.output_layer.weight" in arrays
     folder = uer_folder(tmp_path / "m", arrays, embedding="word_pos", target="lm")

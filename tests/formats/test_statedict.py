@@ -294,7 +294,8 @@ def test_a_program_inside_a_training_checkpoint_is_never_run(torch, tmp_path, st
     assert "program" not in capsys.readouterr().out
 
 
-def test_a_flag_must_not_contradict_the_json(tmp_path, state):
-    folder = hf_folder(tmp_path / "m", state)
-    with pytest.raises(UserError, match="--activation gelu contradicts gelu_new of"):
-        open_source(folder, activation="gelu")
+def test_a_flag_must_not_contradict_the_files(tmp_path, network, state):
+    checkpoint.save(network, tmp_path / "openai")
+    for folder in (hf_folder(tmp_path / "m", state), tmp_path / "openai"):
+        with pytest.raises(UserError, match="--activation gelu contradicts gelu_new of"):
+            open_source(folder, activation="gelu")
