@@ -46,6 +46,13 @@ def test_a_model_converts_to_hugging_face_format_and_back(cli, hf, tmp_path, tin
     assert model.encoder.encode("The import") == tiny.encoder.encode("The import")
 
 
+def test_a_folder_that_must_be_converted_first_says_so(cli, hf):
+    used = cli("sample", "--models_dir", hf.parent, "--model_name", hf.name)
+    assert used.returncode == 1
+    assert "in another format (model.safetensors)" in used.stderr
+    assert f"gpt2cli convert {hf} NEW_FOLDER" in used.stderr
+
+
 def test_an_adapter_is_merged_into_a_model_folder(cli, tmp_path, tiny):
     adapter, place = tmp_path / "adapter", "base_model.model.transformer.h.0.attn.c_attn"
     adapter.mkdir()
@@ -61,6 +68,8 @@ def test_an_adapter_is_merged_into_a_model_folder(cli, tmp_path, tiny):
     assert alone.returncode == 1 and not (tmp_path / "out").exists()
     assert "LoRA adapter for me/tiny (adapter_config.json)" in alone.stderr
     assert f"gpt2cli convert {adapter} DST --base FOLDER" in alone.stderr
+    used = cli("sample", "--models_dir", tmp_path, "--model_name", "adapter")
+    assert used.returncode == 1 and "not a model but an adapter" in used.stderr
     result = cli("convert", adapter, tmp_path / "out", "--base", TINY)
     assert result.returncode == 0, result.stderr
     model = gpt2cli.load_model(tmp_path / "out")
