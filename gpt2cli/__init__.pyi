@@ -46,6 +46,7 @@ def convert(
     n_head: int | None = None,
     activation: Literal["gelu_new", "gelu", "relu", "silu", "tanh"] | None = None,
     as_published: bool = False,
+    add_token: tuple[str, ...] = (),
     verbose: bool = False,
 ) -> None:
     """Convert a model from another program to a model folder, or one to Hugging Face format.
@@ -69,6 +70,8 @@ def convert(
             and gelu for nanoGPT).
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
+        add_token: text of a new token, such as "<|user|>"; repeat the flag for more. Its
+            embedding is the mean of all others.
         verbose: show TensorFlow's own messages.
 
     Raises:
@@ -299,6 +302,7 @@ def sample(
     keep_stop: bool = False,
     truncate: str | Path | None = None,
     include_prefix: bool = False,
+    special: Literal["token", "text"] = "text",
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
@@ -346,12 +350,15 @@ def sample(
         processes: split the prompts across N processes, one GPU each if available; 0 means one
             process per GPU. Needs --format jsonl --out FILE.
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
-        min_length: number of generated tokens before the end token or --stop may end a sample;
+        min_length: number of generated tokens before an end token or --stop may end a sample;
             in transformers, min_length and max_length include the prompt.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
+        special: meaning of a literal <|endoftext|>, or the text of another added token, in a
+            prompt: plain text, or the token. In the text files of encode and train the flag
+            means the same, but its default is token.
         temperature: sharpness of the distribution: below 1 favours likely tokens, above 1
             unlikely ones; 0 always takes the likeliest token.
         top_k: sample from the K likeliest tokens; 0 samples from all.
@@ -530,6 +537,7 @@ def vocab(
     size: int = 50257,
     min_frequency: int = 2,
     lower_case: bool = True,
+    add_token: tuple[str, ...] = (),
     combine: int = 50000,
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
@@ -552,6 +560,8 @@ def vocab(
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
+        add_token: text of a token to add to the trained ones, such as "<|user|>"; repeat the
+            flag for more. It counts in --size.
         combine: join files shorter than N characters, with a separator between them.
         encoding: text encoding of the files.
         errors: handling of bytes that are invalid in that encoding: stop (strict) or replace

@@ -108,7 +108,7 @@ def repeats(row, size):
     return {row[i + size - 1] for i in range(start) if row[i : i + size - 1] == tail}
 
 
-def beam_search(log_probs, prompt, beams, length, penalty=1.0, end=None, change=None, stops=None):
+def beam_search(log_probs, prompt, beams, length, penalty=1.0, ends=(), change=None, stops=None):
     """Beam search over plain lists, with every continuation sorted.
 
     Args:
@@ -129,8 +129,8 @@ def beam_search(log_probs, prompt, beams, length, penalty=1.0, end=None, change=
             everything += [(total + s, [*tokens, t]) for t, s in enumerate(scores) if s > -np.inf]
         everything.sort(key=lambda item: -item[0])
         running = []
-        for place, (total, tokens) in enumerate(everything[: 2 * beams]):
-            if count == length or tokens[-1] == end or (stops and stops(tokens)):
+        for place, (total, tokens) in enumerate(everything[: max(2, 1 + len(ends)) * beams]):
+            if count == length or tokens[-1] in ends or (stops and stops(tokens)):
                 done += [(total / count**penalty, tokens)] if place < beams else []
             else:
                 running.append((total, tokens))

@@ -7,6 +7,7 @@ from typing import Literal
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.flags import check
+from gpt2cli.options import check_added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class ConvertOptions:
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
 
+    New tokens:
+        add_token: text of a new token, such as "<|user|>"; repeat the flag for more. Its embedding
+            is the mean of all others.
+
     Messages:
         verbose: show TensorFlow's own messages.
 
@@ -54,10 +59,12 @@ class ConvertOptions:
     n_head: int | None = None
     activation: Literal["gelu_new", "gelu", "relu", "silu", "tanh"] | None = None
     as_published: bool = False
+    add_token: tuple[str, ...] = ()
     verbose: bool = False
 
     def __post_init__(self) -> None:
         check(self, n_head=(1, None))
+        check_added(self.add_token)
 
 
 def run(options: ConvertOptions) -> None:
@@ -67,7 +74,7 @@ def run(options: ConvertOptions) -> None:
         UserError: see `open_source` and `convert` in formats/convert.py.
     """
     check_paths(options)
-    from gpt2cli.formats.convert import convert, open_source  # imports TensorFlow
+    from gpt2cli.formats.convert import add_tokens, convert, open_source  # imports TensorFlow
 
     source = open_source(
         options.src,
@@ -82,6 +89,10 @@ def run(options: ConvertOptions) -> None:
     say(f"read {options.src}, {source.describe()}")
     for warning in source.warnings:
         say(f"{options.src}: {warning}")
+    if options.add_token:
+        source = add_tokens(source, options.add_token)
+        ids = (f"{text} is {source.tokens()[text]}" for text in options.add_token)
+        say(f"new tokens: {', '.join(ids)}")
     difference = convert(source, options.dst, options.to, options.overwrite)
     exact = f"within {difference:.1g}" if difference else "exactly"
     say(f"wrote {options.dst}; its logits equal those of {options.src} {exact}")

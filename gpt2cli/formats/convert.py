@@ -16,8 +16,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Source:
         config: sizes; `extra` has lower_case, start_token and end_token where they differ from the
             defaults of our encoder.
         tensor: reads a weight by our name and shape.
-        vocabulary: empty without one.
+        vocabulary: None without one.
         warnings: sentences for the user.
     """
 
@@ -65,7 +65,7 @@ class Source:
     path: Path
     config: ModelConfig
     tensor: ReadWeight
-    vocabulary: Vocabulary = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
 
     def describe(self) -> str:
@@ -83,11 +83,13 @@ class Source:
 
     def tokens(self) -> dict[str, int]:
         """Return token -> id of its vocabulary."""
-        return vocabularies.tokens(self.vocabulary)
+        return self.vocabulary.tokens if self.vocabulary else {}
 
     def special(self) -> tuple[str | None, str | None]:
         """Return the start token and the end token that our encoder will use, None for none."""
-        return vocabularies.special(self.vocabulary, self.config)
+        if self.vocabulary is None:
+            return None, None
+        return self.vocabulary.described.start, self.vocabulary.described.end
 
 
 def open_source(
@@ -230,8 +232,8 @@ def _with_adapter(source: Source, adapter: adapters.Adapter) -> Source:
     """Return the Source of a base with an adapter merged into it; UserError if it does not fit."""
     if source.config.arch != "gpt2":
         raise UserError(f"{adapter.folder} is {adapter}, but --base {source.path} is no GPT-2")
-    own = vocabularies.tokens(vocabularies.read(adapter.folder, source.config.n_vocab)[0])
-    if own and own != source.tokens():
+    own = vocabularies.read(adapter.folder, source.config.n_vocab)
+    if own is not None and own.tokens != source.tokens():
         raise UserError(
             f"{adapter.folder} has a vocabulary of its own, unlike that of {source.path}. Merge it "
             "in PEFT, which also resizes the embeddings"
@@ -245,25 +247,54 @@ def _with_vocabulary(source: Source, named: Path | None) -> Source:
     """Return the Source with the vocabulary at `named`, or else with the one beside the weights."""
     home = source.path if source.path.is_dir() else source.path.parent
     folder = named or home
-    found, options, warnings = vocabularies.read(folder, source.config.n_vocab)
-    if named is not None and not found:
+    is_hf = source.format in ("hf", "nanogpt")
+    found = vocabularies.read(folder, source.config.n_vocab, home if is_hf else None)
+    if found is None and named is not None:
         raise UserError(
             f"no vocabulary at {named}: name a file such as vocab.txt, or a folder with vocab.txt, "
-            f"encoder.json and vocab.bpe, or vocab.json and merges.txt. {' '.join(warnings)}"
+            "encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
         )
-    if not found:
-        warnings.append("no vocabulary, so the model takes token ids only; add one with --vocab")
-    largest = max(vocabularies.tokens(found).values(), default=-1)
-    if largest >= source.config.n_vocab:
-        raise UserError(
-            f"{folder}: the vocabulary has {largest + 1:,} tokens, but the model only "
-            f"{source.config.n_vocab:,}. Name the vocabulary that belongs to it with --vocab"
-        )
-    if source.format in ("hf", "nanogpt") and found:
-        options |= vocabularies.hf_special(home, folder if folder.is_dir() else home, found)
-    config = dataclasses.replace(source.config, extra={**source.config.extra, **options})
-    warnings = [*source.warnings, *warnings]
-    return dataclasses.replace(source, config=config, vocabulary=found, warnings=tuple(warnings))
+    if found is None:
+        warning = "no vocabulary, so the model takes token ids only; add one with --vocab"
+        return dataclasses.replace(source, warnings=(*source.warnings, warning))
+    vocabularies.check_fits(found, source.config.n_vocab, folder)
+    extra = {**source.config.extra, **found.options}
+    return dataclasses.replace(
+        source,
+        config=dataclasses.replace(source.config, extra=extra),
+        vocabulary=found,
+        warnings=(*source.warnings, *found.notes()),
+    )
+
+
+def add_tokens(source: Source, texts: Sequence[str]) -> Source:
+    """Return the Source with new tokens, each with the mean of the other rows as its embedding.
+
+    Rows that the model has beyond its vocabulary are used first. The mean makes a new token about
+    as likely as an average one until it is trained.
+
+    Raises:
+        UserError: there is no vocabulary, or a text is already a token.
+    """
+    if source.vocabulary is None:
+        raise UserError(f"{source.path} has no vocabulary to add tokens to. Name one with --vocab")
+    vocabulary = source.vocabulary.with_added(texts, source.path)
+    first = max(source.tokens().values()) + 1
+    last = max(vocabulary.tokens.values())
+    old = source.config
+    extra = {**old.extra, **vocabulary.options}
+    config = dataclasses.replace(old, n_vocab=max(old.n_vocab, last + 1), extra=extra)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name != "model/wte":
+            return source.tensor(name, shape)
+        table = source.tensor(name, (old.n_vocab, old.n_embd))
+        wider = np.zeros(shape, np.float32)
+        wider[: old.n_vocab] = table
+        wider[first : last + 1] = table[:first].mean(axis=0, dtype=np.float64)
+        return wider
+
+    return dataclasses.replace(source, config=config, tensor=tensor, vocabulary=vocabulary)
 
 
 def convert(
@@ -350,8 +381,8 @@ def _sample_logits(network: GPT2) -> np.ndarray:  # [T, V]
 def _write_openai_description(source: Source, folder: Path) -> None:
     """Write hparams.json and the vocabulary under OpenAI's names."""
     (folder / "hparams.json").write_text(source.config.to_json(), encoding="utf-8")
-    for name, content in source.vocabulary.items():
-        (folder / name).write_bytes(content)
+    if source.vocabulary:
+        source.vocabulary.write(folder)
 
 
 def _write_safetensors(source: Source, path: Path) -> None:
@@ -372,7 +403,7 @@ def _write_safetensors(source: Source, path: Path) -> None:
 
 def _write_hf_description(source: Source, folder: Path) -> None:
     """Write config.json, generation_config.json, and the vocabulary under transformers' names."""
-    config, ids = source.config, vocabularies.hf_ids(source.vocabulary, source.config)
+    config, ids = source.config, vocabularies.hf_ids(source.vocabulary)
     values: dict[str, Any] = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -389,7 +420,6 @@ def _write_hf_description(source: Source, folder: Path) -> None:
         **ids,
     }
     if source.vocabulary:
-        values["tokenizer_class"] = vocabularies.hf_class(source.vocabulary)
         vocabularies.write_for_transformers(folder, source.vocabulary, config)
     vocabularies.write_object(folder / "config.json", values)
     values = {"_from_model_config": True, **ids}

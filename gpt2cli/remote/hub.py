@@ -29,6 +29,7 @@ ENDPOINT = "https://huggingface.co"
 DESCRIPTION = (
     *("config.json", "generation_config.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "spiece.model", "tokenizer.model", "spm.model"),
 )
 # The weights in one file, or an index and several; the first kind that exists is used.
 WEIGHTS = (

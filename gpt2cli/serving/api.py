@@ -1,7 +1,8 @@
 """The HTTP API's requests, responses and errors, in the form of OpenAI's POST /v1/completions.
 
 Field names and defaults come from OpenAI's API reference. The fields top_k, repetition_penalty,
-no_repeat_ngram and min_length are additions of gpt2cli.
+no_repeat_ngram, min_length and special of a request, and prompt_cut of a choice, are additions of
+gpt2cli.
 """
 
 import functools
@@ -13,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-# pydantic requires the TypedDict of typing_extensions before Python 3.12
-from typing_extensions import TypedDict
+# pydantic requires the TypedDict of typing_extensions before Python 3.12; 3.10 has no NotRequired
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035
 
 from gpt2cli import __version__
 from gpt2cli.errors import UserError
@@ -136,7 +137,9 @@ class CompletionRequest(BaseModel):
     no_repeat_ngram: int = Field(0, ge=0, le=INT32)
     """Never generate the same N tokens in a row twice; 0 allows it."""
     min_length: int = Field(0, ge=0, le=INT32)
-    """Number of tokens before which neither the end token nor a stop string ends a sample."""
+    """Number of tokens before which neither an end token nor a stop string ends a sample."""
+    special: Literal["token", "text"] = "text"
+    """Read <|endoftext|> and other added tokens in a text prompt as plain text, or as tokens."""
     best_of: int | None = None
     """Not supported; only null or the value of n is accepted."""
     presence_penalty: float = Field(0.0, ge=0, le=0)
@@ -189,6 +192,9 @@ class CompletionRequest(BaseModel):
             raise from_user_error(error) from None
         if request.best_of not in (None, request.n):
             raise RequestError(400, MESSAGES["best_of"], "best_of")
+        if request.stream_options and not request.stream:
+            message = "stream_options needs stream: true"
+            raise RequestError(400, message, "stream_options")
         if request.max_tokens == 0 and not request.echo:
             message = "max_tokens must be at least 1, or 0 with echo"
             raise RequestError(400, message, "max_tokens")
@@ -213,6 +219,7 @@ class CompletionRequest(BaseModel):
             repetition_penalty=self.repetition_penalty,
             no_repeat_ngram=self.no_repeat_ngram,
             logprobs=self.logprobs is not None,
+            special=self.special,
         )
 
     def prompts(self) -> Sequence[str | list[int] | None]:
@@ -272,6 +279,8 @@ class Choice(TypedDict):
     index: int
     logprobs: LogProbs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_cut: NotRequired[int]
+    """Number of tokens at the prompt's start that the model did not see; left out if it saw all."""
 
 
 class Usage(TypedDict):

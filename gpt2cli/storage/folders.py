@@ -24,8 +24,9 @@ CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json"
 
 # Everything of a model folder but the weights; a run folder gets copies of those that exist.
 ENCODER_FILES = (
-    *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt"),
-    *("vocab.txt", "tokenizer_config.json"),
+    *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "tokenizer.model", "spm.model", "chat_template.jinja"),
 )
 
 
@@ -47,9 +48,13 @@ class ModelFolder:
     checkpoint: Path | None = None
     sums: Mapping[str, str] = field(default_factory=dict)
 
+    def place(self, name: str) -> Path:
+        """Return the path of a file."""
+        return self.path / name
+
     def has(self, name: str) -> bool:
         """Return whether the folder contains a file."""
-        return (self.path / name).is_file()
+        return self.place(name).is_file()
 
     def read(self, name: str) -> bytes:
         """Return the content of a file.
@@ -57,7 +62,7 @@ class ModelFolder:
         Raises:
             UserError: the file cannot be read, or is not the one that SHA256SUMS records.
         """
-        content = read_bytes(self.path / name)
+        content = read_bytes(self.place(name))
         recorded = self.sums.get(name)
         if recorded is not None and recorded != hashlib.sha256(content).hexdigest():
             raise UserError(

@@ -196,7 +196,7 @@ def _assemble(
 ) -> Iterator[Ids]:
     """Put separators around the ids of a group's documents; yield as `encode` does."""
     before = np.array(encoder.prefix, np.int32)
-    after = np.array([] if encoder.end is None else [encoder.end], np.int32)
+    after = np.array(encoder.after, np.int32)
     found = [before[:0]]
     for part in group:
         if part is None:
