@@ -153,7 +153,8 @@ class GenerateOptions:
 
     Length and end:
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
-        min_length: number of tokens before an end token or --stop may end a sample.
+        min_length: number of generated tokens before an end token or --stop may end a sample; in
+            transformers, min_length and max_length include the prompt.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
@@ -169,7 +170,8 @@ class GenerateOptions:
             ones; 0 always takes the likeliest token.
         top_k: sample from the K likeliest tokens; 0 samples from all.
         top_p: sample from the smallest set of tokens whose probability reaches P (nucleus
-            sampling); 0 samples from all.
+            sampling); 0 samples from all, as in nshepperd/gpt-2 (in OpenAI's code, transformers and
+            the API of `serve`, 0 takes the likeliest token).
         repetition_penalty: above 1 makes tokens that already occurred less likely (CTRL, arXiv
             1909.05858).
         no_repeat_ngram: never write the same N tokens in a row twice; 0 allows repeats.

@@ -21,14 +21,15 @@ class InitOptions:
     """Create a new model with random weights, to train it from scratch.
 
     Model:
-        name: name of the model, models/NAME.
+        name: name of the model, models/NAME; the name of a size, such as 355M, makes that size.
         vocab: vocabulary: vocab.txt, or a folder with it or with encoder.json and vocab.bpe
             (`gpt2cli vocab` makes one).
         seed: seed of the weights.
         overwrite: replace the model if it exists.
 
     Sizes:
-        size: named size for layers, heads and width; the flags below override it.
+        size: named size for layers, heads and width; the flags below override it (default: 124M, or
+            the size that NAME names). 117M and 345M are older names of 124M and 355M.
         n_layer: number of layers.
         n_head: number of attention heads in each layer.
         n_embd: width of the embeddings.
@@ -42,13 +43,14 @@ class InitOptions:
     Examples:
         gpt2cli init small --vocab vocabulary --size distil
         gpt2cli init mine --vocab models/124M --n_layer 6 --n_ctx 512
+        gpt2cli init 355M --vocab models/124M --models_dir fresh
     """
 
     name: str
     vocab: str
     seed: int = 0
     overwrite: bool = False
-    size: Literal["tiny", "distil", "124M", "355M", "774M", "1558M"] = "124M"
+    size: Literal["tiny", "distil", "117M", "124M", "345M", "355M", "774M", "1558M"] | None = None
     n_layer: int | None = None
     n_head: int | None = None
     n_embd: int | None = None
@@ -62,6 +64,15 @@ class InitOptions:
         check(self, seed=(0, MAX_SEED), **dict.fromkeys(sizes, (1, MAX_TOKENS)))
         check_name("name", self.name)
 
+    @property
+    def chosen_size(self) -> str:
+        """The key of sizes.PRESETS for --size, else for NAME, else 124M."""
+        from gpt2cli.model.sizes import ALIASES, PRESETS
+
+        size = self.size or self.name
+        size = ALIASES.get(size, size)
+        return size if size in PRESETS else "124M"
+
 
 def run(options: InitOptions) -> None:
     """Create models/NAME, whole or not at all.
@@ -70,7 +81,7 @@ def run(options: InitOptions) -> None:
         UserError: it exists, vocabulary or sizes do not fit, or the disk is full.
     """
     from gpt2cli import files
-    from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.model.sizes import ALIASES, RELEASED, ModelConfig
     from gpt2cli.storage import folders
     from gpt2cli.text import encoder
 
@@ -99,6 +110,8 @@ def run(options: InitOptions) -> None:
         f"n_vocab {n_vocab}; {n_weights:,} random parameters (seed {options.seed}), "
         f"{4 * n_weights:,} bytes"
     )
+    if options.name in (*RELEASED, *ALIASES):
+        say(f"{folder} is not OpenAI's {options.name}; get that with gpt2cli download")
     words = ["gpt2cli", "train", "--dataset", "FILE", "--model_name", options.name]
     if options.models_dir != "models":
         words += ["--models_dir", options.models_dir]
@@ -112,12 +125,12 @@ def layer_sizes(options: InitOptions) -> tuple[int, int, int]:
     names = ("n_layer", "n_head", "n_embd")
     n_layer, n_head, n_embd = (
         getattr(options, name) or preset
-        for name, preset in zip(names, PRESETS[options.size], strict=True)
+        for name, preset in zip(names, PRESETS[options.chosen_size], strict=True)
     )
     if n_embd % n_head:
         raise UsageError(
             f"--n_embd {n_embd} is not a multiple of --n_head {n_head}: each head takes an equal "
-            f"share of the width. --size {options.size} sets the flags you leave out"
+            f"share of the width. --size {options.chosen_size} sets the flags you leave out"
         )
     return n_layer, n_head, n_embd
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from gpt2cli import flags
+from gpt2cli import peers
 from gpt2cli.console import counted
 from gpt2cli.errors import UsageError, UserError, names_without_dashes
 from gpt2cli.inference import sampling
@@ -419,7 +419,7 @@ def _generate_options(settings: dict[str, Any]) -> GenerateOptions:
     names = [field.name for field in dataclasses.fields(GenerateOptions)]
     for name in settings:
         if name not in names:
-            hint = flags.nearest(name, names)
+            hint = peers.for_flag(name, names)
             raise UsageError(f"generate has no setting {name!r}{hint}; it has {', '.join(names)}")
     return GenerateOptions(**settings)
 

@@ -113,7 +113,7 @@ class CompletionRequest(BaseModel):
     temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     """Below 1 favors likely tokens, above 1 unlikely ones; 0 always takes the most likely token."""
     top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
-    """Sample from the most likely tokens that together reach this probability; 0 means all."""
+    """Sample from the fewest most likely tokens that reach this probability; 0 takes the first."""
     n: int = Field(1, ge=1, le=INT32)
     """Number of samples for each prompt."""
     seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
@@ -203,12 +203,15 @@ class CompletionRequest(BaseModel):
     def settings(self) -> GenerateOptions:
         """Return the settings of one sample.
 
+        top_p 0 always takes the most likely token, as for clients of OpenAI and llama.cpp; the
+        0 of GenerateOptions, nshepperd's, samples from all.
+
         Raises:
             UsageError: the fields break a rule that all commands share.
         """
         return GenerateOptions(
             length=max(1, self.max_tokens),
-            temperature=self.temperature,
+            temperature=self.temperature if self.top_p else 0.0,
             top_k=self.top_k,
             top_p=self.top_p,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),

@@ -196,6 +196,7 @@ def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
         prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
     index = Path(f"{prefix}.index")
     if not index.is_file():
+        _reject_other_format(path)
         raise UserError(
             f"no checkpoint at {prefix.absolute()}: {index.name} is missing. "
             "Name a model folder, a run folder, or a checkpoint's path without its extension; "
@@ -209,6 +210,27 @@ def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
     if named and (wrong := runs.fault(prefix.parent, int(named[1]), to_train)):
         raise UserError(f"{wrong}. Use another checkpoint of the run")
     return prefix
+
+
+def _reject_other_format(folder: Path) -> None:
+    """Say how to convert the weights in a folder of another program.
+
+    Raises:
+        UserError: there are any.
+    """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a model but an adapter (adapter_config.json). Merge it into the "
+            f"folder of its base: gpt2cli convert {folder} NEW_FOLDER --base FOLDER"
+        )
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    weights = next((path.name for path in found if path.suffix in endings), None)
+    if weights is not None:
+        raise UserError(
+            f"{folder} has its weights in another format ({weights}). Convert it first: gpt2cli "
+            f"convert {folder} NEW_FOLDER"
+        )
 
 
 def _newest(folder: Path, to_train: bool) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
+from gpt2cli.commands.init import InitOptions, layer_sizes
 from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
@@ -101,6 +102,28 @@ def test_train_starts_from_a_new_model(cli, workdir, chinese):
     run = workdir / "checkpoint/run1"
     assert runs.steps(run) == [1]
     assert not encoder.load(run).lower_case and encoder.load(run).n_vocab == 7
+
+
+@pytest.mark.parametrize(
+    "name, size, wanted",
+    [
+        ("345M", None, (24, 16, 1024)),
+        ("774M", None, (36, 20, 1280)),
+        ("tiny", None, (4, 5, 160)),
+        ("mine", None, (12, 12, 768)),
+        ("mine", "345M", (24, 16, 1024)),
+        ("345M", "tiny", (4, 5, 160)),
+    ],
+)
+def test_the_name_of_a_size_makes_that_size(name, size, wanted):
+    assert layer_sizes(InitOptions(name=name, vocab="v", size=size)) == wanted
+
+
+def test_a_new_model_with_a_released_name_says_that_it_is_not_the_released_one(cli, workdir):
+    result = cli("init", "345M", "--vocab", "models/tiny", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "345M is not OpenAI's 345M; get that with gpt2cli download" in result.stderr
+    assert "n_layer 2, n_head 2, n_embd 16" in result.stderr
 
 
 def test_sizes_come_from_a_preset_and_single_flags_override_them(cli, workdir):

@@ -13,7 +13,7 @@ import safetensors.numpy
 from conftest import check_golden, golden_models, golden_vocabulary, lively
 
 from gpt2cli.errors import UserError
-from gpt2cli.formats import statedict
+from gpt2cli.formats import names
 from gpt2cli.formats.convert import _sample_logits, convert, open_source
 from gpt2cli.inference.generator import load_model
 from gpt2cli.model.network import weight_shapes
@@ -404,6 +404,9 @@ def test_a_folder_with_only_keras_weights_says_what_to_do(tmp_path):
     (tmp_path / "tf_model.h5").write_bytes(b"")
     with pytest.raises(UserError, match=r"only as tf_model.h5.*save_pretrained"):
         open_source(tmp_path)
+    (tmp_path / "gpt2-q8.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"cannot read .gguf: get the model as .safetensors"):
+        open_source(tmp_path / "gpt2-q8.gguf")
 
 
 def test_two_formats_or_two_files_in_one_folder_need_a_choice(tmp_path, state, network):
@@ -429,21 +432,18 @@ def test_two_formats_or_two_files_in_one_folder_need_a_choice(tmp_path, state, n
 
 REJECTED = [
     ("model_type", "gpt_neo"),
-    ("activation_function", "gelu"),
-    ("activation_function", "relu"),
+    ("activation_function", "gelu_10"),
     ("n_inner", 63),
-    ("scale_attn_weights", False),
-    ("scale_attn_by_inverse_layer_idx", True),
     ("add_cross_attention", True),
     ("tie_word_embeddings", False),
     ("vocab_size", 41),
     ("n_positions", 11),
-    ("n_ctx", 13),
     ("n_embd", 32),
     ("n_layer", 3),
     ("n_head", 3),
     ("n_head", "4"),
     ("layer_norm_epsilon", "small"),
+    ("layer_norm_epsilon", 10**400),
 ]
 
 
@@ -504,7 +504,7 @@ def test_missing_extra_and_misshapen_weights_are_named(tmp_path, state):
     name = "transformer.h.1.attn.c_attn.bias"
     without = {key: value for key, value in state.items() if key != name}
     rejected(without, r"lacks h\.1\.attn\.c_attn\.bias")
-    rejected({**state, "score.weight": state[name]}, r"has score\.weight, unlike GPT-2")
+    rejected({**state, "other.weight": state[name]}, r"has other\.weight, unlike GPT-2")
     rejected({**state, name: state[name][:-1]}, r"c_attn\.bias is \[47\].* require \[48\]")
     wrong = {**state, "transformer.h.0.mlp.c_fc.weight": np.zeros((64, 16), np.float32)}
     rejected(wrong, r"h\.0\.mlp\.c_fc\.weight is \[64, 16\].*\[16, 64\]")
@@ -581,7 +581,7 @@ def test_a_uer_state_dict_is_converted(tmp_path, network, uer_state):
 
 
 def test_the_names_before_2022_are_read(tmp_path, network, uer_state):
-    older = {new: old for old, new in statedict.UER_OLD.items()}
+    older = {new: old for old, new in names.UER_OLD.items()}
     arrays = {older.get(name, name): value for name, value in uer_state.items()}
     assert "embedding.word_embedding.weight" in arrays and "target.output_layer.weight" in arrays
     folder = uer_folder(tmp_path / "m", arrays, embedding="word_pos", target="lm")
@@ -599,7 +599,7 @@ def test_the_names_before_2022_are_read(tmp_path, network, uer_state):
         ("layernorm", "t5"),
         ("feed_forward", "gated"),
         ("feedforward_size", 48),
-        ("hidden_act", "gelu"),
+        ("hidden_act", "linear"),
         ("target", ["mlm"]),
         ("tie_weights", False),
         ("remove_transformer_bias", True),

@@ -145,6 +145,11 @@ def test_token_ids_defaults_and_stops(tiny, client):
     assert stopped.finish_reason == "stop" and not re.search(r"\n\n|\.", stopped.text)
     (greedy,) = client.completions.create(model="tiny", prompt="a", temperature=0).choices
     assert greedy.text == tiny.generate("a", length=16, temperature=0)[0].text
+    for top_p in (0, 1e-9):
+        (nearly,) = client.completions.create(model="tiny", prompt="a", seed=3, top_p=top_p).choices
+        assert nearly.text == greedy.text
+    (free,) = client.completions.create(model="tiny", prompt="a", seed=3, top_p=1).choices
+    assert free.text != greedy.text
 
 
 @pytest.mark.parametrize("stop", [None, ["the", "\n\n"]])
