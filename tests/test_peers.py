@@ -192,7 +192,7 @@ def test_the_text_generation_pipeline_continues_as_sample_does(transformers, tmp
             ).read_bytes()
         prompts = PROMPTS["english"] + PROMPTS["chinese"]
         jobs.append({"folder": str(folder), "prompts": prompts, "length": 24})
-    compared = 0
+    compared = texts = 0
     for job, answers in zip(jobs, pipeline(transformers, jobs), strict=True):
         model = gpt2cli.load_model(f"{job['folder']}-ours")
         if model.encoder.described.around()[1]:
@@ -202,12 +202,14 @@ def test_the_text_generation_pipeline_continues_as_sample_does(transformers, tmp
             job["prompts"], length=24, temperature=0, special="token", batch_size=7
         )
         for sample, (ids, text) in zip(samples, answers, strict=True):
-            ends = model.encoder.ends
-            ids = ids[:-1] if ids[-1] in ends else ids
-            assert sample.tokens == ids
-            shown = [i for i in ids if i in model.encoder.added.values()]
-            assert shown or sample.text == text
-    assert compared >= 11
+            is_ended = ids[-1] in model.encoder.ends
+            assert sample.tokens == (ids[:-1] if is_ended else ids)
+            # theirs prints an end token that is ordinary text, and leaves special tokens out
+            special = set(model.encoder.added.values())
+            if not special & {*sample.tokens} and not (is_ended and ids[-1] not in special):
+                assert sample.text == text
+                texts += 1
+    assert compared >= 11 and texts > 60
 
 
 @pytest.mark.slow
