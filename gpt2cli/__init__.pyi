@@ -241,6 +241,7 @@ def init(
     name: str | Path,
     *,
     vocab: str | Path,
+    add_token: tuple[str, ...] = (),
     seed: int = 0,
     overwrite: bool = False,
     size: Literal["tiny", "distil", "117M", "124M", "345M", "355M", "774M", "1558M"] | None = None,
@@ -258,8 +259,10 @@ def init(
 
     Args:
         name: name of the model, models/NAME; the name of a size, such as 355M, makes that size.
-        vocab: vocabulary: vocab.txt, or a folder with it or with encoder.json and vocab.bpe
-            (`gpt2cli vocab` makes one).
+        vocab: vocabulary: vocab.txt or tokenizer.json, or a folder with either or with
+            encoder.json and vocab.bpe (`gpt2cli vocab` makes one).
+        add_token: text of a token to add to the vocabulary, such as "<|user|>"; repeat the flag
+            for more.
         seed: seed of the weights.
         overwrite: replace the model if it exists.
         size: named size for layers, heads and width; the flags below override it (default:

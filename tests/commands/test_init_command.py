@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import TINY
+from tokenizers import ByteLevelBPETokenizer, normalizers
 
 from gpt2cli.commands.init import InitOptions, layer_sizes
 from gpt2cli.model.network import weight_shapes
@@ -156,6 +157,22 @@ def test_a_wordpiece_vocabulary_is_given_as_folder_or_file(cli, workdir, chinese
         assert folders.read_config(new).extra == ({"lower_case": False} if kept_case else {})
 
 
+def test_new_tokens_and_a_foreign_tokenizer_are_taken_over(cli, workdir):
+    theirs = ByteLevelBPETokenizer(str(TINY / "encoder.json"), str(TINY / "vocab.bpe"))
+    theirs.normalizer = normalizers.Lowercase()
+    theirs.save(str(workdir / "tokenizer.json"))
+    flags = ("--add_token", "<|user|>", "--add_token", "<|bot|>")
+    result = cli("init", "new", "--vocab", workdir / "tokenizer.json", *flags, *SMALL)
+    assert result.returncode == 0, result.stderr
+    vocabulary = encoder.of_model(workdir / "models/new")
+    assert folders.read_config(workdir / "models/new").n_vocab == 2050
+    assert vocabulary.encode("<|user|>THE<|bot|>", special=True) == [
+        2048,
+        *vocabulary.encode("the"),
+        2049,
+    ]
+
+
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
 def test_one_file_of_a_bpe_stands_for_both(cli, workdir, names):
     (workdir / "bpe").mkdir()
@@ -164,10 +181,10 @@ def test_one_file_of_a_bpe_stands_for_both(cli, workdir, names):
     for number, given in enumerate(names):
         result = cli("init", f"new{number}", "--vocab", workdir / "bpe" / given, *SMALL)
         assert result.returncode == 0, result.stderr
-        assert set(names) < set(contents(workdir / "models" / f"new{number}"))
+        assert {"encoder.json", "vocab.bpe"} < set(contents(workdir / "models" / f"new{number}"))
     (workdir / "bpe" / names[1]).unlink()
     result = cli("init", "new", "--vocab", workdir / "bpe" / names[0], *SMALL)
-    assert result.returncode == 1 and f"no {names[1]} beside it" in result.stderr
+    assert result.returncode == 1 and f"has only {names[0]}" in result.stderr
     assert not (workdir / "models/new").exists()
 
 

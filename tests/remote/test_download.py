@@ -852,6 +852,13 @@ def test_a_tokenizer_that_gpt2cli_lacks_is_rejected_before_the_weights(hub, mirr
     assert WEIGHTS not in [name for name, _, _ in mirror.asked]
 
 
+def test_an_adapter_on_the_hub_is_named(hub, mirror):
+    mirror.contents.clear()
+    publish(mirror, {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
+    with pytest.raises(UserError, match=r"is a LoRA adapter, not a model.*--base"):
+        hub()
+
+
 def test_without_a_token_none_is_sent(hub, mirror, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
