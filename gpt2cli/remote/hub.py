@@ -108,8 +108,8 @@ def look_up(name: str, revision: str) -> Repository:
     repository = Repository(name, f"{endpoint}/{name}", info.sha, found, token)
     if "adapter_config.json" in found and not repository.weights:
         raise UserError(
-            f"{repository.url} is a LoRA adapter, not a model. Download its files and its base, and "
-            "merge them with: gpt2cli convert ADAPTER DST --base models/BASE"
+            f"{repository.url} is a LoRA adapter, not a model. Download its files and its base, "
+            "and merge them with: gpt2cli convert ADAPTER DST --base models/BASE"
         )
     if "config.json" not in found or not repository.weights:
         lacking = "weights (.safetensors or pytorch_model.bin)" if "config.json" in found else ""
