@@ -8,6 +8,7 @@ the commands of the same names do, with the same settings as keyword arguments. 
 imported when a model is first loaded, not before.
 """
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,8 @@ def __getattr__(name: str) -> Any:
 
         globals()[name] = python.function(name)
         return globals()[name]
+    if name == "encoder":  # where it was before the package had folders
+        return importlib.import_module("gpt2cli.text.encoder")
     raise AttributeError(f"module 'gpt2cli' has no attribute {name!r}")
 
 

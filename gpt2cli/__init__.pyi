@@ -38,12 +38,15 @@ def convert(
     dst: str | Path,
     *,
     to: Literal["openai", "hf"] = "openai",
-    from_: Literal["auto", "openai", "hf", "uer", "gpt2_ml"] = "auto",
+    from_: Literal["auto", "openai", "hf", "nanogpt", "uer", "gpt2_ml"] = "auto",
     overwrite: bool = False,
+    base: str | Path | None = None,
     config: str | Path | None = None,
     vocab: str | Path | None = None,
     n_head: int | None = None,
+    activation: Literal["gelu_new", "gelu", "relu", "silu", "tanh"] | None = None,
     as_published: bool = False,
+    add_token: tuple[str, ...] = (),
     verbose: bool = False,
 ) -> None:
     """Convert a model from another program to a model folder, or one to Hugging Face format.
@@ -52,18 +55,23 @@ def convert(
 
     Args:
         src: folder or file to read: the checkpoint of OpenAI, nshepperd, gpt-2-simple or
-            GPT2_ML (a folder, or its path without extension), a Hugging Face folder, or the
-            .bin of UER-py or TencentPretrain.
+            GPT2_ML (a folder, or its path without extension), a Hugging Face folder, nanoGPT's
+            ckpt.pt, or the .bin of UER-py or TencentPretrain.
         dst: folder to create.
         to: format to write: openai, which all commands here read, or hf, for transformers.
         from_: format of SRC; auto detects it from the files.
         overwrite: replace DST if it exists.
+        base: folder of the model that SRC, a LoRA adapter, was trained on; merges the two.
         config: JSON file with the sizes, if SRC does not contain it (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, if SRC does not contain it.
-        n_head: number of attention heads, if no JSON file gives it (UER-py); it cannot be read
-            from the weights.
+        n_head: number of attention heads, if no file gives it (UER-py); it cannot be read from
+            the weights.
+        activation: activation function, if no JSON file gives it (default: OpenAI's gelu_new,
+            and gelu for nanoGPT).
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
+        add_token: text of a new token, such as "<|user|>"; repeat the flag for more. Its
+            embedding is the mean of all others.
         verbose: show TensorFlow's own messages.
 
     Raises:
@@ -262,9 +270,10 @@ def init(
     name: str | Path,
     *,
     vocab: str | Path,
+    add_token: tuple[str, ...] = (),
     seed: int = 0,
     overwrite: bool = False,
-    size: Literal["tiny", "distil", "124M", "355M", "774M", "1558M"] = "124M",
+    size: Literal["tiny", "distil", "117M", "124M", "345M", "355M", "774M", "1558M"] | None = None,
     n_layer: int | None = None,
     n_head: int | None = None,
     n_embd: int | None = None,
@@ -278,12 +287,15 @@ def init(
     Runs `gpt2cli init` with the same settings.
 
     Args:
-        name: name of the model, models/NAME.
-        vocab: vocabulary: vocab.txt, or a folder with it or with encoder.json and vocab.bpe
-            (`gpt2cli vocab` makes one).
+        name: name of the model, models/NAME; the name of a size, such as 355M, makes that size.
+        vocab: vocabulary: vocab.txt or tokenizer.json, or a folder with either or with
+            encoder.json and vocab.bpe (`gpt2cli vocab` makes one).
+        add_token: text of a token to add to the vocabulary, such as "<|user|>"; repeat the flag
+            for more.
         seed: seed of the weights.
         overwrite: replace the model if it exists.
-        size: named size for layers, heads and width; the flags below override it.
+        size: named size for layers, heads and width; the flags below override it (default:
+            124M, or the size that NAME names). 117M and 345M are older names of 124M and 355M.
         n_layer: number of layers.
         n_head: number of attention heads in each layer.
         n_embd: width of the embeddings.
@@ -322,6 +334,7 @@ def sample(
     keep_stop: bool = False,
     truncate: str | Path | None = None,
     include_prefix: bool = False,
+    special: Literal["token", "text"] = "text",
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
@@ -375,16 +388,21 @@ def sample(
         processes: split the prompts across N processes, one GPU each if available; 0 means one
             process per GPU. Needs --format jsonl --out FILE.
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
-        min_length: number of tokens before the end token or --stop may end a sample.
+        min_length: number of generated tokens before an end token or --stop may end a sample;
+            in transformers, min_length and max_length include the prompt.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
+        special: meaning of a literal <|endoftext|>, or the text of another added token, in a
+            prompt: plain text, or the token. In the text files of encode and train the flag
+            means the same, but its default is token.
         temperature: sharpness of the distribution: below 1 favours likely tokens, above 1
             unlikely ones; 0 always takes the likeliest token.
         top_k: sample from the K likeliest tokens; 0 samples from all.
         top_p: sample from the smallest set of tokens whose probability reaches P (nucleus
-            sampling); 0 samples from all.
+            sampling); 0 samples from all, as in nshepperd/gpt-2 (in OpenAI's code, transformers
+            and the API of `serve`, 0 takes the likeliest token).
         repetition_penalty: above 1 makes tokens that already occurred less likely (CTRL, arXiv
             1909.05858).
         no_repeat_ngram: never write the same N tokens in a row twice; 0 allows repeats.
@@ -489,14 +507,16 @@ def train(
         restore_from: latest (resume the run's newest checkpoint, else start from the model),
             weights (the same, with the optimizer from scratch), fresh (the model), or the path
             of a checkpoint, run folder or model folder.
-        overwrite: let --restore_from fresh replace the checkpoints of an existing run.
+        overwrite: let --restore_from fresh replace the checkpoints of an existing run; in
+            gpt-2-simple it deletes old checkpoints when a run resumes (see --keep).
         sample_dir: folder in which samples/RUN_NAME/ is created.
         steps: total number of steps of the run; 0 trains until Ctrl-C.
         epochs: number of passes over the text, instead of --steps.
         batch_size: sequences in a batch on each device; --accumulate_gradients N reads N such
             batches per step.
         seq_length: tokens in a sequence; 0 uses the model's n_ctx.
-        accumulate_gradients: number of batches whose gradients are averaged into one step.
+        accumulate_gradients: number of batches whose gradients are averaged into one step;
+            nshepperd/gpt-2 adds them up, which makes N times the step with --optimizer sgd.
         optimizer: adam and sgd as in nshepperd/gpt-2; adamw; adafactor needs the least memory
             (arXiv 1804.04235; its rate is relative to the size of the weights, usually 0.001);
             adafactor_gpt2_ml is GPT2_ML's variant (with a plain rate, usually 0.0001).
@@ -525,7 +545,7 @@ def train(
         top_k: sample from the K likeliest tokens; 0 samples from all (default: 40, or 0 if
             --top_p is given).
         top_p: sample from the smallest set of tokens whose probability reaches P; 0 samples
-            from all.
+            from all, as in nshepperd/gpt-2.
         save_every: steps between checkpoints.
         keep: number of newest checkpoints to keep; 0 keeps all.
         keep_every_hours: hours between checkpoints that are kept permanently; 0 keeps none.
@@ -533,7 +553,8 @@ def train(
         val_dataset: text or encoded file for the validation loss; same forms as --dataset.
         val_fraction: fraction of the documents of --dataset to validate with instead of
             learning them, chosen by --seed; 0 keeps none.
-        val_every: steps between validations; 0 turns validation off.
+        val_every: steps between validations; 0 turns validation off. Needs --val_dataset, for
+            which nshepperd/gpt-2 takes the training text, or --val_fraction.
         val_batch_size: sequences in a validation batch.
         val_batch_count: number of validation batches, the same ones each time.
         patience: stop after N validations without improvement; 0 disables early stopping.
@@ -579,6 +600,7 @@ def vocab(
     size: int = 50257,
     min_frequency: int = 2,
     lower_case: bool = True,
+    add_token: tuple[str, ...] = (),
     encoding: str | Path = "utf-8",
     errors: Literal["strict", "replace"] = "strict",
     csv_column: str | Path | None = None,
@@ -605,6 +627,8 @@ def vocab(
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
+        add_token: text of a token to add to the trained ones, such as "<|user|>"; repeat the
+            flag for more. It counts in --size.
         encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
             counts.
         errors: handling of bytes that are invalid in that encoding, of NUL characters and of

@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpt2cli import __version__, console, flags
+from gpt2cli import __version__, console, flags, peers
 from gpt2cli.errors import BusyError, UsageError, UserError
 
 # Command -> the fields that may be given without their name, in order.
@@ -35,6 +35,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "vocab": ("in_text", "out"),
     "init": ("name",),
     "doctor": (),
+}
+
+# Command -> advice for a word too many.
+UNEXPECTED = {
+    "sample": ": put a text of several words in quotes",
+    "interactive": ": gpt2cli sample continues one text",
 }
 
 EXIT_STATUSES = {
@@ -128,7 +134,7 @@ def read_command_line(argv: Sequence[str]) -> Any:
         return None
     if command not in COMMANDS:
         raise UsageError(
-            f"unknown command {command!r}{flags.nearest(command, COMMANDS)}. The commands are "
+            f"unknown command {command!r}{peers.for_command(command, COMMANDS)}. The commands are "
             f"{', '.join(COMMANDS)}; see gpt2cli --help"
         )
     if "--help" in argv or "-h" in argv:
@@ -152,12 +158,15 @@ def _given_values(command: str, words: Sequence[str]) -> dict[str, list[str]]:
         elif places and word != "--":
             name, value = places.pop(0), word
         else:
-            raise UsageError(f"unexpected argument {word!r}; see gpt2cli {command} --help")
+            hint = UNEXPECTED.get(command, "")
+            raise UsageError(f"unexpected argument {word!r}{hint}; see gpt2cli {command} --help")
         given.setdefault(name, []).append(value)
     required = [n for n, flag in fields.items() if flag.default is dataclasses.MISSING]
     missing = ", ".join(f"--{flags.spelled(n)}" for n in required if n not in given)
     if missing:
-        raise UsageError(f"{command} needs {missing}; see gpt2cli {command} --help")
+        raise UsageError(
+            f"{command} needs {missing}: {usage_line(command)}; see gpt2cli {command} --help"
+        )
     for name, values in given.items():
         if len(values) > 1 and fields[name].hint != tuple[str, ...]:
             raise UsageError(f"--{name} was given {len(values)} times: {', '.join(values)}")
@@ -180,7 +189,7 @@ def _read_flag(
         name, equals, value = name[2:], "=", "false"
     if name not in fields:
         raise UsageError(
-            f"{command} has no flag --{flag}{flags.nearest(name, fields, '--')}; "
+            f"{command} has no flag --{flag}{peers.for_flag(name, fields, '--')}; "
             f"see gpt2cli {command} --help"
         )
     if equals:

@@ -125,15 +125,15 @@ def read_text(path: str | Path) -> str:
 
 
 def decode(content: bytes, where: str | Path) -> str:
-    """Return UTF-8 bytes as text; UserError names `where` they came from."""
+    """Return UTF-8 bytes as text, without a byte order mark; UserError names `where` it is from."""
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text: byte {error.start} ({error.reason})") from None
 
 
 def parse_json(content: bytes | str, where: str | Path) -> Any:
-    """Return the value of a JSON text; UserError names `where` it came from."""
+    """Return the value of a JSON text; UserError names `where` it is from."""
     text = decode(content, where) if isinstance(content, bytes) else content
     try:
         return json.loads(text)

@@ -34,6 +34,15 @@ def check_name(flag: str, name: str) -> None:
         )
 
 
+def check_added(texts: tuple[str, ...]) -> None:
+    """Reject (UsageError) texts of new tokens that are empty, blank or given twice."""
+    for number, text in enumerate(texts):
+        if not text.strip() or "\n" in text:
+            raise UsageError(f"--add_token must be a text such as <|user|>, got {text!r}")
+        if text in texts[:number]:
+            raise UsageError(f"--add_token {text} is given twice")
+
+
 def new_seed() -> int:
     """Draw a seed that is short enough to type again."""
     return secrets.randbelow(2**31)
@@ -207,18 +216,25 @@ class GenerateOptions:
 
     Length and end:
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
-        min_length: number of tokens before the end token or --stop may end a sample.
+        min_length: number of generated tokens before an end token or --stop may end a sample; in
+            transformers, min_length and max_length include the prompt.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
+
+    Special tokens:
+        special: meaning of a literal <|endoftext|>, or the text of another added token, in a
+            prompt: plain text, or the token. In the text files of encode and train the flag means
+            the same, but its default is token.
 
     Sampling:
         temperature: sharpness of the distribution: below 1 favours likely tokens, above 1 unlikely
             ones; 0 always takes the likeliest token.
         top_k: sample from the K likeliest tokens; 0 samples from all.
         top_p: sample from the smallest set of tokens whose probability reaches P (nucleus
-            sampling); 0 samples from all.
+            sampling); 0 samples from all, as in nshepperd/gpt-2 (in OpenAI's code, transformers and
+            the API of `serve`, 0 takes the likeliest token).
         repetition_penalty: above 1 makes tokens that already occurred less likely (CTRL, arXiv
             1909.05858).
         no_repeat_ngram: never write the same N tokens in a row twice; 0 allows repeats.
@@ -246,6 +262,7 @@ class GenerateOptions:
     keep_stop: bool = False
     truncate: str | None = None
     include_prefix: bool = False
+    special: Literal["token", "text"] = "text"
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.0
@@ -267,22 +284,27 @@ class GenerateOptions:
             top_k=(0, MAX_TOKENS),
             top_p=(0, 1),
             seed=(0, MAX_SEED),
-            nsamples=(0, None),
-            batch_size=(1, None),
+            nsamples=(0, MAX_TOKENS),
+            batch_size=(1, MAX_TOKENS),
             min_length=(0, MAX_TOKENS),
             no_repeat_ngram=(0, MAX_TOKENS),
             beams=(1, 1000),
         )
-        if self.beams > 1:
-            self._check_beams()
+        self._check_beams()
         if self.repetition_penalty <= 0:
             raise UsageError(f"--repetition_penalty must be above 0, got {self.repetition_penalty}")
         if "" in self.stop or self.truncate == "":
             raise UsageError("--stop and --truncate must not be empty")
+        if self.keep_stop and not self.stop:
+            raise UsageError("--keep_stop needs --stop TEXT")
         if self.length is not None and self.min_length > self.length:
             raise UsageError(f"--min_length {self.min_length} is more than --length {self.length}")
 
     def _check_beams(self) -> None:
+        if self.beams == 1:
+            if self.length_penalty != 1:
+                raise UsageError("--length_penalty needs --beams above 1")
+            return
         if not 1 <= self.nsamples <= self.beams:
             raise UsageError(
                 f"--beams {self.beams} can return 1 to {self.beams} samples, not {self.nsamples}: "

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2cli import console, flags
+from gpt2cli import console, flags, peers
 from gpt2cli.cli import COMMANDS, options_class
 from gpt2cli.errors import UsageError, names_without_dashes
 
@@ -62,7 +62,7 @@ def function(command: str) -> Callable[..., Any]:
     def call(*arguments: Any, **settings: Any) -> Any:
         wrong = next((name for name in settings if name not in signature.parameters), None)
         if wrong is not None:
-            close = flags.nearest(wrong, signature.parameters)
+            close = peers.for_flag(wrong, signature.parameters)
             raise UsageError(f"{command}() has no setting {wrong!r}{close}")
         try:
             bound = signature.bind(*arguments, **settings)

@@ -22,13 +22,23 @@ def gelu(x, slip=None):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+ACTIVATIONS = {
+    "gelu_new": gelu,
+    "gelu": lambda x: gelu(x, "erf gelu"),
+    "relu": lambda x: np.where(x > 0, x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+}
+
+
 def softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
-def logits(weights, n_head, tokens, slip=None):
-    """Weights by OpenAI's names, ids [T] -> float64 [T, V]."""
+def logits(weights, n_head, tokens, slip=None, activation="gelu_new", scales=None):
+    """Weights by OpenAI's names, ids [T] -> float64 [T, V]; `scales` of each layer's scores."""
+    bend = ACTIVATIONS["gelu" if slip == "erf gelu" else activation]
     w = {name.removeprefix("model/"): np.asarray(v, np.float64) for name, v in weights.items()}
     x = w["wte"][tokens] + w["wpe"][: len(tokens)]
     length, width = x.shape
@@ -47,13 +57,14 @@ def logits(weights, n_head, tokens, slip=None):
         for h in range(n_head):
             cut = slice(h * head, (h + 1) * head)
             scores = q[:, cut] @ k[:, cut].T
-            scores = scores if slip == "no scale" else scores / math.sqrt(head)
+            scale = 1 / math.sqrt(head) if scales is None else scales[layer]
+            scores = scores if slip == "no scale" else scores * scale
             scores = np.where(np.tril(np.ones([length, length], bool)), scores, -np.inf)
             place = n_head - 1 - h if slip == "swapped heads" else h
             out[:, place * head : (place + 1) * head] = softmax(scores) @ v[:, cut]
         x = x + linear(out, "attn/c_proj")
         m = norm(x, leaf("ln_2/g"), leaf("ln_2/b"), slip)
-        x = x + linear(gelu(linear(m, "mlp/c_fc"), slip), "mlp/c_proj")
+        x = x + linear(bend(linear(m, "mlp/c_fc")), "mlp/c_proj")
     if slip != "no ln_f":
         x = norm(x, w["ln_f/g"], w["ln_f/b"], slip)
     return x @ w["wte"].T
@@ -97,7 +108,7 @@ def repeats(row, size):
     return {row[i + size - 1] for i in range(start) if row[i : i + size - 1] == tail}
 
 
-def beam_search(log_probs, prompt, beams, length, penalty=1.0, end=None, change=None, stops=None):
+def beam_search(log_probs, prompt, beams, length, penalty=1.0, ends=(), change=None, stops=None):
     """Beam search over plain lists, with every continuation sorted.
 
     Args:
@@ -118,8 +129,8 @@ def beam_search(log_probs, prompt, beams, length, penalty=1.0, end=None, change=
             everything += [(total + s, [*tokens, t]) for t, s in enumerate(scores) if s > -np.inf]
         everything.sort(key=lambda item: -item[0])
         running = []
-        for place, (total, tokens) in enumerate(everything[: 2 * beams]):
-            if count == length or tokens[-1] == end or (stops and stops(tokens)):
+        for place, (total, tokens) in enumerate(everything[: max(2, 1 + len(ends)) * beams]):
+            if count == length or tokens[-1] in ends or (stops and stops(tokens)):
                 done += [(total / count**penalty, tokens)] if place < beams else []
             else:
                 running.append((total, tokens))

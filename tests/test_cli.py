@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gpt2cli import cli as command_line
-from gpt2cli import flags
+from gpt2cli import flags, peers
 from gpt2cli.commands.sample import SampleOptions
 from gpt2cli.errors import UsageError
 
@@ -65,6 +65,66 @@ def test_a_misspelt_flag_is_refused_with_the_nearest_name(cli):
     result = cli("train", "data.txt", "--learning_rat=1")
     assert result.returncode == 2 and result.stdout == ""
     assert "--learning_rat" in result.stderr and "--learning_rate?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "word, command",
+    [
+        ("generate_unconditional_samples", "sample"),
+        ("src/interactive_conditional_samples.py", "interactive"),
+        ("encode.py", "encode"),
+        ("./train.py", "train"),
+        ("train-horovod.py", "train"),
+        ("download_model.py", "download"),
+        ("finetune", "train"),
+        ("generate", "sample"),
+        ("run_clm.py", "train"),
+    ],
+)
+def test_the_name_of_another_programs_script_gets_our_command(word, command):
+    with pytest.raises(UsageError, match=rf"unknown command .*\(here it is gpt2cli {command}\)"):
+        read(word, "--model_name", "117M")
+
+
+@pytest.mark.parametrize(
+    "command, flag, ours",
+    [
+        ("sample", "max_length", "length"),
+        ("sample", "num_return_sequences", "nsamples"),
+        ("sample", "model", "model_name"),
+        ("train", "gradient_accumulation_steps", "accumulate_gradients"),
+        ("train", "output_dir", "run_name"),
+        ("train", "twremat", "memory_saving_gradients"),
+        ("encode", "out_path", "out_npz"),
+    ],
+)
+def test_another_programs_flag_gets_ours(command, flag, ours):
+    with pytest.raises(UsageError, match=rf"no flag --{flag} \(here it is --{ours}\)"):
+        read(command, f"--{flag}", "3")
+
+
+def test_every_hint_names_a_command_or_flag_of_ours():
+    assert set(peers.COMMANDS.values()) <= set(command_line.COMMANDS)
+    assert not set(peers.COMMANDS) & set(command_line.COMMANDS)
+    fields = {
+        flags.spelled(name)
+        for command in command_line.COMMANDS
+        for name in flags.fields_of(command_line.options_class(command))
+    }
+    assert {ours for several in peers.FLAGS.values() for ours in several} <= fields
+
+
+def test_a_text_of_several_words_needs_quotes():
+    with pytest.raises(UsageError, match="unexpected argument 'upon': put a text .* in quotes"):
+        read("sample", "Once", "upon")
+    with pytest.raises(UsageError, match="unexpected argument 'Once': gpt2cli sample continues"):
+        read("interactive", "Once")
+
+
+def test_a_missing_argument_is_shown_in_its_place():
+    usage = r"encode needs --out_npz: gpt2cli encode IN_TEXT OUT_NPZ \[FLAGS\]; see"
+    with pytest.raises(UsageError, match=usage):
+        read("encode", "list.json")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +220,17 @@ NONSENSE = [
     ("sample", "--length", "3000000000"),
     ("sample", "--top_p", "1e-300"),
     ("sample", "--temperature", "1e300"),
+    ("sample", "--batch_size", "9" * 20),
+    ("sample", "--nsamples", "9" * 20),
+    ("sample", "--processes", "9" * 20, "--prompts", "p", "--out", "o", "--format", "jsonl"),
+    ("sample", "--nfiles", "9" * 20, "--out", "o"),
+    ("sample", "--keep_stop"),
+    ("sample", "--length_penalty", "2"),
+    ("sample", "--logprobs"),
+    ("sample", "--sample_dir", "elsewhere"),
+    ("sample", "--sample_dir", "elsewhere", "--run_name", "a", "--out", "b"),
+    ("sample", "--special", "yes"),
+    ("interactive", "--keep_stop"),
     ("evaluate", "--dataset", ""),
     ("train", "--dataset", ""),
     ("train", "d", "--val_dataset", "", "--val_every", "1"),

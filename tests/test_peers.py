@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from foreign import KINDS
 
 import gpt2cli
 from gpt2cli.model.network import GPT2, random_weights
@@ -145,3 +146,105 @@ def test_transformers_reads_our_conversions_without_warnings_and_we_read_its_fil
             assert answer["ids"] == [back.encoder.encode(text) for text in job["texts"]]
             assert (back.encoder.start, back.encoder.end) == (ours.encoder.start, ours.encoder.end)
     assert found[f"{tmp_path / 'cased'}-hf"]["ids"] != found[f"{tmp_path / 'uer'}-hf"]["ids"]
+
+
+SIZES = dict(n_ctx=64, n_embd=32, n_head=4, n_layer=2)
+PROMPTS = {
+    "english": ["The kettle", " half past", "it's 1999 or", "naïve café ﬁne", "<|user|>The"],
+    "chinese": ["今天天气", "hello 我们去"],
+}
+
+
+def hub_model(folder, make, cli, **config):
+    """A Hugging Face folder with random weights and the tokenizer that `make` returns."""
+    tokenizer = make()
+    n_vocab = tokenizer.get_vocab_size()
+    sizes = ModelConfig(n_vocab=n_vocab, **SIZES)
+    weights = random_weights(sizes, seed=3)
+
+    def peaked(name, shape):
+        return weights(name, shape) * (12 if name == "model/wte" else 3)
+
+    checkpoint.save(GPT2(sizes, peaked), folder.with_name(f"{folder.name}-made"))
+    assert cli("convert", f"{folder}-made", folder, "--to", "hf").returncode == 0
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    (folder / "generation_config.json").unlink()
+    return n_vocab
+
+
+@pytest.mark.slow
+def test_the_text_generation_pipeline_continues_as_sample_does(transformers, tmp_path, cli):
+    """Seventeen kinds of tokenizer; each is kept byte for byte by a conversion there and back."""
+    jobs = []
+    for number, (name, (make, _)) in enumerate(KINDS.items()):
+        folder = tmp_path / f"m{number}"
+        end = {"bert": 3, "unigram": 1}.get(name.split(",")[0], 0)
+        hub_model(folder, make, cli, bos_token_id=end, eos_token_id=[end, 300])
+        ours = tmp_path / f"m{number}-ours"
+        assert cli("convert", folder, ours).returncode == 0
+        assert cli("convert", ours, tmp_path / f"m{number}-back", "--to", "hf").returncode == 0
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / f"m{number}-back" / file).read_bytes() == (
+                folder / file
+            ).read_bytes()
+        prompts = PROMPTS["english"] + PROMPTS["chinese"]
+        jobs.append({"folder": str(folder), "prompts": prompts, "length": 24})
+    compared = texts = 0
+    for job, answers in zip(jobs, pipeline(transformers, jobs), strict=True):
+        model = gpt2cli.load_model(f"{job['folder']}-ours")
+        if model.encoder.described.around()[1]:
+            continue  # their pipeline continues after [SEP] or </s>
+        compared += 1
+        samples = model.generate(
+            job["prompts"], length=24, temperature=0, special="token", batch_size=7
+        )
+        for sample, (ids, text) in zip(samples, answers, strict=True):
+            is_ended = ids[-1] in model.encoder.ends
+            assert sample.tokens == (ids[:-1] if is_ended else ids)
+            # theirs prints an end token that is ordinary text, and leaves special tokens out
+            special = set(model.encoder.added.values())
+            if not special & {*sample.tokens} and not (is_ended and ids[-1] not in special):
+                assert sample.text == text
+                texts += 1
+    assert compared >= 11 and texts > 60
+
+
+@pytest.mark.slow
+def test_uer_s_documented_way_continues_as_sample_does(
+    transformers, gpt2_vocabulary, tmp_path, cli
+):
+    chinese = gpt2_vocabulary.parent / "bert-zh" / "google_zh_vocab.txt"
+    sizes = ModelConfig(n_vocab=21128, **SIZES)
+    weights = random_weights(sizes, seed=3)
+    checkpoint.save(
+        GPT2(sizes, lambda n, s: weights(n, s) * (12 if n == "model/wte" else 3)), tmp_path / "made"
+    )
+    assert cli("convert", tmp_path / "made", tmp_path / "ours", "--vocab", chinese).returncode == 0
+    assert cli("convert", tmp_path / "ours", tmp_path / "hf", "--to", "hf").returncode == 0
+    job = {"folder": str(tmp_path / "hf"), "length": 24}
+    plain = {**job, "prompts": PROMPTS["chinese"]}
+    typed = {**job, "prompts": [f"[CLS]{text}" for text in PROMPTS["chinese"]], "bert": True}
+    model = gpt2cli.load_model(tmp_path / "ours")
+    for answers, prompts in zip(
+        pipeline(transformers, [plain, typed]), (plain, typed), strict=True
+    ):
+        samples = model.generate(prompts["prompts"], length=24, temperature=0)
+        for sample, (ids, text) in zip(samples, answers, strict=True):
+            assert sample.tokens == [i for i in ids if i != model.encoder.end]
+            assert sample.text.replace(" ", "") == text.replace(" ", "")
+
+
+def pipeline(transformers, jobs):
+    """Return what transformers' text-generation pipeline makes of each job."""
+    result = subprocess.run(
+        [transformers, ROOT / "tests" / "peer_pipeline.py"],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)

@@ -130,12 +130,13 @@ def download_hub(model: str, revision: str, models: Path) -> Path:
             session.auth = repository.authorize
             hub.fetch(session, repository, hidden, repository.description)
             # These import TensorFlow; a wrong name or a network error was reported before that.
-            from gpt2cli.formats import statedict
+            from gpt2cli.formats import settings, tensors, vocabularies
             from gpt2cli.formats.convert import convert, open_source
 
-            statedict.check_hf_config(hidden / "config.json")
+            settings.check_hf_config(hidden / "config.json")
+            vocabularies.read(hidden)  # rejects a tokenizer that gpt2cli does not have
             if not any(name.endswith(".safetensors") for name in repository.weights):
-                statedict.torch()  # raises a UserError where it is not installed
+                tensors.torch()  # raises a UserError where it is not installed
             hub.fetch(session, repository, hidden, repository.weights)
         source = open_source(hidden, "hf")
         say(f"read {model}, {source.describe()}")

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from gpt2cli.inference.generator import LanguageModel
 
 COMMANDS = ("/set", "/show", "/help", "/quit")  # any other line is a prompt, `/usr/bin` too
+NO_EFFECT = {
+    "batch_size": "one sample is generated at a time",
+    "logprobs": "only sample --format jsonl prints log-probabilities",
+}
 HISTORY = Path("~/.gpt2cli_history")
 HELP = '''\
 Type a prompt and press Enter. Put a prompt of several lines between two lines of """.
@@ -68,7 +72,10 @@ def run(options: InteractiveOptions) -> None:
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())
         say(f"seed {options.seed}")
-    index = 0
+    for name, reason in NO_EFFECT.items():
+        if getattr(options, name) != flags.fields_of(GenerateOptions)[name].default:
+            say(f"--{name} has no effect here: {reason}")
+    index, said = 0, set[str]()
     with _line_editing():
         for text, is_line in _inputs():
             if is_line and text.split()[0] in COMMANDS:
@@ -77,6 +84,7 @@ def run(options: InteractiveOptions) -> None:
                 options = _obey(text, options)
                 continue
             try:
+                _report(model, text, options, said)
                 for number, pieces in enumerate(_continuations(model, text, options, index)):
                     _show(text, pieces, options, number)
                     index += 1
@@ -86,6 +94,18 @@ def run(options: InteractiveOptions) -> None:
                 index += 1
             except UserError as error:
                 say(f"gpt2cli: {error}")
+
+
+def _report(model: LanguageModel, prompt: str, options: InteractiveOptions, said: set[str]) -> None:
+    """Report what the model does not see of a prompt, or reads in another way; advice only once."""
+    from gpt2cli.inference import hints
+
+    n_ctx, on_terminal = model.config.n_ctx, sys.stderr.isatty()
+    found = hints.about([(prompt, None)], model.encoder, n_ctx, options, on_terminal)
+    for kind, line in found.items():
+        if kind not in said:
+            say(line)
+    said |= {"special", "space"} & set(found)
 
 
 def _continuations(
@@ -160,6 +180,9 @@ def _set(words: str, options: InteractiveOptions) -> InteractiveOptions:
     name = name.removeprefix("--").replace("-", "_")
     if name not in fields:
         say(f"unknown setting {name!r}; the settings are {', '.join(fields)}")
+        return options
+    if name in NO_EFFECT:
+        say(f"{name} has no effect here: {NO_EFFECT[name]}")
         return options
     hint, default, _ = fields[name]
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.flags import check
 from gpt2cli.jobs.shards import check as check_shard
 from gpt2cli.options import CheckpointOptions, FileOptions, GenerateOptions, new_seed
 
@@ -84,22 +85,18 @@ class SampleOptions(GenerateOptions, FileOptions, CheckpointOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self, processes=(0, 9999), nfiles=(1, 1_000_000))
         self._check_source()
         self._check_files()
         if self.prefix is not None and self.prompt is not None:
             raise UsageError("--prefix is the same as --prompt: give only one of them")
-        if self.processes < 0:
-            raise UsageError(f"--processes must be at least 0, got {self.processes}")
         if self.processes > 1 and not (self.is_job() and self.prompts):
             raise UsageError("--processes needs --prompts FILE --format jsonl --out FILE")
-        if self.nfiles < 1:
-            raise UsageError(f"--nfiles must be at least 1, got {self.nfiles}")
         if self.nfiles > 1 and (self.out is None or not self.nsamples):
             raise UsageError("--nfiles needs --out FILE, and --nsamples above 0")
         if self.nfiles > 1 and (self.beams > 1 or self.temperature == 0):
             raise UsageError("--nfiles with --beams or --temperature 0 would write identical files")
-        if self.delimiter is not None and self.format == "jsonl":
-            raise UsageError("--delimiter needs --format text; in jsonl each line is one sample")
+        self._check_output()
         if self.shard is not None:
             check_shard(self.shard)
             if self.prompts is None or not self.nsamples:
@@ -110,6 +107,14 @@ class SampleOptions(GenerateOptions, FileOptions, CheckpointOptions):
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError("give only one of " + " and ".join(f"--{name}" for name in given))
+
+    def _check_output(self) -> None:
+        if self.delimiter is not None and self.format == "jsonl":
+            raise UsageError("--delimiter needs --format text; in jsonl each line is one sample")
+        if self.logprobs and self.format == "text":
+            raise UsageError("--logprobs needs --format jsonl; text shows no log-probabilities")
+        if self.sample_dir != "samples" and (self.run_name is None or self.out is not None):
+            raise UsageError("--sample_dir needs --run_name, and no --out")
 
     def is_job(self) -> bool:
         """Whether --out is written line by line, so that a stopped command can be resumed."""
@@ -127,6 +132,8 @@ def run(options: SampleOptions) -> None:
     from gpt2cli.text import encoder
 
     options = resolved(options, os.environ)
+    if options.beams > 1 < options.batch_size:
+        say("--batch_size has no effect with --beams: one prompt is searched at a time")
     folder = folders.open_source(options)
     texts = prompts.read(options.prompt, options.prompt_file, options.prompts, options)
     for path in out_paths(options):
@@ -143,7 +150,7 @@ def run(options: SampleOptions) -> None:
     tensorflow.keep_no_memory()
     model = generator.load_model(folder, options.precision, vocabulary)
     say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}")
-    encoded = _encode(model, texts)
+    encoded = _encode(model, options, texts)
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())
         say(f"seed {options.seed}")
@@ -170,14 +177,14 @@ def resolved(options: SampleOptions, environment: Mapping[str, str]) -> SampleOp
     return dataclasses.replace(options, shard=shard, out=out)
 
 
-def _encode(model: LanguageModel, texts: list[Prompt]) -> list[Encoded]:
-    """Encode the prompts; report each that is longer than the model's window."""
-    encoded = [(prompt, model.check_prompt(prompt)) for prompt in texts]
-    n_ctx = model.config.n_ctx
-    for number, (_, ids) in enumerate(encoded, 1):
-        if len(ids) > n_ctx:
-            cut = f"prompt {number} has {len(ids)} tokens; the model sees only the last {n_ctx}"
-            say(cut)
+def _encode(model: LanguageModel, options: SampleOptions, texts: list[Prompt]) -> list[Encoded]:
+    """Encode the prompts; report what the model does not see, or reads in another way."""
+    from gpt2cli.inference import hints
+
+    encoded = [(text, model.check_prompt(text, options.special == "token")) for text in texts]
+    typed = options.prompts is None and sys.stderr.isatty()
+    for line in hints.about(encoded, model.encoder, model.config.n_ctx, options, typed).values():
+        say(line)
     return encoded
 
 

@@ -35,6 +35,9 @@ class ServeOptions(CheckpointOptions):
         port: port to listen on; 0 picks a free one and prints it.
         api_key: require this key (Authorization: Bearer KEY). Prefer the environment variable
             GPT2CLI_API_KEY, which other users of the machine cannot see.
+        allow_host: host name that requests may name, such as the one of a proxy in front of a
+            server without an API key. A server that listens on one machine only otherwise rejects
+            all names but localhost (403), because a web page could use them to reach it.
         log_prompts: include prompts in the log.
 
     Limits:
@@ -60,6 +63,7 @@ class ServeOptions(CheckpointOptions):
     host: str = "127.0.0.1"
     port: int = 5000
     api_key: str | None = None
+    allow_host: tuple[str, ...] = ()
     log_prompts: bool = False
     max_batch: int = 16
     max_queue: int = 64
@@ -106,7 +110,12 @@ def run(options: ServeOptions) -> None:
             f"serve needs the package {error.name}, which is not installed. Install all it needs "
             'with: pip install ".[serve]" (or bin/install serve in a clone)'
         ) from None
-    if options.api_key is None and os.environ.get("GPT2CLI_API_KEY"):
+    if options.api_key is None and "GPT2CLI_API_KEY" in os.environ:
+        if not os.environ["GPT2CLI_API_KEY"]:
+            raise UserError(
+                "GPT2CLI_API_KEY is set but empty: set it to the key that requests must send, or "
+                "unset it to serve without one"
+            )
         options = dataclasses.replace(options, api_key=os.environ["GPT2CLI_API_KEY"])
     folder = folders.open_source(options)
     if not encoder.exists(folder.path):

@@ -39,7 +39,8 @@ class TrainOptions(TextOptions, FolderOptions):
         restore_from: latest (resume the run's newest checkpoint, else start from the model),
             weights (the same, with the optimizer from scratch), fresh (the model), or the path of a
             checkpoint, run folder or model folder.
-        overwrite: let --restore_from fresh replace the checkpoints of an existing run.
+        overwrite: let --restore_from fresh replace the checkpoints of an existing run; in
+            gpt-2-simple it deletes old checkpoints when a run resumes (see --keep).
         sample_dir: folder in which samples/RUN_NAME/ is created.
 
     Length:
@@ -50,7 +51,8 @@ class TrainOptions(TextOptions, FolderOptions):
         batch_size: sequences in a batch on each device; --accumulate_gradients N reads N such
             batches per step.
         seq_length: tokens in a sequence; 0 uses the model's n_ctx.
-        accumulate_gradients: number of batches whose gradients are averaged into one step.
+        accumulate_gradients: number of batches whose gradients are averaged into one step;
+            nshepperd/gpt-2 adds them up, which makes N times the step with --optimizer sgd.
 
     Optimizer:
         optimizer: adam and sgd as in nshepperd/gpt-2; adamw; adafactor needs the least memory
@@ -83,7 +85,7 @@ class TrainOptions(TextOptions, FolderOptions):
         top_k: sample from the K likeliest tokens; 0 samples from all (default: 40, or 0 if --top_p
             is given).
         top_p: sample from the smallest set of tokens whose probability reaches P; 0 samples from
-            all.
+            all, as in nshepperd/gpt-2.
 
     Checkpoints:
         save_every: steps between checkpoints.
@@ -95,7 +97,8 @@ class TrainOptions(TextOptions, FolderOptions):
         val_dataset: text or encoded file for the validation loss; same forms as --dataset.
         val_fraction: fraction of the documents of --dataset to validate with instead of learning
             them, chosen by --seed; 0 keeps none.
-        val_every: steps between validations; 0 turns validation off.
+        val_every: steps between validations; 0 turns validation off. Needs --val_dataset, for which
+            nshepperd/gpt-2 takes the training text, or --val_fraction.
         val_batch_size: sequences in a validation batch.
         val_batch_count: number of validation batches, the same ones each time.
         patience: stop after N validations without improvement; 0 disables early stopping.

@@ -1,6 +1,7 @@
 """gpt2cli vocab: text files to the vocabulary files of a model folder."""
 
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from gpt2cli.console import progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
-from gpt2cli.options import MAX_TOKENS, TextOptions
+from gpt2cli.options import MAX_TOKENS, TextOptions, check_added
 
 if TYPE_CHECKING:
     from regex import Pattern
@@ -32,6 +33,8 @@ class VocabOptions(TextOptions):
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
+        add_token: text of a token to add to the trained ones, such as "<|user|>"; repeat the flag
+            for more. It counts in --size.
 
     Messages:
         verbose: show TensorFlow's own messages.
@@ -48,6 +51,7 @@ class VocabOptions(TextOptions):
     size: int = 50257
     min_frequency: int = 2
     lower_case: bool = True
+    add_token: tuple[str, ...] = ()
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +59,7 @@ class VocabOptions(TextOptions):
         self._check_text()
         if self.loss != "all":
             raise UsageError("--loss is for encode, train and evaluate: a vocabulary has no loss")
+        check_added(self.add_token)
 
 
 def run(options: VocabOptions) -> None:
@@ -66,10 +71,11 @@ def run(options: VocabOptions) -> None:
     from gpt2cli.text import encoder, inputs, vocabulary
 
     started = time.monotonic()
-    smallest = vocabulary.SMALLEST[options.kind]
+    smallest = vocabulary.SMALLEST[options.kind] + len(options.add_token)
     if options.size < smallest:
         raise UsageError(
-            f"--size must be at least {smallest} with --kind {options.kind}, got {options.size}"
+            f"--size must be at least {smallest} with --kind {options.kind}"
+            f"{' and these --add_token' if options.add_token else ''}, got {options.size}"
         )
     if not options.out:
         raise UsageError("--out must name a folder, got ''")
@@ -79,7 +85,7 @@ def run(options: VocabOptions) -> None:
     found = inputs.find(options.in_text)
     paths = found.paths
     sample = _sample(paths, cut, options)
-    made = _train(paths, cut, options)
+    made = vocabulary.with_added(_train(paths, cut, options), options.add_token)
     vocabulary.write(folder, made)
     trained = encoder.load(folder)
     if trained.n_vocab < options.size:
@@ -125,20 +131,22 @@ def _train(paths: Sequence[Path], cut: "Pattern[str]", options: VocabOptions) ->
         os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))
     is_bpe = options.kind == "bpe"
     end = vocabulary.END if is_bpe else "[SEP]"
-    size = sum(path.stat().st_size for path in paths)
-    with progress(size if is_bpe else 2 * size, "B") as bar:  # WordPiece reads the corpus twice
+    marks = re.compile("|".join(map(re.escape, (end, *options.add_token))))
+    n_bytes = sum(path.stat().st_size for path in paths)
+    with progress(
+        n_bytes if is_bpe else 2 * n_bytes, "B"
+    ) as bar:  # WordPiece reads the corpus twice
 
         def texts() -> Iterator[str]:
-            """Yield the corpus from its start, without literal end tokens."""
+            """Yield the corpus from its start, without literal end tokens and new tokens."""
             for text in corpus.texts(paths, cut, options, bar.update):
                 text = text.encode("utf-8", "replace").decode()  # JSON can spell half a character
-                yield from text.split(end) if options.special == "token" else [text]
+                yield from marks.split(text) if options.special == "token" else [text]
 
+        size = options.size - len(options.add_token)
         if is_bpe:
-            return vocabulary.train_bpe(texts(), options.size, options.min_frequency)
-        return vocabulary.train_wordpiece(
-            texts, options.size, options.min_frequency, options.lower_case
-        )
+            return vocabulary.train_bpe(texts(), size, options.min_frequency)
+        return vocabulary.train_wordpiece(texts, size, options.min_frequency, options.lower_case)
 
 
 def _sample(paths: Sequence[Path], cut: "Pattern[str]", options: VocabOptions) -> list[str]:

@@ -1,240 +1,298 @@
-"""The vocabulary files of other programs under our names, and back under transformers'."""
+"""The tokenizer files of other programs under our names, and back under transformers'.
+
+They are kept as they are, byte for byte. What config.json and generation_config.json say about
+special tokens goes into hparams.json.
+"""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpt2cli import files
+from gpt2cli.console import counted
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import folders
 from gpt2cli.storage.folders import ModelFolder
-from gpt2cli.text import bpe, encoder
-
-Vocabulary = dict[str, bytes]  # our name of each file -> its content; empty without a vocabulary
+from gpt2cli.text import encoder, tokenizer_files
+from gpt2cli.text.description import Description
 
 OUR_NAMES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 HF_NAMES = {ours: theirs for theirs, ours in OUR_NAMES.items()}
-# The classes of transformers that read text as our encoder does; the last two are generic.
-TOKENIZERS = (
-    *("BertTokenizer", "BertTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast"),
-    *("PreTrainedTokenizerFast", "TokenizersBackend"),
-)
-OPTIONS = ("lower_case", "start_token", "end_token")  # of ModelConfig.extra
+# Files that only transformers writes; without them we write those it needs.
+FOREIGN = ("tokenizer.json", "special_tokens_map.json", *tokenizer_files.SENTENCEPIECE)
 
 
-class Found(NamedTuple):
-    """A vocabulary, and how the files beside it say that text is read.
+@dataclass(frozen=True)
+class VocabularyFile(ModelFolder):
+    """A vocab.txt under another name; the files beside it do not count.
 
     Attributes:
-        vocabulary: empty if none was found.
-        options: those of OPTIONS that differ from our encoder's defaults.
-        warnings: a sentence for each difference from our encoder.
+        file: its path.
     """
 
-    vocabulary: Vocabulary
-    options: dict[str, Any]
-    warnings: list[str]
+    file: Path = Path()
+
+    def place(self, name: str) -> Path:
+        """Return the path of the file under any name."""
+        return self.file
+
+    def has(self, name: str) -> bool:
+        """Return whether this is the file."""
+        return name == "vocab.txt" and self.file.is_file()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A vocabulary and everything that decides how it is used.
+
+    Attributes:
+        files: our name of each file -> its content.
+        described: the tokenizer.
+        options: keys of hparams.json, where they differ from our encoder's defaults.
+    """
+
+    files: dict[str, bytes]
+    described: Description
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Token -> id, added tokens included."""
+        return self.described.tokens
+
+    @property
+    def is_wordpiece(self) -> bool:
+        """Whether it is BERT's, not GPT-2's or any other kind."""
+        return self.described.kind == "WordPiece"
+
+    def notes(self) -> Iterator[str]:
+        """Yield a sentence for each thing that works in another way than in transformers."""
+        yield from self.described.notes
+        if self.options.get("tokenizer") == "tokenizers":
+            yield "its tokenizer differs from GPT-2's and BERT's; the tokenizers library runs it"
+        named = {index: token for token, index in self.tokens.items()}
+        after = [named[index] for index in self.described.around()[1]]
+        if after and not self.described.is_plain:
+            yield (
+                f"its tokenizer puts {' '.join(after)} after a text; gpt2cli does so after a "
+                "document, but not after a prompt, which has to continue"
+            )
+
+    def with_added(self, texts: Sequence[str], path: Path) -> "Vocabulary":
+        """Return the vocabulary with new tokens, whose ids follow its highest.
+
+        tokenizer.json gets them, or else added_tokens.json, as transformers' add_tokens does.
+
+        Args:
+            texts: the texts of the tokens.
+            path: where the vocabulary is from, for messages.
+
+        Raises:
+            UserError: a text is already a token.
+        """
+        old = next((text for text in texts if text in self.tokens), None)
+        if old is not None:
+            raise UserError(
+                f"{path} already has the token {old!r} (id {self.tokens[old]}). Remove that "
+                "--add_token"
+            )
+        first = max(self.tokens.values()) + 1
+        ids = {text: first + n for n, text in enumerate(dict.fromkeys(texts))}
+        made = dict(self.files)
+        config = _values(made, "tokenizer_config.json")
+        entries = {text: tokenizer_files.added_entry(text, index) for text, index in ids.items()}
+        if "tokenizer.json" in made:
+            values = _values(made, "tokenizer.json")
+            values["added_tokens"] = [*(values.get("added_tokens") or []), *entries.values()]
+            made["tokenizer.json"] = _encoded(values)
+        if "added_tokens_decoder" in config:
+            flags = {e["id"]: {k: v for k, v in e.items() if k != "id"} for e in entries.values()}
+            config["added_tokens_decoder"] |= {str(index): given for index, given in flags.items()}
+            made["tokenizer_config.json"] = _encoded(config)
+        elif "tokenizer.json" not in made:
+            made["added_tokens.json"] = _encoded({**_values(made, "added_tokens.json"), **ids})
+        listed = [*self.described.values["added_tokens"], *entries.values()]
+        described = replace(
+            self.described, values={**self.described.values, "added_tokens": listed}
+        )
+        return Vocabulary(made, described, self.options | _verdict(described))
+
+    def write(self, folder: Path, names: Mapping[str, str] | None = None) -> None:
+        """Write its files; `names` gives another program's name of a file."""
+        for name, content in self.files.items():
+            (folder / (names or {}).get(name, name)).write_bytes(content)
 
 
 def write_object(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file as transformers does."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(_encoded(values))
 
 
-def read(path: Path, n_vocab: int) -> Found:
-    """Read a vocabulary.
+def _encoded(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _values(made: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Return the values of a JSON file; nothing where there is none."""
+    return files.parse_object(made[name], name) if name in made else {}
+
+
+def read(path: Path, n_vocab: int | None = None, home: Path | None = None) -> Vocabulary | None:
+    """Read a vocabulary; None if there is none.
 
     Args:
-        path: a folder, or a vocabulary file.
+        path: a folder, or a vocabulary file: vocab.txt by any name, or another file of a folder.
         n_vocab: the model's number of ids; added tokens beyond it are left out.
+        home: the folder of a Hugging Face model, whose JSON files name its special tokens by id.
 
     Raises:
-        UserError: a file is damaged, or lacks its companion.
+        UserError: a file is damaged, or lacks its companion, or gpt2cli has no such tokenizer.
     """
-    known = {*encoder.KINDS[0], *encoder.KINDS[1], "tokenizer.json"}
-    if path.name == "vocab.txt" and not (path.parent / "encoder.json").exists():
-        known.add(path.name)  # the files beside it say how it is read
-    if path.is_file() and path.name not in known:
-        return Found({"vocab.txt": files.read_bytes(path)}, {}, [])
-    folder = folders.open_folder(path.parent if path.is_file() else path)
-    options, warnings = _reading_options(folder)
-    for kind in encoder.KINDS:
-        if all(folder.has(name) for name in kind):
-            found = {OUR_NAMES.get(name, name): folder.read(name) for name in kind}
-            if kind != ("vocab.txt",):
-                options.pop("lower_case", None)
-                found["encoder.json"] = _with_added(found["encoder.json"], folder.path, n_vocab)
-            return Found(found, options, warnings)
-    if folder.has("tokenizer.json"):
-        where = folder.path / "tokenizer.json"
-        try:
-            return _from_tokenizer_json(where, n_vocab, options, warnings)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where} does not have the tokenizers format ({error!r})") from None
-    if encoder.exists(folder.path):
-        encoder.load(folder)  # raises a UserError that names the missing companion
-    return Found({}, {}, warnings)
+    folder = _folder_of(path)
+    if not isinstance(folder, VocabularyFile) and not tokenizer_files.names_in(folder.path):
+        return None
+    described = tokenizer_files.describe(folder, n_vocab)
+    if home is not None:
+        described = _with_ids(described, home)
+    named = {OUR_NAMES.get(name, name): name for name in folders.ENCODER_FILES if folder.has(name)}
+    found = {ours: folder.read(name) for ours, name in named.items()}
+    return Vocabulary(found, described, _options(described))
 
 
-def _reading_options(folder: ModelFolder) -> tuple[dict[str, Any], list[str]]:
-    """Return the options and the warnings that a folder's JSON files give."""
-    options: dict[str, Any] = {}
-    warnings = []
-    if folder.has("tokenizer_config.json"):
-        where = folder.path / "tokenizer_config.json"
-        values = files.parse_object(folder.read(where.name), where)
-        if values.get("do_lower_case") is False:
-            options["lower_case"] = False
-        if values.get("add_prefix_space") is True:
-            warnings.append("its tokenizer puts a space before a text; gpt2cli does not")
-        made_for = values.get("tokenizer_class")
-        if made_for is not None and made_for not in TOKENIZERS:
-            warnings.append(f"its tokenizer is {made_for}; gpt2cli may encode text differently")
-    if folder.sizes is not None:
-        extra = folder.sizes.extra
-        options |= {key: extra[key] for key in OPTIONS if key in extra}
-    return options, warnings
+def _folder_of(path: Path) -> ModelFolder:
+    """Return the folder that a --vocab means."""
+    names = {tokenizer_files.JSON, *(name for kind in tokenizer_files.KINDS for name in kind)}
+    is_list = path.name == "vocab.txt" and (path.parent / "encoder.json").exists()
+    if path.is_file() and (path.name not in names or is_list):
+        return VocabularyFile(path.parent, file=path)
+    return folders.open_folder(path.parent if path.is_file() else path)
 
 
-def tokens(vocabulary: Vocabulary) -> dict[str, int]:
-    """Return token -> id of a vocabulary."""
-    if "encoder.json" in vocabulary:
-        values = json.loads(vocabulary["encoder.json"])
-        return {token: index for token, index in values.items() if type(index) is int}
-    lines = vocabulary.get("vocab.txt", b"").decode("utf-8", "replace").removesuffix("\n")
-    return {line.rstrip("\r"): index for index, line in enumerate(lines.split("\n")) if lines}
+def _with_ids(described: Description, home: Path) -> Description:
+    """Return a tokenizer with the start and end tokens that transformers' `generate` obeys.
 
-
-def _with_added(content: bytes, folder: Path, n_vocab: int) -> bytes:
-    """Return encoder.json with the tokens of added_tokens.json that the model has room for."""
-    vocab = files.parse_object(content, f"{folder}: the vocabulary")
-    if not (folder / "added_tokens.json").is_file():
-        return content
-    added = files.read_object(folder / "added_tokens.json")
-    taken = {index for index in vocab.values() if type(index) is int}
-    new = {
-        token: index
-        for token, index in added.items()
-        if type(index) is int and index < n_vocab and token not in vocab and index not in taken
-    }
-    return json.dumps({**vocab, **new}, ensure_ascii=False).encode() if new else content
-
-
-def _from_tokenizer_json(
-    path: Path, n_vocab: int, options: dict[str, Any], warnings: list[str]
-) -> Found:
-    """Read the one file of the tokenizers library; see `read`."""
-    values = files.read_object(path)
-    kind = values["model"] if isinstance(values.get("model"), dict) else {}
-    vocab = kind.get("vocab")
-    if kind.get("type") == "BPE" and isinstance(vocab, dict) and _is_byte_level(values):
-        added = values.get("added_tokens") or []
-        ids = {a["content"]: a["id"] for a in added if a["id"] < n_vocab}
-        merges = [m if isinstance(m, str) else " ".join(m) for m in kind.get("merges", [])]
-        options.pop("lower_case", None)
-        found = {
-            "encoder.json": json.dumps({**ids, **vocab}, ensure_ascii=False).encode(),
-            "vocab.bpe": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+    generation_config.json counts, then config.json; the tokenizer only where they are silent. Ids
+    that are not in the vocabulary mean nothing.
+    """
+    given: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        values = files.read_object(home / name) if (home / name).is_file() else {}
+        given |= {
+            key: values[key]
+            for key in ("bos_token_id", "eos_token_id")
+            if values.get(key) is not None
         }
-        return Found(found, options, warnings)
-    if kind.get("type") == "WordPiece" and isinstance(vocab, dict):
-        words = sorted(vocab, key=vocab.__getitem__)
-        is_numbered = [vocab[word] for word in words] == list(range(len(words)))
-        if is_numbered and not any("\n" in word for word in words):
-            if (values.get("normalizer") or {}).get("lowercase") is False:
-                options["lower_case"] = False
-            return Found({"vocab.txt": "\n".join([*words, ""]).encode()}, options, warnings)
-    warnings.append(f"gpt2cli cannot read this kind of {path} ({kind.get('type')})")
-    return Found({}, {}, warnings)
+    token_of = {index: token for token, index in described.tokens.items()}
+    start = given.get("bos_token_id")
+    if type(start) is int and start in token_of:
+        described = replace(described, start=token_of[start])
+    ends = given.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    known = tuple(index for index in ends if type(index) is int and index in token_of)
+    if known:
+        end = described.end
+        if end is None or described.tokens[end] not in known:
+            end = token_of[known[0]]
+        described = replace(described, end=end, ends=known)
+    return described
 
 
-def _is_byte_level(values: dict[str, Any]) -> bool:
-    """Return whether a tokenizer.json splits text as GPT-2 does: a part has the type ByteLevel."""
-    splitter = values.get("pre_tokenizer") or {}
-    return "ByteLevel" in [p.get("type") for p in [splitter, *splitter.get("pretokenizers", [])]]
+def _options(described: Description) -> dict[str, Any]:
+    """Return the keys of hparams.json with which the files alone give this tokenizer."""
+    is_wordpiece = described.kind == "WordPiece"
+    usual = ("[CLS]", "[SEP]") if is_wordpiece else (tokenizer_files.END,) * 2
+    options: dict[str, Any] = {}
+    for option, token, default in zip(
+        ("start_token", "end_token"), (described.start, described.end), usual, strict=True
+    ):
+        if token != default and (token is not None or default in described.tokens):
+            options[option] = token
+    end = None if described.end is None else described.tokens[described.end]
+    if described.ends != (() if end is None else (end,)):
+        options["end_ids"] = list(described.ends)
+    if described.is_plain and is_wordpiece and not described.values["normalizer"]["lowercase"]:
+        options["lower_case"] = False
+    return options | _verdict(described)
 
 
-def _default_special(vocabulary: Vocabulary) -> dict[str, str]:
-    """Return the start_token and end_token that our encoder uses by default."""
-    if "vocab.txt" in vocabulary:
-        return {"start_token": "[CLS]", "end_token": "[SEP]"}
-    return {"start_token": bpe.END, "end_token": bpe.END}
+def _verdict(described: Description) -> dict[str, str]:
+    """Return the key of hparams.json that says which encoder runs a tokenizer."""
+    if encoder.needs_no_verdict(described):
+        return {}
+    return {"tokenizer": encoder.verdict(described)}
 
 
-def special(vocabulary: Vocabulary, config: ModelConfig) -> tuple[str | None, str | None]:
-    """Return the start token and the end token that our encoder will use, None for none."""
-    there = tokens(vocabulary)
-    defaults = _default_special(vocabulary)
-    start, end = (config.extra.get(option, token) for option, token in defaults.items())
-    return start if start in there else None, end if end in there else None
-
-
-def hf_special(home: Path, folder: Path, vocabulary: Vocabulary) -> dict[str, str]:
-    """Return the start_token and end_token of a Hugging Face model that are not our defaults.
-
-    Args:
-        home: the folder of its config.json, which has their ids.
-        folder: the folder of its vocabulary.
-        vocabulary: its vocabulary, from `read`.
-    """
-    named: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            named |= files.read_object(folder / name)
-    has_config = (home / "config.json").is_file()
-    ids = files.read_object(home / "config.json") if has_config else {}
-    id_of = tokens(vocabulary)
-    token_of = {index: token for token, index in id_of.items()}
-    found = {}
-    keys = zip(("bos_token", "eos_token"), _default_special(vocabulary).items(), strict=True)
-    for key, (option, default) in keys:
-        token = named.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, str) or token not in id_of:
-            index = ids.get(f"{key}_id")
-            token = token_of.get(index) if type(index) is int else None
-        if token not in (None, default):
-            found[option] = token
-    return found
-
-
-def hf_class(vocabulary: Vocabulary) -> str:
-    """Return the class of transformers that reads a vocabulary."""
-    return "BertTokenizer" if "vocab.txt" in vocabulary else "GPT2Tokenizer"
-
-
-def hf_ids(vocabulary: Vocabulary, config: ModelConfig) -> dict[str, int | None]:
+def hf_ids(vocabulary: Vocabulary | None) -> dict[str, Any]:
     """Return bos_token_id, eos_token_id and pad_token_id of a transformers config."""
-    ids = tokens(vocabulary)
-    start, end = special(vocabulary, config)
+    if vocabulary is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    described, tokens = vocabulary.described, vocabulary.tokens
+    ends = list(described.ends)
     return {
-        "bos_token_id": None if start is None else ids[start],
-        "eos_token_id": None if end is None else ids[end],
-        "pad_token_id": ids.get("[PAD]") if "vocab.txt" in vocabulary else None,
+        "bos_token_id": None if described.start is None else tokens[described.start],
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": tokens.get("[PAD]") if vocabulary.is_wordpiece else None,
     }
 
 
 def write_for_transformers(folder: Path, vocabulary: Vocabulary, config: ModelConfig) -> None:
-    """Write a vocabulary's files, and the JSON files from which transformers reads its options."""
-    for name, content in vocabulary.items():
-        (folder / HF_NAMES.get(name, name)).write_bytes(content)
-    there = tokens(vocabulary)
-    settings: dict[str, Any] = {"tokenizer_class": hf_class(vocabulary)}
-    if "vocab.txt" in vocabulary:
+    """Write a vocabulary's files, and the JSON files from which transformers reads its options.
+
+    Files that came from transformers are written as they were.
+    """
+    vocabulary.write(folder, HF_NAMES)
+    if is_foreign(vocabulary):
+        return
+    described, there = vocabulary.described, vocabulary.tokens
+    if vocabulary.is_wordpiece:
         names = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
         names |= {"cls_token": "[CLS]", "mask_token": "[MASK]"}
         named = {key: token for key, token in names.items() if token in there}
-        settings |= {
-            "do_lower_case": config.extra.get("lower_case", True),
-            "tokenize_chinese_chars": True,
-            "strip_accents": None,
-        }
+        settings = _wordpiece_settings(folder, described)
     else:
-        start, end = special(vocabulary, config)
-        tokens_of = {"bos_token": start, "eos_token": end, "unk_token": end}
+        tokens_of = {"bos_token": described.start, "eos_token": described.end}
+        tokens_of |= {"unk_token": described.end}
         named = {key: token for key, token in tokens_of.items() if token is not None}
-        settings["add_prefix_space"] = False
+        settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     settings |= {"model_max_length": config.n_ctx, **named}
     write_object(folder / "tokenizer_config.json", settings)
     write_object(folder / "special_tokens_map.json", named)
+
+
+def is_foreign(vocabulary: Vocabulary) -> bool:
+    """Return whether the files came from transformers."""
+    if any(name in vocabulary.files for name in FOREIGN):
+        return True
+    return bool(_values(vocabulary.files, "tokenizer_config.json").keys() - {"do_lower_case"})
+
+
+def _wordpiece_settings(folder: Path, described: Description) -> dict[str, Any]:
+    """Write tokenizer.json; return BertTokenizer's options.
+
+    BertTokenizer puts [SEP] after every text, so a text-generation pipeline would continue an
+    ended text. The generic class reads tokenizer.json, where only [CLS] comes before a text.
+    """
+    before, _ = described.around()
+    named = {index: token for token, index in described.tokens.items()}
+    template = tokenizer_files.template([named[i] for i in before], [], described.tokens)
+    write_object(folder / "tokenizer.json", {**described.values, "post_processor": template})
+    normalizer = described.values["normalizer"]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "do_lower_case": normalizer["lowercase"],
+        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        "strip_accents": normalizer["strip_accents"],
+    }
+
+
+def check_fits(vocabulary: Vocabulary, n_vocab: int, folder: Path) -> None:
+    """Reject (UserError) a vocabulary with more tokens than the model."""
+    largest = max(vocabulary.tokens.values(), default=-1)
+    if largest >= n_vocab:
+        raise UserError(
+            f"{folder}: the vocabulary has {counted(largest + 1, 'token')}, but the model only "
+            f"{n_vocab:,}. Name the vocabulary that belongs to it with --vocab"
+        )

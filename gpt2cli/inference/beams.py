@@ -1,9 +1,9 @@
 """Beam search: find the likeliest continuations of one prompt, as transformers does.
 
 Every step ranks all ways to continue the running beams by one token, and takes the likeliest two
-per beam. Of those that end, the ones among the first `beams` are kept; of the others, the first
-`beams` continue. The score of a kept beam is log-probability / tokens ** length_penalty, where the
-end token counts as one.
+per beam, or more if several tokens can end a row, so that enough of them continue. Of those that
+end, the ones among the first `beams` are kept; of the others, the first `beams` continue. The score
+of a kept beam is log-probability / tokens ** length_penalty, where the end token counts as one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Search:
         self.running, self.kept = [Beam(0.0, row)], list[Beam]()
         self.count = 0  # tokens of each running beam
         self.finished = False
-        self._length, self._end = row.length, row.rules.end
+        self._length, self._ends = row.length, row.rules.ends
 
     def step(self) -> None:
         """Make each beam one token longer."""
         scores = [beam.score for beam in self.running]
-        ranked = self.generation.candidates(scores, 2 * self.beams)
+        ranked = self.generation.candidates(scores, max(2, 1 + len(self._ends)) * self.beams)
         self.count += 1
         full = self.count == self._length
         running: list[Beam] = []
@@ -59,7 +59,7 @@ class Search:
         for place, (score, parent, token, logprob) in enumerate(ranked):
             if place >= self.beams and (full or len(running) == self.beams):
                 break
-            at_end = token == self._end
+            at_end = token in self._ends
             row = self.running[parent].row
             row = row if at_end else row.branch(token, logprob)
             if full or at_end or row.text.stopped:

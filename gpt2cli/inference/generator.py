@@ -7,6 +7,7 @@ use `LanguageModel`. Here text becomes ids and ids become text; `sampling` knows
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from gpt2cli import flags
+from gpt2cli import peers
 from gpt2cli.console import counted
 from gpt2cli.errors import UsageError, UserError, names_without_dashes
 from gpt2cli.inference import sampling
@@ -23,9 +24,9 @@ from gpt2cli.inference.beams import Search
 from gpt2cli.inference.engines.engine import Engine
 from gpt2cli.inference.engines.litert import LitertEngine
 from gpt2cli.inference.engines.xla import SMALLEST_CACHE, XlaEngine, cache_sizes
-from gpt2cli.inference.rows import Generation, Row
+from gpt2cli.inference.rows import Generation, Row, most_seen
 from gpt2cli.inference.score import Score, score
-from gpt2cli.inference.text import Prompt, RowText, Sample
+from gpt2cli.inference.text import Prompt, RowText, Sample, encode_prompt
 from gpt2cli.model.network import GPT2
 from gpt2cli.options import GenerateOptions, Precision, new_seed
 from gpt2cli.storage import checkpoint, folders
@@ -234,7 +235,8 @@ class LanguageModel:
     ) -> Iterator[str | Sample]:
         """Yield the text of one sample in pieces, as it is generated, and last the Sample.
 
-        With beams nothing is certain before the end, so the best beam comes in one piece.
+        nsamples and batch_size do not count. With beams nothing is certain before the end, so the
+        best beam comes in one piece.
         """
         seed = new_seed() if options.seed is None else options.seed
         if options.beams > 1:
@@ -260,8 +262,23 @@ class LanguageModel:
             for _ in self._grow(rows, sampling.CHUNK, width):
                 pass
 
-    def check_prompt(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt; UserError if it cannot be continued."""
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """The number of bytes of the vocabulary's longest token."""
+        vocabulary = self.encoder
+        ids = range(vocabulary.n_vocab) if vocabulary else ()
+        return max((len(vocabulary.bytes_of([token])) for token in ids if vocabulary), default=0)
+
+    def check_prompt(self, prompt: Prompt, special: bool = False) -> list[int]:
+        """Return the ids of a prompt, after those that this model puts before every text.
+
+        Args:
+            prompt: what to continue.
+            special: read texts of `encoder.added` in it, such as <|endoftext|>, as these tokens.
+
+        Raises:
+            UserError: it cannot be continued.
+        """
         if prompt is not None and not isinstance(prompt, str):
             ids = self._checked(prompt)
             if not ids:
@@ -272,7 +289,7 @@ class LanguageModel:
                 "this model folder has no vocabulary: give the prompt as token ids, with "
                 '--prompts FILE.jsonl and lines such as {"tokens": [464, 2068]}'
             )
-        ids = [*self.encoder.prefix, *self.encoder.encode(prompt or "")]
+        ids = encode_prompt(self.encoder, prompt or "", special)
         if not ids:
             if self.encoder.start is None:
                 raise UserError("this model has no start token: give it a prompt to continue")
@@ -299,9 +316,12 @@ class LanguageModel:
         Raises:
             UserError: as `check_prompt`; or an option needs a vocabulary and there is none.
         """
-        ids = self.check_prompt(prompt) if ids is None else ids
-        if self.encoder is None and (options.stop or options.truncate):
-            raise UserError("--stop and --truncate need a vocabulary; this model folder has none")
+        ids = self.check_prompt(prompt, options.special == "token") if ids is None else ids
+        if self.encoder is None and (options.stop or options.truncate or options.include_prefix):
+            raise UserError(
+                "--stop, --truncate and --include_prefix need a vocabulary; this model folder has "
+                "none"
+            )
         n_ctx = self.config.n_ctx
         return Row(
             ids,
@@ -332,7 +352,12 @@ class LanguageModel:
             seed=seed,
             logprobs=logprobs,
             score=score,
+            prompt_cut=self.prompt_cut(row),
         )
+
+    def prompt_cut(self, row: Row) -> int:
+        """Return the number of tokens at the prompt's start that the model does not see."""
+        return max(0, row.prompt_length - most_seen(self.config.n_ctx, row.sees))
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
         """Return ids as a list of int; UserError if one is not in the model."""
@@ -371,11 +396,12 @@ class LanguageModel:
                 yield beam.row, beam.score
 
     def _rules(self, options: GenerateOptions) -> sampling.Rules:
-        """Return the options' rules, with this model's end token and banned tokens."""
-        end, banned = None, []
+        """Return the options' rules, with this model's end tokens and banned tokens."""
+        ends: tuple[int, ...] = ()
+        banned: list[int] = []
         if self.encoder:
             unknown = range(self.encoder.n_vocab, self.config.n_vocab)
-            end, banned = self.encoder.end, [*self.encoder.banned, *unknown]
+            ends, banned = self.encoder.ends, [*self.encoder.banned, *unknown]
         return sampling.Rules(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -383,7 +409,7 @@ class LanguageModel:
             repetition_penalty=options.repetition_penalty,
             min_length=options.min_length,
             no_repeat_ngram=options.no_repeat_ngram,
-            end=-1 if end is None else end,
+            ends=tuple(token for token in ends if token < self.config.n_vocab),
             banned=tuple(token for token in banned if token < self.config.n_vocab),
         )
 
@@ -393,7 +419,7 @@ def _generate_options(settings: dict[str, Any]) -> GenerateOptions:
     names = [field.name for field in dataclasses.fields(GenerateOptions)]
     for name in settings:
         if name not in names:
-            hint = flags.nearest(name, names)
+            hint = peers.for_flag(name, names)
             raise UsageError(f"generate has no setting {name!r}{hint}; it has {', '.join(names)}")
     return GenerateOptions(**settings)
 

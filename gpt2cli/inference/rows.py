@@ -39,6 +39,7 @@ class Row:
     Attributes:
         tokens: ids, prompt included, without the end token.
         finished: set it to end the row now.
+        sees: its `window`.
         logprobs: of each generated token, if kept, before all rules; nats.
         likeliest: {id: log-probability} of the likeliest tokens in each token's place, if kept.
     """
@@ -66,7 +67,7 @@ class Row:
         self.likeliest: list[dict[int, float]] = []
         self._noise = np.random.Generator(np.random.Philox(key=[seed, index]))
         self._begin = 0  # of the part that the model sees
-        self._sees_last = window == "last"
+        self.sees = window
         self._is_read = False
 
     @property
@@ -84,19 +85,16 @@ class Row:
         """The number of tokens in the window."""
         return len(self.tokens) - self._begin
 
-    def full(self, n_ctx: int) -> int:
-        """Return the number of tokens that fit into the window."""
-        return n_ctx - 1 if self._sees_last and n_ctx > 1 else n_ctx
-
     def must_be_read(self, n_ctx: int) -> bool:
         """Return whether its next token takes a pass over the window."""
-        return not self._is_read or self.seen > self.full(n_ctx)
+        return not self._is_read or self.seen > most_seen(n_ctx, self.sees)
 
     def window(self, n_ctx: int) -> np.ndarray:
         """Return the ids that the model must read now, int32 [T]; a full window slides."""
-        if self.seen > self.full(n_ctx):
-            whole = not self._is_read or self._sees_last
-            self._begin = len(self.tokens) - (self.full(n_ctx) if whole else max(1, n_ctx // 2))
+        full = most_seen(n_ctx, self.sees)
+        if self.seen > full:
+            whole = not self._is_read or self.sees == "last"
+            self._begin = len(self.tokens) - (full if whole else max(1, n_ctx // 2))
         self._is_read = True
         return np.array(self.tokens[self._begin :], np.int32)
 
@@ -105,10 +103,11 @@ class Row:
         return self._noise.random(count, np.float32)
 
     def grow(self, tokens: np.ndarray, logprobs: Logprobs | None = None) -> None:
-        """Add new tokens [M], up to the end token, a stop text or the row's length."""
+        """Add new tokens [M], up to an end token, a stop text or the row's length."""
         added = tokens[: self.length - self.generated].tolist()
-        if self.rules.end in added:
-            added = added[: added.index(self.rules.end)]
+        at_end = next((n for n, token in enumerate(added) if token in self.rules.ends), None)
+        if at_end is not None:
+            added = added[:at_end]
             self.finished = True
         added = added[: self.text.feed(added)]
         self.tokens += added
@@ -128,6 +127,11 @@ class Row:
         twin.logprobs = [*self.logprobs, logprob]
         twin.text = self.text.branch(token)
         return twin
+
+
+def most_seen(n_ctx: int, window: str) -> int:
+    """Return the number of tokens that the model sees at once, with `--window` half or last."""
+    return n_ctx - 1 if window == "last" and n_ctx > 1 else n_ctx
 
 
 class Generation:
@@ -263,7 +267,7 @@ class Generation:
         if len(self.rows) != len(self._held):
             self._arrange()
         steps = min(limit, max(row.length - row.generated for row in live))
-        steps = min(steps, *(row.full(self._n_ctx) - row.seen + 1 for row in live))
+        steps = min(steps, *(most_seen(self._n_ctx, row.sees) - row.seen + 1 for row in live))
         nothing = np.zeros(steps, np.float32)
         # empty places compute tokens that nobody reads
         chosen = self.engine.run(

@@ -20,9 +20,9 @@ class Rules(NamedTuple):
         top_k: choose among the K likeliest tokens; 0 is all.
         top_p: choose among the fewest likeliest tokens that together reach P; 0 and 1 are all.
         repetition_penalty: above 1 makes tokens that occur in the row less likely.
-        min_length: number of tokens before `end` is allowed.
+        min_length: number of tokens before any of `ends` is allowed.
         no_repeat_ngram: never write the same N tokens in a row twice; 0 allows repeats.
-        end: the token that ends a row, or -1.
+        ends: the tokens that end a row, any number of them.
         banned: tokens that are never chosen.
     """
 
@@ -32,7 +32,7 @@ class Rules(NamedTuple):
     repetition_penalty: float = 1.0
     min_length: int = 0
     no_repeat_ngram: int = 0
-    end: int = -1
+    ends: tuple[int, ...] = ()
     banned: tuple[int, ...] = ()
 
 
@@ -54,8 +54,8 @@ def apply_rules(logits: np.ndarray, row: Sequence[int], generated: int, rules: R
         old, penalty = logits[seen], np.float32(rules.repetition_penalty)
         logits[seen] = np.where(old > 0, old / penalty, old * penalty)
     logits[list(rules.banned)] = -np.inf
-    if generated < rules.min_length and rules.end >= 0:
-        logits[rules.end] = -np.inf
+    if generated < rules.min_length:
+        logits[list(rules.ends)] = -np.inf
     if rules.no_repeat_ngram:
         left = logits.copy()
         left[repeats(row, rules.no_repeat_ngram)] = -np.inf
@@ -279,7 +279,7 @@ def run(
                 own = log_softmax(logits[n])
                 found[n, i], others[n, i] = own[token], likeliest(own, kept)
                 beside[n, i] = own[others[n, i]]
-            finished[n] = token == rules[n].end
+            finished[n] = token in rules[n].ends
         if finished.all():
             break
     done = slice(i + 1)

@@ -24,14 +24,16 @@ class Sample:
         index: its number among all samples of the call.
         prompt: the prompt that it continues.
         text: the generated text, after the prompt with include_prefix; None without a vocabulary.
-        tokens: the generated ids, without the end token; up to the token that completed a stop
-            text.
-        finish_reason: length, stop (a stop text) or end (the end token).
+        tokens: the generated ids, without the token that ended it; up to the token that completed a
+            stop text.
+        finish_reason: length, stop (a stop text) or end (one of the model's end tokens).
         seed: the same seed and index give the same text again.
         logprobs: with the option of that name, the log-probability of each of `tokens`, in nats,
             before temperature, penalty and bans.
         score: of a beam: the sum of its log-probabilities, after penalty and bans, divided by its
             number of tokens (with the end token) ** length_penalty.
+        prompt_cut: number of tokens at the prompt's start that the model did not see, because the
+            prompt is longer than the model's window; 0 if it saw the whole prompt.
     """
 
     index: int
@@ -42,11 +44,13 @@ class Sample:
     seed: int
     logprobs: list[float] | None = None
     score: float | None = None
+    prompt_cut: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON object, without logprobs and score where they are None."""
-        optional = ("logprobs", "score")
-        return {n: v for n, v in asdict(self).items() if v is not None or n not in optional}
+        """Return the fields as a JSON object, without optional ones that say nothing."""
+        fields = asdict(self)
+        optional = {"logprobs": None, "score": None, "prompt_cut": 0}
+        return {n: v for n, v in fields.items() if n not in optional or v != optional[n]}
 
     def show(self, format: str, delimiter: str | None = None) -> str:
         """Return the sample as it is printed.
@@ -61,6 +65,25 @@ class Sample:
         if delimiter is not None:
             return f"{text}\n{delimiter}"
         return f"{BANNER} SAMPLE {self.index + 1} {BANNER}\n{text}"
+
+
+def prefix_text(vocabulary: Encoder) -> str:
+    """Return the text of the tokens that come before every prompt, such as [CLS], or nothing."""
+    return vocabulary.bytes_of(vocabulary.prefix).decode("utf-8", "replace")
+
+
+def encode_prompt(vocabulary: Encoder, text: str, special: bool = False) -> list[int]:
+    """Return the ids of a prompt's text, after those that come before every prompt.
+
+    A text that begins with these, as UER-py's prompts do with [CLS], does not get them twice.
+
+    Args:
+        vocabulary: the encoder.
+        text: the prompt.
+        special: read texts of `vocabulary.added` in it, such as <|endoftext|>, as these tokens.
+    """
+    text = text.removeprefix(prefix_text(vocabulary))
+    return [*vocabulary.prefix, *vocabulary.encode(text, special)]
 
 
 class RowText:

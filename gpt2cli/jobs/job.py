@@ -9,6 +9,7 @@ import heapq
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from gpt2cli import files
 from gpt2cli.console import progress, say
 from gpt2cli.errors import UsageError, UserError
+from gpt2cli.inference import hints
 from gpt2cli.jobs import lines as lines_file
 from gpt2cli.jobs import shards, workers
 from gpt2cli.jobs.lines import Lines
 from gpt2cli.jobs.prompts import Prompt
 from gpt2cli.options import new_seed
 from gpt2cli.storage.folders import ModelFolder
+from gpt2cli.text import encoder
+from gpt2cli.text.encoder import Encoder
 
 if TYPE_CHECKING:
     from gpt2cli.commands.sample import SampleOptions
@@ -59,6 +63,7 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     """
     assert options.out is not None  # it is a job
     samples = samples_of(options, prompts)
+    vocabulary = encoder.of_model(folder)
     number = len({index // options.nsamples for index, _ in samples})
     count = _count_processes(options, number)
     parts = [Path(f"{options.out}.{k}-of-{count}") for k in range(1, count + 1) if count > 1]
@@ -70,10 +75,11 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     job["processes"] = count
     with lines_file.gathered(Path(options.out), job, new_seed(), parts) as lines:
         options = dataclasses.replace(options, seed=lines.job["seed"])
+        _report(options, folder, vocabulary, samples)
         if parts:
             made = _launch(lines, parts, options, folder, samples)
         else:
-            made = _fill(lines, options, folder, samples)
+            made = _fill(lines, options, folder, vocabulary, samples)
     speed = made.tokens / max(made.seconds, 1e-9)
     by = f" by {count} processes" if parts else ""
     earlier = f", {made.found:,} samples from an earlier run" if made.found else ""
@@ -96,7 +102,24 @@ def samples_of(options: SampleOptions, prompts: Sequence[Item]) -> list[tuple[in
     ]
 
 
-def _fill(lines: Lines, options: SampleOptions, folder: ModelFolder, samples: Samples) -> Made:
+def _report(
+    options: SampleOptions, folder: ModelFolder, vocabulary: Encoder | None, samples: Samples
+) -> None:
+    """Report what the model will not see of the prompts, or read in another way."""
+    prompts = ((prompt, None) for _, prompt in samples[:: options.nsamples])
+    typed = options.prompts is None and sys.stderr.isatty()
+    found = hints.about(prompts, vocabulary, folder.known_sizes().n_ctx, options, typed)
+    for line in found.values():
+        say(f"{options.out}: {line}")
+
+
+def _fill(
+    lines: Lines,
+    options: SampleOptions,
+    folder: ModelFolder,
+    vocabulary: Encoder | None,
+    samples: Samples,
+) -> Made:
     """Generate the missing samples, in the same batches whether the job was stopped or not."""
     size = options.nsamples if options.beams > 1 else options.batch_size
     pairs = zip(lines.found, samples, strict=False)
@@ -111,7 +134,7 @@ def _fill(lines: Lines, options: SampleOptions, folder: ModelFolder, samples: Sa
     from gpt2cli.inference import generator
 
     tensorflow.keep_no_memory()
-    model = generator.load_model(folder, options.precision)
+    model = generator.load_model(folder, options.precision, vocabulary)
     tokens = 0
     start = time.monotonic()
     with progress(len(samples), " samples", done=begin) as bar:
@@ -131,9 +154,10 @@ def _answer(
     """Return the lines of a batch, in order."""
     good = []
     made = {}
+    special = options.special == "token"
     for index, prompt in batch:
         try:
-            good.append((index, prompt, model.check_prompt(prompt)))
+            good.append((index, prompt, model.check_prompt(prompt, special)))
         except UserError as error:
             made[index] = {"index": index, "prompt": prompt, "error": str(error)}
     if options.beams > 1:

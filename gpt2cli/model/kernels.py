@@ -52,6 +52,14 @@ def fused_gradient(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tenso
 # The tanh form of GELU is GPT-2's. The exact form, GPT2_ML's, differs by up to 5e-4.
 gelu = fused_gradient(functools.partial(tf.nn.gelu, approximate=True))
 exact_gelu = fused_gradient(functools.partial(tf.nn.gelu, approximate=False))
+# The names are those of sizes.ACTIVATIONS.
+ACTIVATION: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "gelu_new": gelu,
+    "gelu": exact_gelu,
+    "relu": tf.nn.relu,
+    "silu": fused_gradient(lambda x: x * tf.sigmoid(x)),
+    "tanh": tf.tanh,
+}
 
 
 @functools.cache  # one for all layers, to be compiled once

@@ -43,6 +43,7 @@ class Block:
         self.attn = Attention(config.n_head, [inner], outer)
         self.ln_2 = LayerNorm(weight, f"{name}/ln_2", config.ln_epsilon)
         self.c_fc = Linear(weight, f"{name}/mlp/c_fc")
+        self.activation = kernels.ACTIVATION[config.activation]
         self.c_proj = Linear(weight, f"{name}/mlp/c_proj")
 
     def __call__(
@@ -53,7 +54,7 @@ class Block:
         drop = [dropout.at(place) if dropout else _keep for place in (1, 2)]
         a, new = self.attn(self.ln_1(x), past, inside)
         x = x + drop[0](a)  # [B, T, E]
-        return x + drop[1](self.c_proj(kernels.gelu(self.c_fc(self.ln_2(x))))), new
+        return x + drop[1](self.c_proj(self.activation(self.c_fc(self.ln_2(x))))), new
 
 
 class GPT2:
@@ -317,6 +318,7 @@ W_STDDEV = 0.02  # openai/gpt-2 src/model.py, conv1d
 IN_LAYER = re.compile(r"model/h\d+/|newslm/layer\d+/")  # names of the weights inside a layer
 MATRIX = re.compile(r"/(w|kernel)$")  # names of the matrices of linear maps
 
+INNER = 4  # stands for the width inside the MLP: 4 E, unless n_inner says otherwise
 # The parts of a layer, for each arch: name, inputs and outputs in units of E; a norm has no inputs.
 PARTS: dict[str, tuple[tuple[str, int | None, int], ...]] = {
     "gpt2": (
@@ -324,8 +326,8 @@ PARTS: dict[str, tuple[tuple[str, int | None, int], ...]] = {
         ("attn/c_attn", 1, 3),
         ("attn/c_proj", 1, 1),
         ("ln_2", None, 1),
-        ("mlp/c_fc", 1, 4),
-        ("mlp/c_proj", 4, 1),
+        ("mlp/c_fc", 1, INNER),
+        ("mlp/c_proj", INNER, 1),
     ),
     "gpt2_ml": (
         ("query_layer", 1, 1),
@@ -333,8 +335,8 @@ PARTS: dict[str, tuple[tuple[str, int | None, int], ...]] = {
         ("value_layer", 1, 1),
         ("context_projection_layer", 1, 1),
         ("LayerNorm_mlp_ln0", None, 1),
-        ("intermediate", 1, 4),
-        ("output", 4, 1),
+        ("intermediate", 1, INNER),
+        ("output", INNER, 1),
         ("LayerNorm_mlp_ln1", None, 1),
     ),
 }
@@ -356,6 +358,9 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         top + tables[1]: (config.n_ctx, width),
     }
 
+    def size(units: int) -> int:
+        return config.inner_width if units == INNER else units * width
+
     def add(name: str, n_in: int | None, n_out: int) -> None:
         leaves = norm if n_in is None else linear
         # OpenAI's matrices are those of a convolution with a window of one
@@ -366,7 +371,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         add("newslm/embeddings/LayerNorm_embed_norm", None, width)
     for layer in range(config.n_layer):
         for part, n_in, n_out in PARTS[config.arch]:
-            add(f"{layer_name(config, layer)}/{part}", n_in and n_in * width, n_out * width)
+            add(f"{layer_name(config, layer)}/{part}", n_in and size(n_in), size(n_out))
     if not ml:
         add("model/ln_f", None, width)
     return shapes

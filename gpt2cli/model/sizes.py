@@ -25,6 +25,11 @@ PRESETS = {
 }
 
 LARGEST = {"n_layer": 10_000}  # each layer adds names to a list; no GPT-2 has even 100
+# The functions between the two matrices of an MLP, by transformers' names. gelu_new, the tanh form,
+# is OpenAI's; gelu is the exact form. transformers' GPT2Config documents these five.
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
+# A key of transformers' config.json -> ours. In hparams.json it would be ignored.
+THEIR_KEYS = {"activation_function": "activation", "layer_norm_epsilon": "ln_epsilon"}
 LN_EPSILON = 1e-5  # openai/gpt-2 src/model.py, norm; the same in GPT2_ML train/utils.py
 
 
@@ -41,6 +46,8 @@ class ModelConfig:
         arch: order of operations in a layer and names of the weights: gpt2, or gpt2_ml
             (imcaspar/gpt2-ml, Chinese, 1.5B).
         ln_epsilon: number added to the variance in layer norms.
+        activation: function inside the MLPs, one of ACTIVATIONS; GPT2_ML's is always gelu.
+        n_inner: width inside the MLPs; None for 4 n_embd.
         extra: other keys of the file, kept when it is written again: lower_case, start_token and
             end_token for the encoder, and unknown keys.
 
@@ -55,10 +62,12 @@ class ModelConfig:
     n_layer: int
     arch: str = "gpt2"
     ln_epsilon: float = LN_EPSILON
+    activation: str = ACTIVATIONS[0]
+    n_inner: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in SIZES:
+        for name in (*SIZES, *(["n_inner"] if self.n_inner is not None else [])):
             value, most = getattr(self, name), LARGEST.get(name, 2**31 - 1)
             if type(value) is not int or not 1 <= value <= most:
                 raise UserError(
@@ -72,8 +81,20 @@ class ModelConfig:
             raise UserError(f"hparams: arch must be gpt2 or gpt2_ml, got {self.arch!r}")
         if type(self.ln_epsilon) is not float or not 0 <= self.ln_epsilon < 1:
             raise UserError(
-                f"hparams: ln_epsilon must be a number from 0 to 1, got {self.ln_epsilon!r}"
+                f"hparams: ln_epsilon must be a number from 0 to 1, got {self.ln_epsilon!r:.50}"
             )
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"hparams: activation must be one of {', '.join(ACTIVATIONS)}, "
+                f"got {self.activation!r:.50}"
+            )
+        if self.arch == "gpt2_ml" and self.activation != ACTIVATIONS[0]:
+            raise UserError("hparams: leave out activation with arch gpt2_ml, which has its own")
+
+    @property
+    def inner_width(self) -> int:
+        """The width inside the MLPs."""
+        return self.n_inner or 4 * self.n_embd
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "hparams.json") -> "ModelConfig":
@@ -92,9 +113,12 @@ class ModelConfig:
         missing = [name for name in SIZES if name not in values]
         if missing:
             raise UserError(f"{where} lacks {', '.join(missing)}")
+        for theirs, ours in THEIR_KEYS.items():
+            if theirs in values:
+                raise UserError(f"{where}: {theirs} is transformers' name; write {ours} instead")
         known = {name: values.pop(name) for name in (*SIZES, *OPTIONAL) if name in values}
-        if type(known.get("ln_epsilon")) is int:
-            known["ln_epsilon"] = float(known["ln_epsilon"])
+        if type(known.get("ln_epsilon")) is int and known["ln_epsilon"] == 0:
+            known["ln_epsilon"] = 0.0  # any other whole number is too large
         try:
             return cls(**known, extra=values)
         except UserError as error:
@@ -110,7 +134,7 @@ class ModelConfig:
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-OPTIONAL = ("arch", "ln_epsilon")
+OPTIONAL = ("arch", "ln_epsilon", "activation", "n_inner")
 
 # names in hparams.json -> names in imcaspar/gpt2-ml configs/*.json
 GPT2_ML_NAMES = {
@@ -127,8 +151,7 @@ def _from_gpt2_ml(values: dict[str, Any], where: str) -> dict[str, Any]:
     missing = [name for name in GPT2_ML_NAMES.values() if name not in values]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}: it is not a config of GPT2_ML")
-    width = values["hidden_size"]
-    if type(width) is int and values.get("intermediate_size", 4 * width) != 4 * width:
-        raise UserError(f"{where}: intermediate_size must be 4 times hidden_size ({4 * width})")
     sizes = {ours: values[theirs] for ours, theirs in GPT2_ML_NAMES.items()}
-    return {**sizes, "arch": "gpt2_ml"}
+    inner, width = values.get("intermediate_size"), values["hidden_size"]
+    is_usual = type(width) is int and inner == 4 * width
+    return {**sizes, "arch": "gpt2_ml", "n_inner": None if is_usual else inner}

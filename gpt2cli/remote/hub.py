@@ -29,6 +29,7 @@ ENDPOINT = "https://huggingface.co"
 DESCRIPTION = (
     *("config.json", "generation_config.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "spiece.model", "tokenizer.model", "spm.model"),
 )
 # The weights in one file, or an index and several; the first kind that exists is used.
 WEIGHTS = (
@@ -105,6 +106,11 @@ def look_up(name: str, revision: str) -> Repository:
     found = {file.rfilename: _stated(file) for file in info.siblings or []}
     token = huggingface_hub.get_token()
     repository = Repository(name, f"{endpoint}/{name}", info.sha, found, token)
+    if "adapter_config.json" in found and not repository.weights:
+        raise UserError(
+            f"{repository.url} is a LoRA adapter, not a model. Download its files and its base, "
+            "and merge them with: gpt2cli convert ADAPTER DST --base models/BASE"
+        )
     if "config.json" not in found or not repository.weights:
         lacking = "weights (.safetensors or pytorch_model.bin)" if "config.json" in found else ""
         names = ", ".join(sorted(found)[:8]) or "nothing"

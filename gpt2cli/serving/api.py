@@ -1,7 +1,8 @@
 """The HTTP API's requests, responses and errors, in the form of OpenAI's POST /v1/completions.
 
 Field names and defaults come from OpenAI's API reference. The fields top_k, repetition_penalty,
-no_repeat_ngram and min_length are additions of gpt2cli.
+no_repeat_ngram, min_length and special of a request, and prompt_cut of a choice, are additions of
+gpt2cli.
 """
 
 import functools
@@ -13,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-# pydantic requires the TypedDict of typing_extensions before Python 3.12
-from typing_extensions import TypedDict
+# pydantic requires the TypedDict of typing_extensions before Python 3.12; 3.10 has no NotRequired
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035
 
 from gpt2cli import __version__
 from gpt2cli.errors import UserError
@@ -112,7 +113,7 @@ class CompletionRequest(BaseModel):
     temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     """Below 1 favors likely tokens, above 1 unlikely ones; 0 always takes the most likely token."""
     top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
-    """Sample from the most likely tokens that together reach this probability; 0 means all."""
+    """Sample from the fewest most likely tokens that reach this probability; 0 takes the first."""
     n: int = Field(1, ge=1, le=INT32)
     """Number of samples for each prompt."""
     seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
@@ -136,7 +137,9 @@ class CompletionRequest(BaseModel):
     no_repeat_ngram: int = Field(0, ge=0, le=INT32)
     """Never generate the same N tokens in a row twice; 0 allows it."""
     min_length: int = Field(0, ge=0, le=INT32)
-    """Number of tokens before which neither the end token nor a stop string ends a sample."""
+    """Number of tokens before which neither an end token nor a stop string ends a sample."""
+    special: Literal["token", "text"] = "text"
+    """Read <|endoftext|> and other added tokens in a text prompt as plain text, or as tokens."""
     best_of: int | None = None
     """Not supported; only null or the value of n is accepted."""
     presence_penalty: float = Field(0.0, ge=0, le=0)
@@ -189,6 +192,9 @@ class CompletionRequest(BaseModel):
             raise from_user_error(error) from None
         if request.best_of not in (None, request.n):
             raise RequestError(400, MESSAGES["best_of"], "best_of")
+        if request.stream_options and not request.stream:
+            message = "stream_options needs stream: true"
+            raise RequestError(400, message, "stream_options")
         if request.max_tokens == 0 and not request.echo:
             message = "max_tokens must be at least 1, or 0 with echo"
             raise RequestError(400, message, "max_tokens")
@@ -197,12 +203,15 @@ class CompletionRequest(BaseModel):
     def settings(self) -> GenerateOptions:
         """Return the settings of one sample.
 
+        top_p 0 always takes the most likely token, as for clients of OpenAI and llama.cpp; the
+        0 of GenerateOptions, nshepperd's, samples from all.
+
         Raises:
             UsageError: the fields break a rule that all commands share.
         """
         return GenerateOptions(
             length=max(1, self.max_tokens),
-            temperature=self.temperature,
+            temperature=self.temperature if self.top_p else 0.0,
             top_k=self.top_k,
             top_p=self.top_p,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
@@ -210,6 +219,7 @@ class CompletionRequest(BaseModel):
             repetition_penalty=self.repetition_penalty,
             no_repeat_ngram=self.no_repeat_ngram,
             logprobs=self.logprobs is not None,
+            special=self.special,
         )
 
     def prompts(self) -> Sequence[str | list[int] | None]:
@@ -269,6 +279,8 @@ class Choice(TypedDict):
     index: int
     logprobs: LogProbs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_cut: NotRequired[int]
+    """Number of tokens at the prompt's start that the model did not see; left out if it saw all."""
 
 
 class Usage(TypedDict):

@@ -39,7 +39,9 @@ FIELDS = {
     "repetition_penalty": ("repetition_penalty", "1"),
     "n": ("n", "1"),
     "random_seed": ("seed", ""),
+    "special": ("special", "text"),  # not on the page
 }
+NOT_SENT_ON = ("key", "submit")  # the API key; the button of gpt-2-flask-api's form
 MAX_FIELDS = 50  # a form with more is rejected
 
 
@@ -61,7 +63,7 @@ def read_form(body: bytes) -> dict[str, str]:
     """Return the fields of a submitted form.
 
     Raises:
-        RequestError: it is not a form, or has no prompt.
+        RequestError: it is not a form, has no prompt, or has a field that does not exist.
     """
     try:
         pairs = parse_qs(
@@ -75,6 +77,12 @@ def read_form(body: bytes) -> dict[str, str]:
     if "seed" not in pairs:
         raise RequestError(400, "the form's field seed, the text to continue, is missing", "seed")
     fields = {name: values[-1] for name, values in pairs.items()}
+    unknown = next((name for name in fields if name not in (*FIELDS, *NOT_SENT_ON)), None)
+    if unknown is not None:
+        known = ", ".join(FIELDS)
+        raise RequestError(
+            400, f"unknown field {unknown:.50}; the fields are {known}", unknown[:50]
+        )
     # browsers send line ends as CRLF
     return fields | {"seed": fields["seed"].replace("\r\n", "\n")}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import prometheus_client
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -93,7 +94,10 @@ class Logged:
             await send(message)
 
         try:
+            self.service.check_host(Headers(scope=scope).get("host"))
             await self.app(scope, receive, sending)
+        except RequestError as error:  # of check_host; the application answers its own
+            await _error(error)(scope, receive, sending)
         finally:
             self._log(scope, status, time.monotonic() - began)
 
@@ -264,4 +268,5 @@ async def home(request: Request) -> Response:
         text = page.render(service, "page.html", form=form, error=str(error))
         return HTMLResponse(text, error.status, error.headers)
     samples = [choice["text"] for choice in found["choices"]]
-    return HTMLResponse(page.render(service, "page.html", form=form, samples=samples))
+    cut = max(choice.get("prompt_cut", 0) for choice in found["choices"])
+    return HTMLResponse(page.render(service, "page.html", form=form, samples=samples, cut=cut))

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import functools
 import hmac
+import ipaddress
 import json
 import logging
+import re
 import threading
 import time
 import uuid
@@ -22,7 +24,7 @@ import prometheus_client
 from gpt2cli.errors import UserError
 from gpt2cli.inference.generator import LanguageModel
 from gpt2cli.inference.rows import Row
-from gpt2cli.inference.text import Prompt
+from gpt2cli.inference.text import Prompt, prefix_text
 from gpt2cli.options import new_seed
 from gpt2cli.serving import api, scheduler
 from gpt2cli.serving.api import CompletionRequest, RequestError
@@ -134,6 +136,22 @@ class Service:
                 headers={"www-authenticate": "Bearer"},
             )
 
+    def check_host(self, header: str | None) -> None:
+        """Raise RequestError if a browser may have sent this Host header for a page from elsewhere.
+
+        A page can point its own name to this machine (DNS rebinding), so without an API key a
+        server that listens on a loopback address answers only for addresses and known names.
+        """
+        options = self.options
+        if header is None or options.api_key or not _is_address(options.host, loopback=True):
+            return
+        name = header.rpartition(":")[0] if re.search(r":\d*\Z", header) else header
+        name = name.strip("[]").lower().rstrip(".")
+        known = ("localhost", options.host.lower(), *map(str.lower, options.allow_host))
+        if not (_is_address(name) or name in known):
+            message = f"this server does not answer for the host {name:.100}; see --allow_host"
+            raise RequestError(403, message)
+
     def check_model(self, name: str) -> None:
         """Raise RequestError unless this is the model being served."""
         if name != self.name:
@@ -209,6 +227,17 @@ class Service:
         return RequestError(504, f"the request exceeded {limit}", code="timeout")
 
 
+def _is_address(host: str, loopback: bool = False) -> bool:
+    """Return whether a host is an IP address; with loopback, one that only this machine reaches."""
+    if host.lower() == "localhost":
+        return loopback
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return found.is_loopback or not loopback
+
+
 class Answer:
     """A request that is being answered.
 
@@ -236,7 +265,14 @@ class Answer:
         self.rows: list[Row] = []
         for prompt in request.prompts():
             try:
-                ids = model.check_prompt(prompt)
+                if isinstance(prompt, str) and len(prompt) > most * model.longest_token:
+                    # a megabyte of spaces is not worth the seconds that it takes to encode
+                    message = (
+                        f"the prompt has {len(prompt):,} characters, more than {most:,} tokens can "
+                        "have; this server accepts no more tokens"
+                    )
+                    raise RequestError(400, message, "prompt", "context_length_exceeded")
+                ids = model.check_prompt(prompt, settings.special == "token")
                 if len(ids) > most:
                     message = f"the prompt has {len(ids)} tokens; this server accepts up to {most}"
                     raise RequestError(400, message, "prompt", "context_length_exceeded")
@@ -254,7 +290,10 @@ class Answer:
         shown = [self._prompt_text(row.text.prompt) for row in self.rows]
         # for the logprobs of each text: its decoder, and the offset of its next token
         self._streams = [None if request.echo else self.encoder.stream() for _ in shown]
-        self._offsets = [0 if request.echo else len(text) for text in shown]
+        self._offsets = [
+            self._unencoded(row) if request.echo else len(text)
+            for text, row in zip(shown, self.rows, strict=True)
+        ]
         self.echoes = shown if request.echo else [""] * len(shown)
 
     def _prompt_text(self, prompt: Prompt) -> str:
@@ -318,8 +357,14 @@ class Answer:
         row = self.rows[number]
         prompt = row.text.prompt
         if prompt is None or isinstance(prompt, str):
-            return len(self.encoder.encode(prompt or ""))
+            # those of "" are no part of the text: a start token, or those before every text
+            return row.prompt_length - len(self.encoder.prefix) if prompt else 0
         return row.prompt_length
+
+    def _unencoded(self, row: Row) -> int:
+        """Return the length of a prompt's start that is not among its echoed tokens: a [CLS]."""
+        start, prompt = prefix_text(self.encoder), row.text.prompt
+        return len(start) if isinstance(prompt, str) and prompt.startswith(start) else 0
 
     def _choice(self, number: int, text: str, done: bool, begin: int, end: int) -> dict[str, Any]:
         """Return the Choice of a text, or of a piece of it with these of its tokens."""
@@ -328,12 +373,14 @@ class Answer:
             reason = "length"
         elif done:
             reason = self.model.sample(self.rows[number], 0).finish_reason
-        return {
+        choice = {
             "text": text,
             "index": number,
             "logprobs": self.logprobs(number, begin, end),
             "finish_reason": "stop" if reason == "end" else reason,  # OpenAI has one word for both
         }
+        cut = self.model.prompt_cut(self.rows[number])
+        return choice | {"prompt_cut": cut} if cut and self.request.max_tokens else choice
 
     def generated(self) -> int:
         """Return the number of tokens generated so far."""

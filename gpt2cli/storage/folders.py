@@ -24,8 +24,9 @@ CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json"
 
 # Everything of a model folder but the weights; a run folder gets copies of those that exist.
 ENCODER_FILES = (
-    *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt"),
-    *("vocab.txt", "tokenizer_config.json"),
+    *("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "tokenizer.model", "spm.model", "chat_template.jinja"),
 )
 
 
@@ -47,9 +48,13 @@ class ModelFolder:
     checkpoint: Path | None = None
     sums: Mapping[str, str] = field(default_factory=dict)
 
+    def place(self, name: str) -> Path:
+        """Return the path of a file."""
+        return self.path / name
+
     def has(self, name: str) -> bool:
         """Return whether the folder contains a file."""
-        return (self.path / name).is_file()
+        return self.place(name).is_file()
 
     def read(self, name: str) -> bytes:
         """Return the content of a file.
@@ -57,7 +62,7 @@ class ModelFolder:
         Raises:
             UserError: the file cannot be read, or is not the one that SHA256SUMS records.
         """
-        content = read_bytes(self.path / name)
+        content = read_bytes(self.place(name))
         recorded = self.sums.get(name)
         if recorded is not None and recorded != hashlib.sha256(content).hexdigest():
             raise UserError(
@@ -191,6 +196,7 @@ def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
         prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
     index = Path(f"{prefix}.index")
     if not index.is_file():
+        _reject_other_format(path)
         raise UserError(
             f"no checkpoint at {prefix.absolute()}: {index.name} is missing. "
             "Name a model folder, a run folder, or a checkpoint's path without its extension; "
@@ -204,6 +210,27 @@ def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
     if named and (wrong := runs.fault(prefix.parent, int(named[1]), to_train)):
         raise UserError(f"{wrong}. Use another checkpoint of the run")
     return prefix
+
+
+def _reject_other_format(folder: Path) -> None:
+    """Say how to convert the weights in a folder of another program.
+
+    Raises:
+        UserError: there are any.
+    """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a model but an adapter (adapter_config.json). Merge it into the "
+            f"folder of its base: gpt2cli convert {folder} NEW_FOLDER --base FOLDER"
+        )
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    weights = next((path.name for path in found if path.suffix in endings), None)
+    if weights is not None:
+        raise UserError(
+            f"{folder} has its weights in another format ({weights}). Convert it first: gpt2cli "
+            f"convert {folder} NEW_FOLDER"
+        )
 
 
 def _newest(folder: Path, to_train: bool) -> Path:

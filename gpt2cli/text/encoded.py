@@ -285,7 +285,7 @@ def _assemble(
         marked: whether the ids of parts that are not learnt are marked as read only.
     """
     before = np.array(encoder.prefix, np.int32)
-    after = np.array([] if encoder.end is None else [encoder.end], np.int32)
+    after = np.array(encoder.after, np.int32)
     found = [before[:0]]
     for part in group:
         if part is None:
@@ -296,8 +296,7 @@ def _assemble(
             found.append(marks.read_only(before) if marked and not part.learnt else before)
         ids = next(arrays)
         if part.is_dialogue:
-            ids = _with_marks(part, ids, encoder.end, marked)
-            found.append(ids)
+            found.append(_with_marks(part, ids, encoder, marked))
             continue
         found.append(ids)
         if part.closes:
@@ -305,13 +304,16 @@ def _assemble(
     yield np.concatenate(found), False
 
 
-def _with_marks(part: Part, ids: np.ndarray, end: int | None, marked: bool) -> np.ndarray:
-    """Return the ids of a part of a dialogue with the end token after it, marked as needed.
+def _with_marks(part: Part, ids: np.ndarray, encoder: Encoder, marked: bool) -> np.ndarray:
+    """Return the ids of a part of a dialogue with the end tokens after it, marked as needed.
 
     A template that ends with the end token gets no second one.
     """
+    end = encoder.end
     has_own = part.is_literal and len(ids) and ids[-1] == end
-    if end is not None and (part.closes or part.is_turn) and not has_own:
+    if part.closes and not has_own:
+        ids = np.append(ids, np.array(encoder.after, np.int32))
+    elif part.is_turn and end is not None:
         ids = np.append(ids, np.int32(end))
     if marked and not part.learnt:
         ids = marks.read_only(ids)

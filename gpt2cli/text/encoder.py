@@ -1,6 +1,6 @@
-"""Text <-> token ids: GPT-2's byte-pair encoding or BERT's WordPiece behind one interface.
+"""Text <-> token ids: GPT-2's byte-pair encoding, BERT's WordPiece or any tokenizer.json.
 
-`load` chooses by the files of a folder; nothing here uses the network. Both kinds have the same
+`load` chooses by the files of a folder; nothing here uses the network. All kinds have the same
 methods and these attributes:
     n_vocab     number of ids: the highest plus one
     end         id that follows a document, or None
@@ -9,27 +9,54 @@ methods and these attributes:
     added       text -> id of the tokens that `encode(text, special=True)` recognizes in a text
     unknown     id of the token for text that the vocabulary lacks, or None
     prefix      ids before a prompt and before a document
+    after       ids after a document
     banned      ids that are never sampled
     CUT         regex that finds the last place where a text may be cut so that both parts together
                 encode to the ids of the whole; the cut is at the start of the match
 """
 
+import itertools
 from pathlib import Path
 
 from gpt2cli.errors import UserError
 from gpt2cli.storage import folders
 from gpt2cli.storage.folders import ModelFolder
+from gpt2cli.text import tokenizer_files
 from gpt2cli.text.bpe import BPE
+from gpt2cli.text.description import Description
+from gpt2cli.text.sentencepiece_model import SentencePiece
+from gpt2cli.text.tokenizer import Tokenizer
+from gpt2cli.text.tokenizer_files import KINDS
+from gpt2cli.text.tokenizer_json import TokenizerJson
 from gpt2cli.text.wordpiece import WordPiece
 
-KINDS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("vocab.txt",))
+__all__ = ["BPE", "KINDS", "Encoder", "SentencePiece", "TokenizerJson", "WordPiece"]
 
-Encoder = BPE | WordPiece
+Encoder = Tokenizer
+
+# Texts on which tokenizers differ: normal forms, case, digits, scripts without spaces, ligatures,
+# white space, contractions, code.
+PROBES = (
+    "Hello, world! It's 2024; they'll've PAID 1,234.56 EUR (50%) for iPhones.",
+    "  leading\t\ttabs  and   spaces \n\n\n  new\r\nlines\u00a0\u2003\u3000end  ",
+    "Crème brûlée Ünï\u0301cödé Åse e\u0301 n\u0303 ﬁle ﬂat ½ ² Ⅷ ㎏ ｆｕｌｌ ＷＩＤＴＨ",
+    "今天天气不错，我们去河边。東京は夜の七時。カタカナ ｶﾀｶﾅ 한국어 텍스트 안녕",
+    "नमस्ते शुभ שלום العربية ไทย Ελληνικά ΣΊΣΥΦΟΣ Привет İstanbul ıI ß ẞ",
+    "for (i=0; i<10; ++i) { x[i] = y->z * 3e-5; }\n\tdef f(_x): return 'a' # TODO",
+    "👍🏽 👩‍👩‍👧 🇩🇪 \u200b\u200d\ufeff\u0007\u0000\u001f\x7f\x85 ﷺ 𝔘𝔫𝔦 '' \"\" `` … —–- ..",
+    "",
+    " ",
+    "a",
+    " a",
+    "1234567 12 345",
+    "word",
+    "ALLCAPS MiXeD lower",
+)
 
 
 def exists(folder: str | Path) -> bool:
     """Return whether the folder contains any vocabulary file, complete or not."""
-    return any((Path(folder) / name).is_file() for kind in KINDS for name in kind)
+    return bool(tokenizer_files.names_in(folder))
 
 
 def load(folder: str | Path | ModelFolder) -> Encoder:
@@ -39,15 +66,80 @@ def load(folder: str | Path | ModelFolder) -> Encoder:
         UserError: files are missing or damaged; the text names the file and what to do.
     """
     opened = folder if isinstance(folder, ModelFolder) else folders.open_folder(folder)
-    present = {name for kind in KINDS for name in kind if opened.has(name)}
-    for kind in KINDS:
-        if present.issuperset(kind):
-            return WordPiece(opened) if kind == ("vocab.txt",) else BPE(opened, *kind)
-    found = f"only {' and '.join(sorted(present))}" if present else "none of them"
-    raise UserError(
-        f"no vocabulary in {opened.path.absolute()}: it needs encoder.json and vocab.bpe, or "
-        f"vocab.json and merges.txt, or vocab.txt, but has {found}. Copy them from the model that "
-        "this one is based on"
+    recorded = None if opened.sizes is None else opened.sizes.extra.get("tokenizer")
+    return choose(tokenizer_files.describe(opened), recorded)
+
+
+def choose(described: Description, recorded: object = None) -> Encoder:
+    """Return the encoder of a tokenizer: a faster one only if it was proved equal to the library.
+
+    Args:
+        described: the tokenizer.
+        recorded: the verdict in hparams.json, from `verdict`; None if there is none.
+
+    Raises:
+        UserError: the library rejects the tokenizer.
+    """
+    if described.kind == "SentencePiece":
+        return SentencePiece(described)
+    if needs_no_verdict(described):
+        return WordPiece(described) if described.kind == "WordPiece" else BPE(described)
+    found = recorded if recorded in ("bpe", "wordpiece", "tokenizers") else verdict(described)
+    if found == "bpe":
+        return BPE(described)
+    return WordPiece(described) if found == "wordpiece" else TokenizerJson(described)
+
+
+def needs_no_verdict(described: Description) -> bool:
+    """Return whether a tokenizer is GPT-2's, BERT's or SentencePiece's own: nothing to compare."""
+    return described.kind == "SentencePiece" or (described.is_plain and _is_simple(described))
+
+
+def verdict(described: Description) -> str:
+    """Return bpe or wordpiece if that encoder gives the library's ids on all probes, or tokenizers.
+
+    The probes are PROBES, each alone and among added tokens, and each token of the vocabulary.
+
+    Raises:
+        UserError: the library rejects the tokenizer.
+    """
+    library = TokenizerJson(described)
+    if not _is_simple(described):
+        return "tokenizers"
+    try:
+        fast = WordPiece(described) if described.kind == "WordPiece" else BPE(described)
+    except UserError:  # it lacks bytes or BERT's special tokens
+        return "tokenizers"
+    tokens = [
+        fast.bytes_of([index]).decode("utf-8", "replace") for index in described.vocab.values()
+    ]
+    joined = "".join(
+        itertools.chain(*itertools.zip_longest(described.added, PROBES, fillvalue=" "))
+    )
+    probes = [*PROBES, *tokens, joined, joined.replace(" ", "")]
+    for special in (False, True):
+        pairs = zip(fast.arrays(probes, special), library.arrays(probes, special), strict=True)
+        if not all(ours.tolist() == theirs.tolist() for ours, theirs in pairs):
+            return "tokenizers"
+    return "wordpiece" if described.kind == "WordPiece" else "bpe"
+
+
+def _is_simple(described: Description) -> bool:
+    """Return whether BPE or WordPiece can represent the tokenizer at all."""
+    texts = sorted(described.added)
+    nested = any(b.startswith(a) for a, b in itertools.pairwise(texts))  # longest match
+    flags = ("single_word", "lstrip", "rstrip")
+    if nested or any(entry[flag] for entry in described.values["added_tokens"] for flag in flags):
+        return False
+    if described.kind == "BPE":
+        return described.is_byte_level
+    normalizer = described.values.get("normalizer") or {}
+    model = described.model
+    return (
+        described.kind == "WordPiece"
+        and normalizer.get("type") == "BertNormalizer"
+        and (described.values.get("pre_tokenizer") or {}).get("type") == "BertPreTokenizer"
+        and (model.get("unk_token"), model.get("continuing_subword_prefix")) == ("[UNK]", "##")
     )
 
 

@@ -3,13 +3,13 @@
 import collections
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2cli import files
 from gpt2cli.storage import folders
-from gpt2cli.text.bpe import END
+from gpt2cli.text.tokenizer_files import END
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # [PAD] is id 0, as in BERT
 SMALLEST = {"bpe": 257, "wordpiece": len(SPECIAL) + 1}  # 256 bytes and the end token
@@ -133,6 +133,24 @@ def _train_pieces(texts: Iterable[str], normalizer: Any, **options: Any) -> list
     tokenizer.train_from_iterator(texts, trainer)
     vocab = tokenizer.get_vocab()
     return sorted(vocab, key=vocab.__getitem__)
+
+
+def with_added(made: dict[str, str], texts: Sequence[str]) -> dict[str, str]:
+    """Return vocabulary files with new tokens, whose ids follow the others.
+
+    Args:
+        made: file name -> content.
+        texts: the texts of the new tokens; those that are already tokens stay what they are.
+    """
+    if "vocab.txt" in made:
+        known = {token: n for n, token in enumerate(made["vocab.txt"][:-1].split("\n"))}
+    else:
+        known = json.loads(made["encoder.json"])
+    new = [text for text in texts if text not in known]
+    added = {text: len(known) + n for n, text in enumerate(new)}
+    if not added:
+        return made
+    return {**made, "added_tokens.json": json.dumps(added, ensure_ascii=False, indent=2) + "\n"}
 
 
 def write(folder: Path, made: Mapping[str, str]) -> None:

@@ -1,114 +1,62 @@
 """BERT's WordPiece, through tokenizers, and the spacing of its decoded text."""
 
-import collections
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import regex
 
-from gpt2cli import files
 from gpt2cli.errors import UserError
-from gpt2cli.storage.folders import ModelFolder
-from gpt2cli.text.bpe import without_surrogates
-from gpt2cli.text.special import reading_options
+from gpt2cli.text.description import Description, without_surrogates
+from gpt2cli.text.streams import Stream
+from gpt2cli.text.tokenizer_json import TokenizerJson
+
+CUT_WORDS = regex.compile(r"(?r)(?<=\S)[ \n]")  # where Chinese characters are not words
 
 
-class WordPiece:
+class WordPiece(TokenizerJson):
     """WordPiece with BERT's normalizer; see `encoder` for the attributes.
 
-    vocab.txt has one token a line; line 0 is id 0.
-
     Args:
-        folder: the vocabulary's folder.
+        described: its model is WordPiece, with BERT's normalizer, words and special tokens.
 
     Raises:
-        UserError: vocab.txt is damaged or lacks a special token.
+        UserError: the vocabulary lacks a special token.
     """
 
     # BERT splits words before a space and between Chinese characters whatever stands around them
     # (GPT2_ML tokenization.py), and no letter is normalised differently for its neighbours.
     CUT = regex.compile(r"(?r)(?<=\S)[ \n]|(?<=[一-龥])[一-龥。，、！？；：]")
 
-    def __init__(self, folder: ModelFolder) -> None:
-        import tokenizers
-
-        path = folder.path / "vocab.txt"
-        text = files.decode(folder.read(path.name), path)
-        tokens = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
-        self._vocab = {token: index for index, token in enumerate(tokens)}
-        lacking = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in self._vocab]
+    def __init__(self, described: Description) -> None:
+        lacking = [t for t in ("[UNK]", "[CLS]", "[SEP]") if t not in described.vocab]
         if lacking:
             raise UserError(
-                f"{path} lacks {', '.join(lacking)} ({len(self._vocab)} tokens read): it is not a "
-                "BERT vocabulary, or is incomplete. Copy it again, with one token per line"
+                f"{described.path} lacks {', '.join(lacking)} ({len(described.vocab)} tokens "
+                "read): it is not a BERT vocabulary, or is incomplete. Copy it again, with one "
+                "token per line"
             )
-        self._tokens = dict(enumerate(tokens))
-        self._missing: dict[str, bool] = {}  # character -> whether the vocabulary lacks it
-        self.n_vocab = len(tokens)
-        self.lower_case, start, end = reading_options(folder, self._vocab, "[CLS]", "[SEP]")
-        self.unknown = self._vocab["[UNK]"]
-        self.end = None if end is None else self._vocab[end]
-        self.ends = () if self.end is None else (self.end,)
-        self.added = {} if end is None else {end: self._vocab[end]}
-        self.start = None if start is None else self._vocab[start]
-        self.prefix = [] if self.start is None else [self.start]
+        super().__init__(described)
+        self._tokens = {index: token for token, index in self._vocab.items()}
         banned = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")
         self.banned = [self._vocab[token] for token in banned if token in self._vocab]
-        model = tokenizers.models.WordPiece(
-            self._vocab, unk_token="[UNK]", max_input_chars_per_word=100
-        )
-        self._tokenizer = tokenizers.Tokenizer(model)
-        self._tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
-            lowercase=self.lower_case
-        )
-        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Return the ids of a text; with `special`, the literal end token is that token."""
-        return self.arrays([text], special)[0].tolist()
-
-    def arrays(self, texts: Iterable[str], special: bool = False) -> list[np.ndarray]:
-        """Return `encode` of each text as an int32 array; releases the interpreter lock."""
-        texts = [without_surrogates(text) for text in texts]
-        end = self._tokens[self.end] if special and self.end is not None else None
-        parts = [text.split(end) if end else [text] for text in texts]
-        encoded = iter(self._tokenizer.encode_batch_fast([p for part in parts for p in part]))
-        arrays = []
-        for part in parts:
-            ids: list[int | None] = [*next(encoded).ids]
-            for _ in part[1:]:
-                ids += [self.end, *next(encoded).ids]
-            arrays.append(np.array(ids, np.int32))
-        return arrays
+        self.lower_case = described.values["normalizer"]["lowercase"]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids: Chinese without spaces, English with them."""
         stream = self.stream()
         return stream.feed(ids) + stream.finish()
 
-    def stream(self) -> "WordPieceStream":
+    def stream(self) -> Stream:
         """Return a decoder for ids that arrive one by one."""
         return WordPieceStream(self._tokens)
 
-    def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """Return the tokens of ids as the vocabulary spells them, in UTF-8."""
-        return "".join(self._tokens.get(token, "") for token in ids).encode()
+    def _where_to_cut(self) -> regex.Pattern[str]:
+        splits_chinese = self.described.values["normalizer"]["handle_chinese_chars"]
+        return WordPiece.CUT if splits_chinese else CUT_WORDS
 
-    def id_of(self, token: str) -> int | None:
-        """Return the id of a token as the vocabulary spells it, or None."""
-        return self._vocab.get(token)
-
-    def missing(self, text: str) -> collections.Counter[str]:
-        """Count the characters that become [UNK] alone and have no ## form either."""
-        counts = collections.Counter(text)
-        for char in list(counts):
-            if char not in self._missing:
-                plain = self._tokenizer.normalizer.normalize_str(without_surrogates(char)).strip()
-                known = all(c in self._vocab or f"##{c}" in self._vocab for c in plain)
-                self._missing[char] = not known
-            if not self._missing[char]:
-                del counts[char]
-        return counts
+    def _lacks(self, char: str) -> bool:
+        """Return whether a character becomes [UNK] alone and has no ## form either."""
+        plain = self._tokenizer.normalizer.normalize_str(without_surrogates(char)).strip()
+        return not all(c in self._vocab or f"##{c}" in self._vocab for c in plain)
 
 
 class WordPieceStream:

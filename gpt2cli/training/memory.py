@@ -29,8 +29,9 @@ def memory_needed(sizes: ModelConfig, options: TrainOptions) -> dict[str, int]:
     trained = [n for n in count if IN_LAYER.match(n) or not options.only_train_transformer_layers]
     weights = 4 * sum(count.values())
     changed = 4 * sum(count[name] for name in trained)
-    # 21 rows as wide as the model, and the attention's probabilities
-    layer = tokens * number * (21 * width + sizes.n_head * length * 5 / 8)
+    # 13 rows as wide as the model, 2 as wide as its MLPs, and the attention's probabilities
+    wide = 13 * width + 2 * sizes.inner_width
+    layer = tokens * number * (wide + sizes.n_head * length * 5 / 8)
     if options.memory_saving_gradients:
         kept = layer + tokens * sizes.n_layer * width * number
     else:

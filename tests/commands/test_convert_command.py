@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import ROOT, TINY
 
 import gpt2cli
@@ -37,12 +38,44 @@ def test_a_model_converts_to_hugging_face_format_and_back(cli, hf, tmp_path, tin
     assert read.startswith(f"read {hf}, a Hugging Face model: 4 layers, 5 heads, 160 wide, 2,048 t")
     assert "parameters, a vocabulary of 2,048" in read
     assert wrote == f"wrote {tmp_path / 'tiny'}; its logits equal those of {hf} exactly"
-    assert names(tmp_path / "tiny") == names(TINY)
+    kept = {"special_tokens_map.json", "tokenizer_config.json"}  # of the Hugging Face folder
+    assert set(names(tmp_path / "tiny")) == {*names(TINY), *kept}
     for name in ("encoder.json", "vocab.bpe", "model.ckpt.data-00000-of-00001"):
         assert (tmp_path / "tiny" / name).read_bytes() == (TINY / name).read_bytes()
     model = gpt2cli.load_model(tmp_path / "tiny")
     np.testing.assert_array_equal(model.logits([5, 77]), tiny.logits([5, 77]))
     assert model.encoder.encode("The import") == tiny.encoder.encode("The import")
+
+
+def test_a_folder_that_must_be_converted_first_says_so(cli, hf):
+    used = cli("sample", "--models_dir", hf.parent, "--model_name", hf.name)
+    assert used.returncode == 1
+    assert "in another format (model.safetensors)" in used.stderr
+    assert f"gpt2cli convert {hf} NEW_FOLDER" in used.stderr
+
+
+def test_an_adapter_is_merged_into_a_model_folder(cli, tmp_path, tiny):
+    adapter, place = tmp_path / "adapter", "base_model.model.transformer.h.0.attn.c_attn"
+    adapter.mkdir()
+    values = {"peft_type": "LORA", "base_model_name_or_path": "me/tiny", "r": 1, "lora_alpha": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(values))
+    pair = {
+        f"{place}.lora_A.weight": np.ones((1, 160)),
+        f"{place}.lora_B.weight": np.ones((480, 1)),
+    }
+    pair = {name: value.astype(np.float32) for name, value in pair.items()}
+    safetensors.numpy.save_file(pair, adapter / "adapter_model.safetensors")
+    alone = cli("convert", adapter, tmp_path / "out")
+    assert alone.returncode == 1 and not (tmp_path / "out").exists()
+    assert "LoRA adapter for me/tiny (adapter_config.json)" in alone.stderr
+    assert f"gpt2cli convert {adapter} DST --base FOLDER" in alone.stderr
+    used = cli("sample", "--models_dir", tmp_path, "--model_name", "adapter")
+    assert used.returncode == 1 and "not a model but an adapter" in used.stderr
+    result = cli("convert", adapter, tmp_path / "out", "--base", TINY)
+    assert result.returncode == 0, result.stderr
+    model = gpt2cli.load_model(tmp_path / "out")
+    assert model.encoder.encode("The import") == tiny.encoder.encode("The import")
+    assert np.abs(model.logits([5, 77]) - tiny.logits([5, 77])).max() > 0.1
 
 
 def test_a_model_without_vocabulary_says_so(cli, hf, tmp_path):

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import TINY
+from tokenizers import ByteLevelBPETokenizer, normalizers
 
+from gpt2cli.commands.init import InitOptions, layer_sizes
 from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
@@ -103,6 +105,28 @@ def test_train_starts_from_a_new_model(cli, workdir, chinese):
     assert not encoder.load(run).lower_case and encoder.load(run).n_vocab == 7
 
 
+@pytest.mark.parametrize(
+    "name, size, wanted",
+    [
+        ("345M", None, (24, 16, 1024)),
+        ("774M", None, (36, 20, 1280)),
+        ("tiny", None, (4, 5, 160)),
+        ("mine", None, (12, 12, 768)),
+        ("mine", "345M", (24, 16, 1024)),
+        ("345M", "tiny", (4, 5, 160)),
+    ],
+)
+def test_the_name_of_a_size_makes_that_size(name, size, wanted):
+    assert layer_sizes(InitOptions(name=name, vocab="v", size=size)) == wanted
+
+
+def test_a_new_model_with_a_released_name_says_that_it_is_not_the_released_one(cli, workdir):
+    result = cli("init", "345M", "--vocab", "models/tiny", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "345M is not OpenAI's 345M; get that with gpt2cli download" in result.stderr
+    assert "n_layer 2, n_head 2, n_embd 16" in result.stderr
+
+
 def test_sizes_come_from_a_preset_and_single_flags_override_them(cli, workdir):
     flags = ("--size", "tiny", "--n_layer", 1, "--n_ctx", 8, "--n_vocab", 2100)
     assert cli("init", "new", "--vocab", "models/tiny", *flags).returncode == 0
@@ -133,6 +157,22 @@ def test_a_wordpiece_vocabulary_is_given_as_folder_or_file(cli, workdir, chinese
         assert folders.read_config(new).extra == ({"lower_case": False} if kept_case else {})
 
 
+def test_new_tokens_and_a_foreign_tokenizer_are_taken_over(cli, workdir):
+    theirs = ByteLevelBPETokenizer(str(TINY / "encoder.json"), str(TINY / "vocab.bpe"))
+    theirs.normalizer = normalizers.Lowercase()
+    theirs.save(str(workdir / "tokenizer.json"))
+    flags = ("--add_token", "<|user|>", "--add_token", "<|bot|>")
+    result = cli("init", "new", "--vocab", workdir / "tokenizer.json", *flags, *SMALL)
+    assert result.returncode == 0, result.stderr
+    vocabulary = encoder.of_model(workdir / "models/new")
+    assert folders.read_config(workdir / "models/new").n_vocab == 2050
+    assert vocabulary.encode("<|user|>THE<|bot|>", special=True) == [
+        2048,
+        *vocabulary.encode("the"),
+        2049,
+    ]
+
+
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
 def test_one_file_of_a_bpe_stands_for_both(cli, workdir, names):
     (workdir / "bpe").mkdir()
@@ -141,10 +181,10 @@ def test_one_file_of_a_bpe_stands_for_both(cli, workdir, names):
     for number, given in enumerate(names):
         result = cli("init", f"new{number}", "--vocab", workdir / "bpe" / given, *SMALL)
         assert result.returncode == 0, result.stderr
-        assert set(names) < set(contents(workdir / "models" / f"new{number}"))
+        assert {"encoder.json", "vocab.bpe"} < set(contents(workdir / "models" / f"new{number}"))
     (workdir / "bpe" / names[1]).unlink()
     result = cli("init", "new", "--vocab", workdir / "bpe" / names[0], *SMALL)
-    assert result.returncode == 1 and f"no {names[1]} beside it" in result.stderr
+    assert result.returncode == 1 and f"has only {names[0]}" in result.stderr
     assert not (workdir / "models/new").exists()
 
 

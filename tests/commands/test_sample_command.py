@@ -329,6 +329,135 @@ def test_a_prompt_longer_than_the_window_is_cut_and_reported(cli):
     assert result.returncode == 0 and "sees only the last 256\n" in result.stderr
 
 
+def test_the_line_of_a_cut_prompt_says_how_much_the_model_did_not_see(cli, tiny, prompts):
+    long, rest = "word and " * 200, ("--length", 2, "--format", "jsonl", "--seed", 1)
+    (prompts / "long.txt").write_text(f"The import\n{long}\n")
+    count = len(tiny.encoder.encode(long))
+    for window, cut in (("half", count - 256), ("last", count - 255)):
+        more = (*rest, "--window", window, "--prompts", "long.txt")
+        short, marked = jsonl(cli("sample", *T, *more))
+        assert "prompt_cut" not in short and marked["prompt_cut"] == cut
+        result = cli("sample", *T, *more, "--out", f"{window}.jsonl")
+        (said, _) = result.stderr.splitlines()
+        seen = count - cut
+        assert (
+            said
+            == f"{window}.jsonl: prompt 2 has {count} tokens; the model sees only the last {seen}"
+        )
+        found = [
+            json.loads(line) for line in (prompts / f"{window}.jsonl").read_text().splitlines()
+        ]
+        assert found == [short, marked]
+        assert tiny.generate(long, length=1, window=window)[0].prompt_cut == cut
+    assert tiny.generate("The", length=300)[0].prompt_cut == 0  # the window slides later
+    assert tiny.generate([5] * 257, length=1, beams=2)[0].prompt_cut == 1
+
+
+def test_special_decides_what_the_text_of_a_token_in_a_prompt_is(cli, tiny, prompts):
+    text, end = "One<|endoftext|>two", tiny.encoder.end
+    as_text = tiny.check_prompt(text)
+    assert end not in as_text and tiny.check_prompt(text, True).count(end) == 1
+    rest = ("--length", 8, "--temperature", 0, "--format", "jsonl")
+    (prompts / "p.txt").write_text(f"{text}\n")
+    for flags, special in (((), "text"), (("--special", "token"), "token")):
+        ids = tiny.check_prompt(text, special == "token")
+        (expected,) = tiny.generate([ids], length=8, temperature=0)
+        assert (
+            tiny.generate(text, length=8, temperature=0, special=special)[0].text == expected.text
+        )
+        for source in (("--prompt", text), ("--prompts", "p.txt")):
+            result = cli("sample", *T, *source, *rest, *flags)
+            (found,) = jsonl(result)
+            assert found["tokens"] == expected.tokens and found["prompt"] == text
+            assert ("is read as plain text; --special token" in result.stderr) == (not flags)
+        result = cli("sample", *T, "--prompts", "p.txt", *rest, *flags, "--out", f"{special}.jsonl")
+        assert json.loads((prompts / f"{special}.jsonl").read_text())["tokens"] == expected.tokens
+        assert ("<|endoftext|> in a prompt is read" in result.stderr) == (not flags)
+        shown = cli("sample", *T, "--prompt", text, *rest, *flags, "--include_prefix")
+        assert json.loads(shown.stdout)["text"] == text + expected.text
+
+
+def test_a_job_is_not_resumed_with_another_meaning_of_special(cli, prompts, monkeypatch):
+    from gpt2cli.inference.generator import LanguageModel
+
+    words = ("sample", *T, "--prompts", "prompts.txt", "--length", 2, "--format", "jsonl")
+    words += ("--seed", 1, "--out", "out.jsonl")
+    real, calls = LanguageModel.answers, []
+
+    def answers(self, *arguments, **more):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(LanguageModel, "answers", answers)
+    assert cli(*words).returncode == 130
+    result = cli(*words, "--special", "token")
+    assert "out.jsonl.part belongs to a different job; moved to out.jsonl.part.old" in result.stderr
+
+
+def test_flags_without_an_effect_are_named(cli, monkeypatch):
+    import io
+
+    result = cli("sample", *T, "--beams", 2, "--batch_size", 3, "--length", 2)
+    assert result.returncode == 0 and "--batch_size has no effect with --beams" in result.stderr
+    typed = "/set batch_size 4\n/set logprobs true\n/set keep_stop true\n/show\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    result = cli("interactive", *T, "--batch_size", 3, "--logprobs")
+    assert result.returncode == 0
+    for line in (
+        "--batch_size has no effect here: one sample is generated at a time",
+        "--logprobs has no effect here: only sample --format jsonl prints log-probabilities",
+        "--keep_stop needs --stop TEXT",
+    ):
+        assert line in result.stderr
+    assert result.stderr.count("batch_size has no effect here") == 2
+    assert "batch_size = 3" in result.stderr and "keep_stop = False" in result.stderr
+
+
+def test_any_of_the_models_end_tokens_ends_a_sample(cli, tiny, monkeypatch):
+    """A newline too, which stays a newline everywhere else."""
+    (newline,) = tiny.encoder.encode("\n")
+    settings = dict(length=80, seed=3, temperature=0.8, include_prefix=True)
+    (free,) = tiny.generate("The\nclass", **settings)
+    at = free.tokens.index(newline)
+    monkeypatch.setattr(tiny.encoder, "ends", (newline, tiny.encoder.end))
+    (ended,) = tiny.generate("The\nclass", **settings)
+    assert ended.finish_reason == "end" and ended.tokens == free.tokens[:at] and at > 0
+    assert ended.text == "The\nclass" + tiny.encoder.decode(free.tokens[:at])
+    assert len(tiny.generate("The\nclass", min_length=at + 5, **settings)[0].tokens) >= at + 5
+    words = ("sample", *T, "--prompt", "The\nclass", "--length", 80, "--seed", 3)
+    (found,) = jsonl(cli(*words, "--temperature", 0.8, "--format", "jsonl"))
+    assert found["finish_reason"] == "end" and found["tokens"] == ended.tokens
+
+
+def test_interactive_gives_advice_once_and_special_can_be_set(cli, monkeypatch):
+    import io
+
+    text = "One<|endoftext|>two\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}{text}/set special token\n{text}"))
+    result = cli("interactive", *T, "--length", 3, "--seed", 1)
+    assert result.returncode == 0
+    assert result.stderr.count("<|endoftext|> in a prompt is read as plain text") == 1
+
+
+def test_a_typed_start_token_is_the_one_before_every_prompt(chinese):
+    settings = dict(length=10, temperature=0, include_prefix=True)
+    (plain,) = chinese.generate("一丁", **settings)
+    for special in ("text", "token"):
+        (typed,) = chinese.generate("[CLS]一丁", special=special, **settings)
+        assert typed.tokens == plain.tokens and typed.text == f"[CLS]{plain.text}"
+
+
+def test_a_space_at_the_end_of_a_prompt_is_mentioned_on_a_terminal_only(cli, monkeypatch):
+    words = ("sample", *T, "--prompt", "The ", "--length", 2)
+    assert "ends in a space" not in cli(*words).stderr
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    result = cli(*words)
+    assert result.stderr.count("the prompt ends in a space. ") == 1 and result.returncode == 0
+    assert "ends in a space" not in cli(*words[:-4], "--prompt", "The", "--length", 2).stderr
+
+
 @pytest.mark.parametrize(
     "flags", [(), ("--beams", 2), ("--stop", "x"), ("--format", "jsonl", "--out", "out.jsonl")]
 )
@@ -336,9 +465,9 @@ def test_each_prompt_is_encoded_once(cli, tiny, monkeypatch, prompts, flags):
     encoded = []
     real = tiny.encoder.encode
 
-    def encode(text):
+    def encode(text, special=False):
         encoded.append(text)
-        return real(text)
+        return real(text, special)
 
     monkeypatch.setattr(tiny.encoder, "encode", encode)
     words = ("sample", *T, "--length", 3, "--prompts", "prompts.txt")

@@ -13,7 +13,7 @@ import safetensors.numpy
 from conftest import check_golden, golden_models, golden_vocabulary, lively
 
 from gpt2cli.errors import UserError
-from gpt2cli.formats import statedict
+from gpt2cli.formats import names
 from gpt2cli.formats.convert import _sample_logits, convert, open_source
 from gpt2cli.inference.generator import load_model
 from gpt2cli.model.network import weight_shapes
@@ -404,6 +404,9 @@ def test_a_folder_with_only_keras_weights_says_what_to_do(tmp_path):
     (tmp_path / "tf_model.h5").write_bytes(b"")
     with pytest.raises(UserError, match=r"only as tf_model.h5.*save_pretrained"):
         open_source(tmp_path)
+    (tmp_path / "gpt2-q8.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"cannot read .gguf: get the model as .safetensors"):
+        open_source(tmp_path / "gpt2-q8.gguf")
 
 
 def test_two_formats_or_two_files_in_one_folder_need_a_choice(tmp_path, state, network):
@@ -429,21 +432,18 @@ def test_two_formats_or_two_files_in_one_folder_need_a_choice(tmp_path, state, n
 
 REJECTED = [
     ("model_type", "gpt_neo"),
-    ("activation_function", "gelu"),
-    ("activation_function", "relu"),
+    ("activation_function", "gelu_10"),
     ("n_inner", 63),
-    ("scale_attn_weights", False),
-    ("scale_attn_by_inverse_layer_idx", True),
     ("add_cross_attention", True),
     ("tie_word_embeddings", False),
     ("vocab_size", 41),
     ("n_positions", 11),
-    ("n_ctx", 13),
     ("n_embd", 32),
     ("n_layer", 3),
     ("n_head", 3),
     ("n_head", "4"),
     ("layer_norm_epsilon", "small"),
+    ("layer_norm_epsilon", 10**400),
 ]
 
 
@@ -504,7 +504,7 @@ def test_missing_extra_and_misshapen_weights_are_named(tmp_path, state):
     name = "transformer.h.1.attn.c_attn.bias"
     without = {key: value for key, value in state.items() if key != name}
     rejected(without, r"lacks h\.1\.attn\.c_attn\.bias")
-    rejected({**state, "score.weight": state[name]}, r"has score\.weight, unlike GPT-2")
+    rejected({**state, "other.weight": state[name]}, r"has other\.weight, unlike GPT-2")
     rejected({**state, name: state[name][:-1]}, r"c_attn\.bias is \[47\].* require \[48\]")
     wrong = {**state, "transformer.h.0.mlp.c_fc.weight": np.zeros((64, 16), np.float32)}
     rejected(wrong, r"h\.0\.mlp\.c_fc\.weight is \[64, 16\].*\[16, 64\]")
@@ -581,7 +581,7 @@ def test_a_uer_state_dict_is_converted(tmp_path, network, uer_state):
 
 
 def test_the_names_before_2022_are_read(tmp_path, network, uer_state):
-    older = {new: old for old, new in statedict.UER_OLD.items()}
+    older = {new: old for old, new in names.UER_OLD.items()}
     arrays = {older.get(name, name): value for name, value in uer_state.items()}
     assert "embedding.word_embedding.weight" in arrays and "target.output_layer.weight" in arrays
     folder = uer_folder(tmp_path / "m", arrays, embedding="word_pos", target="lm")
@@ -599,7 +599,7 @@ def test_the_names_before_2022_are_read(tmp_path, network, uer_state):
         ("layernorm", "t5"),
         ("feed_forward", "gated"),
         ("feedforward_size", 48),
-        ("hidden_act", "gelu"),
+        ("hidden_act", "linear"),
         ("target", ["mlm"]),
         ("tie_weights", False),
         ("remove_transformer_bias", True),
@@ -669,8 +669,8 @@ def test_bpe_files_keep_their_bytes_and_special_tokens(tmp_path, wide):
     convert(open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
     said = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (258, 259, None)
-    tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
-    assert tokenizer["unk_token"] == "</s>" and tokenizer["model_max_length"] == 12
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes()
     convert(open_source(tmp_path / "hf"), tmp_path / "back")
     assert same_files(tmp_path / "ours", tmp_path / "back")
 
@@ -691,7 +691,7 @@ def test_a_byte_level_tokenizer_json_gives_both_files(tmp_path, wide, pairs):
     folder = hf_folder(tmp_path / "m", wide, vocab_size=300)
     values = {
         "added_tokens": [{"id": 258, "content": "<|endoftext|>", "special": True}],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
     if pairs:
@@ -711,8 +711,21 @@ def test_a_wordpiece_vocabulary_is_found(tmp_path, state, file, lower):
     if file == "tokenizer.json":
         vocab = {token: index for index, token in enumerate(WORDPIECE)}
         values = {
-            "normalizer": {"type": "BertNormalizer", "lowercase": lower},
-            "model": {"type": "WordPiece", "vocab": vocab},
+            "normalizer": {
+                "type": "BertNormalizer",
+                "clean_text": True,
+                "handle_chinese_chars": True,
+                "strip_accents": None,
+                "lowercase": lower,
+            },
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "model": {
+                "type": "WordPiece",
+                "vocab": vocab,
+                "unk_token": "[UNK]",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100,
+            },
         }
         (folder / file).write_text(json.dumps(values))
     else:
@@ -727,21 +740,30 @@ def test_a_wordpiece_vocabulary_is_found(tmp_path, state, file, lower):
     lower = lower or file == "google_zh_vocab.txt"
     assert encoded.lower_case is lower and encoded.n_vocab == 10
     assert encoded.encode("Day 天气") == [8 if lower else 9, 5, 6]
-    assert folders.read_config(tmp_path / "ours").extra == ({} if lower else {"lower_case": False})
+    expected = {"tokenizer": "wordpiece"} if file == "tokenizer.json" else {"lower_case": False}
+    expected = {} if lower and file != "tokenizer.json" else expected
+    assert folders.read_config(tmp_path / "ours").extra == expected
     convert(open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
-    tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
-    assert tokenizer["do_lower_case"] is lower and tokenizer["tokenizer_class"] == "BertTokenizer"
+    if file == "tokenizer.json":
+        assert (tmp_path / "hf" / file).read_bytes() == (folder / file).read_bytes()
+        assert not (tmp_path / "hf" / "tokenizer_config.json").exists()
+    else:
+        tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+        assert tokenizer["do_lower_case"] is lower
+        back = open_source(tmp_path / "hf").vocabulary.described
+        assert back.around() == ([2], []) and back.values["normalizer"]["lowercase"] is lower
     said = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (2, 3, 0)
 
 
-def test_an_unsupported_tokenizer_is_reported_and_left_out(tmp_path, state):
+def test_a_sentencepiece_model_is_rejected_before_any_weight_is_read(tmp_path, state):
     folder = hf_folder(tmp_path / "m", state)
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
-    source = open_source(folder)
-    assert not source.vocabulary and "Unigram" in source.warnings[0]
-    with pytest.raises(UserError, match=r"no vocabulary at .*Unigram"):
-        open_source(folder, vocab=folder)
+    (folder / "spiece.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(UserError, match=r"spiece.model is damaged or not a SentencePiece model"):
+        open_source(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "AlbertTokenizer"}')
+    with pytest.raises(UserError, match=r"made for 'AlbertTokenizer'.*save_pretrained"):
+        open_source(folder)
 
 
 @pytest.mark.parametrize(
@@ -753,23 +775,42 @@ def test_an_unsupported_tokenizer_is_reported_and_left_out(tmp_path, state):
         },
         {"model": {"type": "BPE", "vocab": {}}, "pre_tokenizer": "ByteLevel"},
         {"model": {"type": "WordPiece", "vocab": {"a": "b", "c": 1}}},
+        {"model": {"type": "Unigram", "vocab": [["a", -1.0], 7]}},
+        {"model": {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 9}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}}, "added_tokens": [{"content": 3}]},
+        {"model": {"type": "Neural", "vocab": {"a": 0}}},
+        {"model": {"type": "BPE"}},
+        {"model": [1]},
+        {
+            "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [],
+                "pair": [],
+                "special_tokens": {},
+            },
+        },
     ],
-    ids=["merges", "pre_tokenizer", "ids"],
+    ids=[
+        *("merges", "pre_tokenizer", "ids", "pairs", "unk_id", "merge", "added", "type", "vocab"),
+        *("model", "template"),
+    ],
 )
 def test_a_damaged_tokenizer_gives_a_one_line_error(tmp_path, state, values):
     folder = hf_folder(tmp_path / "m", state)
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"tokenizer.json does not have the tokenizers format"):
+    with pytest.raises(UserError, match=r"tokenizer.json(:| does not have the tokenizers format)"):
         open_source(folder)
 
 
-def test_a_tokenizer_with_other_rules_gives_a_warning(tmp_path, state):
+def test_a_tokenizer_class_that_the_files_do_not_describe_is_rejected(tmp_path, state):
     folder = hf_folder(tmp_path / "m", state)
     (folder / "vocab.txt").write_text("\n".join(WORDPIECE))
     values = {"tokenizer_class": "BertJapaneseTokenizer", "eos_token": ["odd"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
-    (warning,) = open_source(folder).warnings
-    assert "BertJapaneseTokenizer" in warning
+    with pytest.raises(UserError, match=r"tokenizer_class is 'BertJapaneseTokenizer'.*--vocab"):
+        open_source(folder)
 
 
 def test_the_vocabulary_of_another_model_is_rejected(tmp_path, state):

@@ -16,25 +16,21 @@ from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.options import GenerateOptions
 
 
-def search(model, prompt, end=None, banned=(), **settings):
-    """The search's result as (score, generated ids with the end token), best first."""
+def search(model, prompt, ends=(), banned=(), **settings):
+    """The search's result as (score, generated ids without the end token), best first."""
     options = GenerateOptions(**settings)
     rules = Rules(
         repetition_penalty=options.repetition_penalty,
         min_length=options.min_length,
         no_repeat_ngram=options.no_repeat_ngram,
-        end=-1 if end is None else end,
+        ends=tuple(ends),
         banned=banned,
     )
     row = Row(prompt, rules, options.length, window=options.window)
     found = Search(Generation(model.network, [row]), options)
     while not found.finished:
         found.step()
-    ended = [end] if end is not None else []
-    return [
-        (score, row.continuation + (ended if row.generated < options.length else []))
-        for score, row in found.kept
-    ]
+    return [(score, row.continuation) for score, row in found.kept]
 
 
 @pytest.mark.parametrize("folder", golden_models("gpt2-openai"))
@@ -49,15 +45,16 @@ def test_beams_equal_those_of_transformers(folder):
         found = search(
             model,
             case["prompt"].tolist(),
-            end=None if end < 0 else end,
+            ends=[] if end < 0 else [end],
             beams=int(expected[f"beam{j}_num_beams"]),
             length=int(expected[f"beam{j}_max_new_tokens"]),
             length_penalty=float(expected[f"beam{j}_length_penalty"]),
         )
         assert len(found) >= 3
         for place, (score, tokens) in enumerate(found[:3]):
-            assert tokens == [token for token in case["ids"][place].tolist() if token >= 0]
-            assert len(tokens) == case["lengths"][place]
+            theirs = [token for token in case["ids"][place].tolist() if token >= 0]
+            assert tokens == (theirs[:-1] if theirs[-1] == end else theirs)
+            assert len(theirs) == case["lengths"][place]
             assert score == pytest.approx(float(case["scores"][place]), abs=1e-3)
 
 
@@ -80,8 +77,10 @@ def after(model, window="half"):
     return log_probs
 
 
-def same(found, expected):
-    assert [tokens for _, tokens in found] == [tokens for _, tokens in expected]
+def same(found, expected, ends=()):
+    """Compare with the oracle's result, whose texts have their end tokens."""
+    cut = [tokens[:-1] if tokens[-1] in ends else tokens for _, tokens in expected]
+    assert [tokens for _, tokens in found] == cut
     assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-4)
 
 
@@ -100,30 +99,33 @@ def test_with_beams_enough_the_likeliest_of_all_texts_are_found(small, penalty):
 @pytest.mark.parametrize("size", [3, 7])
 @pytest.mark.parametrize("penalty", [0.0, 2.5])
 def test_beams_that_end_are_kept_while_others_run_on(small, size, penalty):
-    for end in range(7):
+    for ends in (*((end,) for end in range(7)), (0, 3), (5, 1, 2), (6, 5, 4, 3)):
         settings = dict(beams=size, length=6)
-        found = search(small, [1, 2], end=end, length_penalty=penalty, **settings)
-        same(found, oracle.beam_search(after(small), [1, 2], *settings.values(), penalty, end))
+        found = search(small, [1, 2], ends, length_penalty=penalty, **settings)
+        expected = oracle.beam_search(after(small), [1, 2], *settings.values(), penalty, ends)
+        same(found, expected, ends)
         assert len(found) == size
 
 
 def test_the_rules_change_the_log_probabilities_as_in_transformers(small):
     """Penalty on log-probabilities, not logits; bans are not made up for."""
-    end, least = 3, 4
+    ends, least = (3, 6), 4
 
     def change(row, scores):
         scores = scores.copy()
         scores[list(set(row))] *= 1.3  # they are below 0
         scores[[0, *oracle.repeats(row, 2)]] = -np.inf
         if len(row) - 2 < least:
-            scores[end] = -np.inf
+            scores[list(ends)] = -np.inf
         return scores
 
     settings = dict(beams=4, length=6)
-    expected = oracle.beam_search(after(small), [1, 2], *settings.values(), end=end, change=change)
+    expected = oracle.beam_search(
+        after(small), [1, 2], *settings.values(), ends=ends, change=change
+    )
     rules = dict(repetition_penalty=1.3, no_repeat_ngram=2, min_length=least)
-    same(search(small, [1, 2], end, [0], **rules, **settings), expected)
-    assert any(tokens[-1] == end for _, tokens in expected)
+    same(search(small, [1, 2], ends, [0], **rules, **settings), expected, ends)
+    assert any(tokens[-1] in ends for _, tokens in expected)
 
 
 def test_past_the_window_beams_read_again(small):
@@ -170,7 +172,7 @@ def test_a_stop_text_completes_a_beam(tiny):
         samples = tiny.generate("def f", stop=("\n",), keep_stop=keep, **settings)
         expected = oracle.beam_search(
             *(lambda row: oracle.log_softmax(tiny.logits(row)[-1]), ids, 3, 12),
-            end=tiny.encoder.end,
+            ends=tiny.encoder.ends,
             change=lambda row, scores: np.where(
                 (np.arange(len(scores)) == tiny.encoder.end) & (len(row) < len(ids) + 4),
                 *(-np.inf, scores),

@@ -24,7 +24,7 @@ from gpt2cli.options import GenerateOptions
 from gpt2cli.tensorflow import tf
 
 OPENAI = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2)
-GPT2_ML = ModelConfig(n_vocab=97, n_ctx=300, n_embd=48, n_head=3, n_layer=2, arch="gpt2_ml")
+GPT2_ML = ModelConfig(97, 300, 48, 3, 2, arch="gpt2_ml", n_inner=80)  # with the exact GELU
 TEXT = np.random.default_rng(0).integers(97, size=300).astype(np.int32)
 
 

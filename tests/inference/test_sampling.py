@@ -277,7 +277,7 @@ def test_no_ngram_comes_twice_in_a_row_of_any_length(plain_model, network, ngram
     "either", ["lite", pytest.param("graph", marks=pytest.mark.slow)], indirect=True
 )
 def test_rows_that_end_do_not_disturb_the_ngrams_of_the_others(either):
-    rules = sampling.Rules(temperature=0.9, no_repeat_ngram=2, end=3)
+    rules = sampling.Rules(temperature=0.9, no_repeat_ngram=2, ends=(3,))
     alone = [
         grown(either, [Row(prompt, rules, 70, 1, index)])[0] for index, prompt in enumerate(PROMPTS)
     ]
@@ -401,7 +401,7 @@ def test_the_loop_ends_when_every_row_has_ended(either, monkeypatch):
     rules = sampling.Rules(temperature=0.0)
     tokens = grown(either, [Row([5], rules, 30)])[0][1:]
     at = next(i for i in range(3, 30) if tokens[i] not in tokens[:i])
-    end = tokens[at]
+    ends = tokens[at], 96 if tokens[at] != 96 else 95
     steps = []
     run = either.run
 
@@ -411,20 +411,42 @@ def test_the_loop_ends_when_every_row_has_ended(either, monkeypatch):
         return result
 
     monkeypatch.setattr(either, "run", counted)
-    rows = [Row([5], rules._replace(end=end), 30, 1, index) for index in (0, 1)]
+    rows = [Row([5], rules._replace(ends=ends), 30, 1, index) for index in (0, 1)]
     assert [row[1:] for row in grown(either, rows)] == [tokens[:at], tokens[:at]]
     assert sum(steps) == at  # the first token comes from the prompt's pass
 
 
-def test_before_the_minimal_length_the_end_token_is_not_chosen(either):
+@pytest.mark.parametrize("ends", [(), (3,), (90, 3, 4)])
+def test_a_row_ends_before_the_first_of_any_end_tokens(either, ends):
+    """As transformers' generate does with a list as eos_token_id: the row without it, cut there."""
+    rules = sampling.Rules(temperature=3.0)
+    free = grown(either, [Row([5], rules, 120, 1, index) for index in range(4)])
+    rows = [Row([5], rules._replace(ends=ends), 120, 1, index) for index in range(4)]
+    expected = []
+    for row in free:
+        cut = next((n for n, token in enumerate(row) if token in ends), len(row))
+        expected.append(row[:cut])
+    assert grown(either, rows) == expected
+    assert {len(row) for row in expected} == {121} or ends
+    assert len({len(row) for row in expected}) > 1 or not ends
+
+
+@pytest.mark.parametrize("ends", [(3,), (3, 4, 5, 6)])
+def test_before_the_minimal_length_no_end_token_is_chosen(either, ends):
     for minimum in (0, 5, 9):
-        rules = sampling.Rules(min_length=minimum, temperature=3.0, end=3)
-        lengths = []
-        for index in range(20):
-            (row,) = grown(either, [Row([5], rules, 10, 1, index)])
-            assert 3 not in row
-            lengths.append(len(row) - 1)
-        assert min(lengths) >= minimum
+        rules = sampling.Rules(min_length=minimum, temperature=3.0, ends=ends)
+        rows = grown(either, [Row([7], rules, 10, 1, index) for index in range(20)])
+        assert not set(ends) & {token for row in rows for token in row}
+        assert min(len(row) - 1 for row in rows) >= minimum
+        assert min(len(row) - 1 for row in rows) < 10 or minimum == 9 or len(ends) == 1
+
+
+def test_the_number_of_end_tokens_costs_no_compilation():
+    """XLA compiles the loop again for other shapes."""
+    rules = [sampling.Rules(ends=ends) for ends in ((), (3,), (3, 4, 5))]
+    tensors = [xla_rules.tensors_of([rule, rule], False, 97) for rule in rules]
+    assert len({tuple(np.shape(value) for value in one) for one in tensors}) == 1
+    assert [int(one.ends.sum()) for one in tensors] == [0, 1, 3]
 
 
 def test_a_banned_token_is_never_chosen(either):
@@ -549,6 +571,12 @@ def test_wrong_ids_are_rejected(plain_model):
             plain_model.generate(prompt, length=3)
     with pytest.raises(UserError, match="got 25 tokens; give 1 to 24"):
         plain_model.logits([1] * 25)
+
+
+@pytest.mark.parametrize("setting", [{"stop": "x"}, {"truncate": "x"}, {"include_prefix": True}])
+def test_settings_about_text_need_a_vocabulary(plain_model, setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))}.* need a vocabulary"):
+        plain_model.generate([5], length=3, **setting)
 
 
 def test_a_prompt_whose_ids_are_known_is_not_encoded_again(tiny, monkeypatch):

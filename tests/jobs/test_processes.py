@@ -609,7 +609,7 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch, visible, found):
 
 
 def test_a_config_becomes_its_command_line():
-    config = SampleOptions(prompt="-x = 1", stop=("a", "b\n"), logprobs=True, top_p=0.5, seed=0)
+    config = SampleOptions(prompt="-x = 1", stop=("a", "b\n"), keep_stop=True, top_p=0.5, seed=0)
     assert command_line.read_command_line(["sample", *processes.words_of(config)]) == config
 
 

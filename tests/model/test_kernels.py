@@ -46,6 +46,7 @@ def test_gradients_written_out_are_those_of_the_plain_functions(length):
     for ours, plain, arguments in (
         (kernels.gelu, lambda x: tf.nn.gelu(x, approximate=True), [2 * wide]),
         (kernels.exact_gelu, lambda x: tf.nn.gelu(x, approximate=False), [2 * wide]),
+        (kernels.ACTIVATION["silu"], tf.nn.silu, [2 * wide]),
         (kernels.layer_norm(1e-5), plain_norm, norm),
         (kernels.attend, plain_attention(), part),
     ):
@@ -76,6 +77,7 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32():
     for function, arguments in (
         (kernels.gelu, wide[:1]),
         (kernels.exact_gelu, wide[:1]),
+        (kernels.ACTIVATION["silu"], wide[:1]),
         (kernels.layer_norm(1e-5), wide),
         (kernels.attend, parts),
     ):

@@ -3,10 +3,10 @@
 import numpy as np
 import oracle
 import pytest
-from conftest import check_golden, golden_models
+from conftest import check_golden, compiled, golden_models, lively
 
 from gpt2cli.model.network import GPT2, random_weights, weight_shapes
-from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.sizes import ACTIVATIONS, ModelConfig
 from gpt2cli.storage import checkpoint
 from gpt2cli.tensorflow import tf
 
@@ -27,6 +27,29 @@ def test_logits_are_those_of_the_equations(network):
 def test_the_tolerance_would_show_a_known_mistake(network, slip):
     expected = oracle.logits(weights_of(network), 4, TOKENS, slip)
     assert np.abs(network(TOKENS[None])[0] - expected).max() > 5 * TOLERANCE
+
+
+ODD = {"n_vocab": 97, "n_ctx": 16, "n_embd": 20, "n_head": 4, "n_layer": 2, "n_inner": 36}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_any_activation_and_inner_width_is_that_of_the_equations(activation):
+    """In the graph and on a CPU; each other activation is far beyond the tolerance."""
+    network = lively(ModelConfig(**ODD, activation=activation))
+    weights = weights_of(network)
+    expected = {
+        other: oracle.logits(weights, 4, TOKENS, activation=other) for other in oracle.ACTIVATIONS
+    }
+    on_cpu = compiled("lite", network)
+    for found in (network(TOKENS[None])[0].numpy(), on_cpu.logits(TOKENS)):
+        for other, logits in expected.items():
+            difference = np.abs(found - logits).max()
+            assert (difference < TOLERANCE) == (other == activation), (other, difference)
+    with tf.GradientTape() as tape:
+        x = network.hidden(TOKENS[None, :-1])[0]
+        loss = tf.reduce_mean(network.losses(x, TOKENS[None, 1:])[0])
+    gradient = tape.gradient(loss, network.weights["model/h1/mlp/c_fc/w"])
+    assert gradient.shape == (1, 20, 36) and np.isfinite(gradient).all()
 
 
 def test_loss_is_that_of_the_equations(plain_model, network):

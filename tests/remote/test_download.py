@@ -842,6 +842,23 @@ def test_a_model_of_the_hub_arrives_as_a_model_folder(hub, mirror, tmp_path, cap
         hub()
 
 
+def test_a_tokenizer_that_gpt2cli_lacks_is_rejected_before_the_weights(hub, mirror, tiny_hf):
+    gone = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+    left = {name: content for name, content in tiny_hf.items() if name not in gone}
+    mirror.contents.clear()
+    publish(mirror, {**left, "spiece.model": b"\n\x0e\n\x05<unk>"})
+    with pytest.raises(UserError, match=r"spiece.model is damaged or not a SentencePiece model"):
+        hub()
+    assert WEIGHTS not in [name for name, _, _ in mirror.asked]
+
+
+def test_an_adapter_on_the_hub_is_named(hub, mirror):
+    mirror.contents.clear()
+    publish(mirror, {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
+    with pytest.raises(UserError, match=r"is a LoRA adapter, not a model.*--base"):
+        hub()
+
+
 def test_without_a_token_none_is_sent(hub, mirror, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

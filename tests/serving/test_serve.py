@@ -32,8 +32,9 @@ from gpt2cli.errors import UserError
 from gpt2cli.inference import generator
 from gpt2cli.options import GenerateOptions
 from gpt2cli.serving import connections, scheduler, service
-from gpt2cli.serving.api import CompletionRequest, RequestError
+from gpt2cli.serving.api import CompletionRequest, RequestError, openapi_document
 from gpt2cli.serving.routes import make_app
+from gpt2cli.text import encoder
 
 SECRET = "Nobody may read this in the log"
 
@@ -144,6 +145,11 @@ def test_token_ids_defaults_and_stops(tiny, client):
     assert stopped.finish_reason == "stop" and not re.search(r"\n\n|\.", stopped.text)
     (greedy,) = client.completions.create(model="tiny", prompt="a", temperature=0).choices
     assert greedy.text == tiny.generate("a", length=16, temperature=0)[0].text
+    for top_p in (0, 1e-9):
+        (nearly,) = client.completions.create(model="tiny", prompt="a", seed=3, top_p=top_p).choices
+        assert nearly.text == greedy.text
+    (free,) = client.completions.create(model="tiny", prompt="a", seed=3, top_p=1).choices
+    assert free.text != greedy.text
 
 
 @pytest.mark.parametrize("stop", [None, ["the", "\n\n"]])
@@ -239,6 +245,66 @@ def test_a_token_that_is_not_utf_8_is_shown_as_bytes(tiny):
     )
 
 
+def test_special_decides_what_the_text_of_a_token_in_a_prompt_is(tiny, address):
+    text = "One<|endoftext|>two"
+    for fields, special in (
+        ({}, False),
+        ({"special": "text"}, False),
+        ({"special": "token"}, True),
+    ):
+        ids = tiny.check_prompt(text, special)
+        assert (tiny.encoder.end in ids) == special
+        settings = dict(temperature=0, max_tokens=8, echo=True, logprobs=0)
+        found = complete(address, prompt=text, **settings, **fields).json()
+        (choice,) = found["choices"]
+        expected = tiny.generate([ids], length=8, temperature=0)[0].text
+        assert choice["text"] == text + expected
+        assert found["usage"]["prompt_tokens"] == len(ids)
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+        shown = complete(address, prompt=ids, temperature=0, max_tokens=8).json()["choices"][0]
+        assert shown["text"] == expected
+    error = complete(address, prompt=text, special="yes").json()["error"]
+    assert error["param"] == "special" and "'token' or 'text'" in error["message"]
+
+
+def test_a_prompt_that_was_cut_is_marked_in_its_choices(tiny):
+    long = [5] * 260
+    with serving(tiny, max_prompt=300) as (address, _):
+        fields = dict(prompt=[long, [5, 6]], max_tokens=3, seed=1)
+        first, second = complete(address, **fields).json()["choices"]
+        assert first["prompt_cut"] == 4 and "prompt_cut" not in second
+        events = complete(address, **fields, stream=True).text.split("\n\n")
+        choices = [json.loads(e[6:])["choices"][0] for e in events if e.startswith("data: {")]
+        assert {(c["index"], c.get("prompt_cut")) for c in choices} == {(0, 4), (1, None)}
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            found = client.completions.create(model="tiny", **fields).choices
+            assert found[0].prompt_cut == 4 and found[0].text == first["text"]
+        unread = complete(address, prompt=long, max_tokens=0, echo=True).json()["choices"]
+        assert "prompt_cut" not in unread[0]
+        text = "word and " * 90
+        cut = len(tiny.encoder.encode(text)) - 256
+        page = httpx.post(address, data={"seed": text, "max_tokens": "3"}, timeout=60).text
+        assert cut > 0 and f"The model did not see the first {cut} tokens of the text." in page
+    schema = openapi_document()["components"]["schemas"]["Choice"]
+    assert "prompt_cut" in schema["properties"] and "prompt_cut" not in schema["required"]
+
+
+def test_a_typed_start_token_is_echoed_but_comes_once(network, tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + [chr(0x4E00 + n) for n in range(93)]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    model = generator.LanguageModel(compiled("lite", network), encoder.load(tmp_path))
+    settings = dict(max_tokens=3, temperature=0, echo=True, logprobs=0)
+    with serving(model) as (address, _):
+        plain = complete(address, prompt="一丁", **settings).json()
+        typed = complete(address, prompt="[CLS]一丁", **settings).json()
+    assert typed["usage"] == plain["usage"] and plain["usage"]["prompt_tokens"] == 3
+    (plain,), (typed,) = plain["choices"], typed["choices"]
+    assert typed["text"] == f"[CLS]{plain['text']}"
+    assert typed["logprobs"]["tokens"] == plain["logprobs"]["tokens"]
+    offsets = plain["logprobs"]["text_offset"]
+    assert typed["logprobs"]["text_offset"] == [5 + offset for offset in offsets]
+
+
 WRONG = [
     (b"{", None),
     (b"[1]", None),
@@ -279,6 +345,7 @@ WRONG = [
     (b'{"echo": 1}', "echo"),
     (b'{"stream": "yes"}', "stream"),
     (b'{"stream_options": {"x": 1}}', "stream_options"),
+    (b'{"stream_options": {"include_usage": true}}', "stream_options"),
     (b'{"repetition_penalty": 0}', "repetition_penalty"),
     (b'{"min_length": 20}', "min_length"),
     (b'{"presence_penalty": 0.5}', "presence_penalty"),
@@ -313,6 +380,45 @@ def test_a_long_list_with_one_wrong_item_makes_one_error():
     with pytest.raises(RequestError, match="prompt must be"):
         CompletionRequest.parse(body)
     assert time.monotonic() - began < 1.5  # 0.2 seconds; an error for each item takes 3
+
+
+def test_a_name_that_a_web_page_could_point_here_is_rejected(tiny):
+    def status(address, host, path="/v1/models"):
+        return httpx.get(f"{address}{path}", headers={"host": host}).status_code
+
+    with serving(tiny, allow_host=("books.example",)) as (address, _):
+        port = address.rpartition(":")[2]
+        for host in (
+            f"127.0.0.1:{port}",
+            "localhost",
+            "[::1]:80",
+            "192.168.1.5",
+            "Books.example:80",
+        ):
+            assert status(address, host) == 200, host
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "1.2.3.4.x"):
+            assert status(address, host) == status(address, host, "/") == 403, host
+        error = httpx.get(f"{address}/", headers={"host": "evil.example"}).json()["error"]
+        assert "the host evil.example; see --allow_host" in error["message"]
+    with serving(tiny, api_key="sesame") as (address, _):
+        assert status(address, "evil.example", "/health") == 200
+    with serving(tiny, host="0.0.0.0") as (address, _):
+        assert status(address, "books.lan") == 200
+
+
+def test_a_megabyte_of_spaces_is_rejected_at_once(tiny, address):
+    assert tiny.longest_token == max(len(tiny.encoder.bytes_of([t])) for t in range(2048)) > 10
+    began = time.monotonic()
+    found = complete(address, prompt=" " * 990_000, max_tokens=1)
+    assert found.status_code == 400 and time.monotonic() - began < 0.5
+    error = found.json()["error"]
+    assert error["code"] == "context_length_exceeded" and "990,000 characters" in error["message"]
+
+
+def test_an_empty_key_in_the_environment_is_rejected(cli, monkeypatch):
+    monkeypatch.setenv("GPT2CLI_API_KEY", "")
+    result = cli("serve", "--model_name", "tiny", "--models_dir", ROOT / "models", "--port", 0)
+    assert result.returncode == 1 and "GPT2CLI_API_KEY is set but empty" in result.stderr
 
 
 def test_errors_have_openais_form(address, client):
@@ -373,7 +479,7 @@ def test_a_client_that_disconnects_frees_its_place(served, stream, monkeypatch):
     slow_down(made, monkeypatch)
     port = int(address.rpartition(":")[2])
     body = json.dumps({"prompt": "x", "max_tokens": 400, "n": 16, "stream": stream})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
         before = made.metrics.registry.get_sample_value(GENERATED)
@@ -399,7 +505,7 @@ def test_a_client_that_disconnects_before_the_response_costs_nothing(tiny, serve
     monkeypatch.setattr(tiny, "logprobs", slowly)
     fields = {"prompt": ["a"] * 16, "max_tokens": 0, "echo": True, "logprobs": 1}
     body = json.dumps(fields).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for _ in range(4):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -460,6 +566,7 @@ def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
     assert len(re.findall(r'<span class="new">', found.text)) == 1
     for data, status, said in (
         ({"submit": "Enter"}, 400, "seed"),
+        ({"seed": "x", "words": "50"}, 400, "unknown field words; the fields are seed, max_tokens"),
         ({"seed": "x", "n": "many"}, 400, "n must be a valid integer"),
         ({"seed": "x" * 5, "max_tokens": "500"}, 400, "max_tokens 500"),
     ):
@@ -554,7 +661,7 @@ def test_a_client_that_does_not_read_is_disconnected(served):
         connection.settimeout(0.5)
         with contextlib.suppress(OSError):
             for _ in range(20_000):  # a hundred megabytes of responses, more than buffers hold
-                connection.sendall(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n")
+                connection.sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n")
         wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
     assert get_status(f"{address}/health") == 200
 

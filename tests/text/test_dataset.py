@@ -24,7 +24,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
 from gpt2cli.text import corpus, encoded, encoder, inputs, stored
 from gpt2cli.text.batches import Tokens
-from gpt2cli.text.bpe import END
+from gpt2cli.text.tokenizer_files import END
 
 DEFAULTS = TextOptions()
 
@@ -233,7 +233,7 @@ def test_n_workers_are_n_threads_and_tokenizers_adds_none(tmp_path, monkeypatch)
     seen = set()
 
     class Watched:
-        n_vocab, end, prefix, CUT = 256, 0, [], encoder.BPE.CUT
+        n_vocab, end, prefix, after, CUT = 256, 0, [], [0], encoder.BPE.CUT
 
         def arrays(self, texts, special):
             seen.add((threading.get_ident(), os.environ["TOKENIZERS_PARALLELISM"]))
@@ -766,7 +766,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, flags):
         "import TextOptions; import numpy as np\n"
         "path, out = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         "class Fast:\n"
-        "    n_vocab, end, prefix, CUT = 256, 0, [], encoder.BPE.CUT\n"
+        "    n_vocab, end, prefix, after, CUT = 256, 0, [], [0], encoder.BPE.CUT\n"
         "    def arrays(self, texts, special):\n"
         "        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -95,7 +95,8 @@ def run(
             return tf.where(tf.reshape(here, shape), new[:, None], old)
 
         found = tf.nest.map_structure(put, found, now)
-        return i + 1, cache, chosen, finished | (chosen == rules.end), past, found
+        finished |= tf.gather(rules.ends, chosen)
+        return i + 1, cache, chosen, finished, past, found
 
     def is_growing(*state: Any) -> tf.Tensor:
         return (state[0] < steps) & ~tf.reduce_all(state[3])

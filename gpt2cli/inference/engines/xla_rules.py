@@ -22,7 +22,7 @@ class Rules(NamedTuple):
         repetition_penalty: float32 [B].
         min_length: int32 [B].
         no_repeat_ngram: int32 [B].
-        end: int32 [], the token that ends a row, or -1.
+        ends: bool [V], the tokens that end a row.
         logprobs: bool [], whether any row needs the log-probabilities of its tokens.
         bias: float32 [V], added to the logits; -inf where a token must never be chosen.
     """
@@ -33,7 +33,7 @@ class Rules(NamedTuple):
     repetition_penalty: tf.Tensor
     min_length: tf.Tensor
     no_repeat_ngram: tf.Tensor
-    end: tf.Tensor
+    ends: tf.Tensor
     logprobs: tf.Tensor
     bias: tf.Tensor
 
@@ -45,7 +45,7 @@ RULES_SPEC = Rules(
     repetition_penalty=tf.TensorSpec([None], tf.float32),
     min_length=tf.TensorSpec([None], tf.int32),
     no_repeat_ngram=tf.TensorSpec([None], tf.int32),
-    end=tf.TensorSpec([], tf.int32),
+    ends=tf.TensorSpec([None], tf.bool),
     logprobs=tf.TensorSpec([], tf.bool),
     bias=tf.TensorSpec([None], tf.float32),
 )
@@ -228,13 +228,12 @@ def apply_rules(logits: tf.Tensor, past: Past, rules: Rules) -> tf.Tensor:
     may be log-probabilities.
     """
     early = past.generated < rules.min_length  # [B]
-    is_end = tf.range(tf.shape(logits)[1]) == rules.end
 
     def penalize(logits: tf.Tensor) -> tf.Tensor:
         return penalize_repetition(logits, past.seen, rules.repetition_penalty)
 
     def without_end(logits: tf.Tensor) -> tf.Tensor:
-        return tf.where(early[:, None] & is_end, -np.inf, logits)
+        return tf.where(early[:, None] & rules.ends, -np.inf, logits)
 
     def without_repeats(logits: tf.Tensor) -> tf.Tensor:
         return forbid_repeats(logits, past, rules.no_repeat_ngram)
@@ -335,7 +334,7 @@ def past_of(
 
 
 def tensors_of(rules: Sequence[sampling.Rules], logprobs: bool, n_vocab: int) -> Rules:
-    """Return the rules of all rows, which end with the same token and ban the same tokens.
+    """Return the rules of all rows, which end with the same tokens and ban the same tokens.
 
     Args:
         rules: of each row.
@@ -346,9 +345,11 @@ def tensors_of(rules: Sequence[sampling.Rules], logprobs: bool, n_vocab: int) ->
     own = {n: np.array([getattr(row, n) for row in rules], dtypes[n]) for n in Rules._fields[:6]}
     bias = np.zeros(n_vocab, np.float32)
     bias[list(rules[0].banned)] = -np.inf
+    ends = np.zeros(n_vocab, bool)
+    ends[list(rules[0].ends)] = True
     return Rules(
         **own,
-        end=np.int32(rules[0].end),
+        ends=ends,
         logprobs=np.bool_(logprobs),
         bias=bias,
     )

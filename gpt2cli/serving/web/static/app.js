@@ -73,6 +73,7 @@ async function* events(response) {
 
 async function generate(body) {
   const places = frames(body.n, body.prompt);
+  let cut = 0; // tokens of the prompt that the model did not see
   const headers = { "Content-Type": "application/json" };
   if (form.elements.key) headers.Authorization = `Bearer ${form.elements.key.value}`;
   const asked = { method: "POST", headers, body: JSON.stringify(body), signal: running.signal };
@@ -83,8 +84,12 @@ async function generate(body) {
   }
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
-    for (const choice of event.choices) places[choice.index].append(choice.text);
+    for (const choice of event.choices) {
+      places[choice.index].append(choice.text);
+      cut = choice.prompt_cut || cut;
+    }
   }
+  return cut;
 }
 
 async function start() {
@@ -98,7 +103,8 @@ async function start() {
   const body = requestBody();
   let outcome = `done, seed ${body.seed}`;
   try {
-    await generate(body);
+    const cut = await generate(body);
+    if (cut) outcome += `; the model did not see the first ${cut} tokens of the text`;
   } catch (problem) {
     outcome = running.signal.aborted ? "stopped" : "";
     if (!outcome) error.textContent = problem.message;

@@ -1,0 +1,137 @@
+"""What a tokenizer is: the values of one tokenizer.json, its added tokens and its ends."""
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# openai/gpt-2 src/encoder.py bytes_to_unicode: printable bytes are written as themselves, the
+# others as the characters from U+0100 on.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+CHAR_OF = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
+
+
+def without_surrogates(text: str) -> str:
+    """Join pairs of surrogates to their character; replace lone ones by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def token_bytes(token: str) -> bytes:
+    """Return the bytes of a token as a byte-level vocabulary spells it, or those of its text."""
+    try:
+        return bytes([BYTE_OF[char] for char in token])
+    except KeyError:
+        return without_surrogates(token).encode()
+
+
+@dataclass(frozen=True)
+class Description:
+    """A tokenizer, whichever files it came from.
+
+    Attributes:
+        path: the file with the vocabulary, for messages.
+        values: the values of a tokenizer.json.
+        is_plain: nothing in the files differs from GPT-2's or BERT's own tokenizer.
+        start: the token that a sample from nothing begins with, as the vocabulary spells it.
+        end: the token that follows a document, likewise.
+        ends: ids that end a sample.
+        notes: a sentence for each thing in the files that is not obeyed.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    is_plain: bool = False
+    start: str | None = None
+    end: str | None = None
+    ends: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model of the tokenizer.json: its type, vocabulary and merges."""
+        return self.values["model"]
+
+    @property
+    def kind(self) -> str:
+        """The type of the model: BPE, WordPiece, Unigram, WordLevel."""
+        return str(self.model.get("type") or ("BPE" if "merges" in self.model else "WordPiece"))
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Token -> id of the model, without added tokens."""
+        vocab = self.model["vocab"]
+        if isinstance(vocab, list):  # Unigram: pairs of a piece and its score
+            return {piece: index for index, (piece, _) in enumerate(vocab)}
+        return vocab
+
+    @functools.cached_property
+    def merged(self) -> list[str]:
+        """The tokens that the merges of a BPE make, in order of rank."""
+        merges = self.model.get("merges") or []
+        return [m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in merges]
+
+    @property
+    def added(self) -> dict[str, int]:
+        """Text -> id of the added and special tokens."""
+        return {entry["content"]: entry["id"] for entry in self.values["added_tokens"]}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Token -> id, added tokens included."""
+        return {**self.vocab, **self.added}
+
+    @property
+    def unknown(self) -> int | None:
+        """The id of the token for text that the vocabulary lacks; None if it has all bytes."""
+        if "unk_id" in self.model:
+            return self.model["unk_id"]
+        return self.tokens.get(self.model.get("unk_token") or "")
+
+    @functools.cached_property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are decoded as GPT-2's are: each is a sequence of bytes."""
+        decoder = self.values.get("decoder") or {}
+        return {part.get("type") for part in leaves(decoder, "decoders")} == {"ByteLevel"}
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """Return the ids that the post-processor puts before and after a text."""
+        before: list[int] = []
+        after: list[int] = []
+        for part in leaves(self.values.get("post_processor") or {}, "processors"):
+            if part.get("type") in ("BertProcessing", "RobertaProcessing"):
+                before, after = [part["cls"][1], *before], [*after, part["sep"][1]]
+            elif part.get("type") == "TemplateProcessing":
+                names = [next(iter(piece.items())) for piece in part["single"]]
+                place = next(n for n, (kind, _) in enumerate(names) if kind == "Sequence")
+                ids = [
+                    part["special_tokens"][value["id"]]["ids"] if kind == "SpecialToken" else []
+                    for kind, value in names
+                ]
+                before = [*itertools.chain(*ids[:place]), *before]
+                after = [*after, *itertools.chain(*ids[place:])]
+        return before, after
+
+
+def leaves(part: Mapping[str, Any], list_name: str) -> list[dict[str, Any]]:
+    """Return the parts of a component of a tokenizer.json: of a Sequence its members."""
+    if part.get("type") == "Sequence":
+        return [leaf for member in part.get(list_name) or [] for leaf in leaves(member, list_name)]
+    return [dict(part)] if not isinstance(part, dict) else [part]
+
+
+def bytes_by_id(described: Description) -> dict[int, bytes]:
+    """Return id -> bytes; of a token that is not made of bytes, its spelling in UTF-8.
+
+    Added tokens are always spelled as their text.
+    """
+    spelled = token_bytes if described.is_byte_level else _utf8
+    found = {index: spelled(token) for token, index in described.vocab.items()}
+    return found | {index: _utf8(token) for token, index in described.added.items()}
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
