@@ -1,6 +1,7 @@
 """Prompts with completions and messages -> documents, and which of their tokens are learnt."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -320,3 +321,19 @@ def test_a_share_of_the_documents_is_held_out_the_same_for_the_same_seed():
     assert tokens.split(0.999, 7, 1).documents == 1
     with pytest.raises(UserError, match="contains 1 document, and --val_fraction divides"):
         Tokens([np.arange(9)], "a.txt").split(0.5, 1, end=None)
+
+
+@pytest.mark.parametrize("special", ["token", "text"])
+def test_an_added_token_in_a_template_is_that_token(tmp_path, special):
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(TINY / name, tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": 2048, "<|bot|>": 2049}))
+    vocabulary = encoder.load(tmp_path)
+    record = {"prompt": "a <|bot|>", "completion": "b"}
+    path = write(tmp_path, "a.jsonl", [record])
+    template = "<|user|>{prompt}<|bot|>{completion}"
+    ids = ids_in(path, vocabulary, template=template, loss="completion", special=special)
+    prompt = vocabulary.encode("a <|bot|>", special=special == "token")
+    read = [2048, *prompt, 2049]
+    assert ids.tolist() == [*(~i for i in read), *vocabulary.encode("b"), vocabulary.end]
+    assert (2049 in prompt) == (special == "token")
