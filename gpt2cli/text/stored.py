@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -149,6 +149,7 @@ def read(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
             yield _checked(loaded, n_vocab, f"{path}: the array")
             return
         with loaded as archive:
+            _check_size(str(path), archive.zip.infolist())
             for name in archive.files:
                 _check_member(archive.zip, f"{name}.npy", path)
                 yield _checked(archive[name], n_vocab, f"{path}: {name}")
@@ -160,11 +161,23 @@ def read(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
         ) from None
 
 
-def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
-    """Reject an array that would take far more memory than its file, before it is read.
+def _check_size(where: str, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Reject (UserError) members of an archive that unpack to far more than any text does.
 
     Real text is never that small: 2 bytes per token compress to a tenth, and the same token again
     and again to a 500th.
+    """
+    packed = sum(member.compress_size for member in members)
+    size = sum(member.file_size for member in members)
+    if size > max(BOMB, 200 * packed):
+        raise UserError(
+            f"{where} would unpack from {packed:,} to {size:,} bytes, which looks like an attack. "
+            "If the file is yours, encode the text to a .npy"
+        )
+
+
+def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
+    """Reject an array that would take far more memory than its file, before it is read.
 
     Raises:
         ValueError: the array is shorter than its header says.
@@ -173,11 +186,7 @@ def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
     if name not in archive.namelist():
         raise ValueError(f"{name} is not in it")
     member = archive.getinfo(name)
-    if member.file_size > max(BOMB, 200 * member.compress_size):
-        raise UserError(
-            f"{path}: {name} would unpack from {member.compress_size:,} to {member.file_size:,} "
-            "bytes, which looks like an attack. If the file is yours, encode the text to a .npy"
-        )
+    _check_size(f"{path}: {name}", [member])
     with archive.open(name) as file:
         if np.lib.format.read_magic(file) == (1, 0):
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)

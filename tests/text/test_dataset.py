@@ -440,7 +440,11 @@ def test_an_npz_that_would_fill_the_memory_is_rejected_before_it_is_read(tmp_pat
     np.savez_compressed(path, np.zeros(5_000_000, np.int64))
     assert encoded.load(path, None, DEFAULTS, 300).total == 5_000_000
     monkeypatch.setattr(stored, "BOMB", 2**20)
-    with pytest.raises(UserError, match=r"arr_0.npy would unpack from .* to 40,000,128 bytes"):
+    with pytest.raises(UserError, match=r"a.npz would unpack from .* to 40,000,128 bytes"):
+        encoded.load(path, None, DEFAULTS, 300)
+    monkeypatch.setattr(stored, "BOMB", 10**7)  # more than each of three arrays
+    np.savez_compressed(path, *([np.zeros(1_000_000, np.int64)] * 3))
+    with pytest.raises(UserError, match=r"a.npz would unpack from .* to 24,000,384 bytes"):
         encoded.load(path, None, DEFAULTS, 300)
 
 
