@@ -62,8 +62,9 @@ def blocks_of(
             text = newlines.decode(text, final=not block)
             yield text if offset else text.removeprefix("\ufeff")
             offset, mark = offset + len(block), 0
-            progress(file.tell() - done)
-            done = file.tell()
+            read = file.tell() if file.seekable() else offset  # a pipe has no position
+            progress(read - done)
+            done = read
             if not block:
                 return
             block = content.read(BLOCK)
@@ -143,15 +144,16 @@ def _without_nul(
     else:
         at += len(before.encode(encoding, "replace")) if before else block.find(b"\0")
     line = _line_of(path, at, encoding)
+    where = f"byte {at} ({line})" if line else f"byte {at}"
     if is_binary:
         raise UserError(
-            f"{path} is not a text file: it has many NUL bytes, the first at byte {at} (line "
-            f"{line}). If it is UTF-16, read it with --encoding utf-16-le or utf-16-be; otherwise "
-            "leave it out of the input"
+            f"{path} is not a text file: it has many NUL bytes, the first at {where}. If it is "
+            "UTF-16, read it with --encoding utf-16-le or utf-16-be; otherwise leave it out of the "
+            "input"
         )
     raise UserError(
-        f"{path} has a NUL character at byte {at} (line {line}). Replace such characters by U+FFFD "
-        "with --errors replace, or remove them"
+        f"{path} has a NUL character at {where}. Replace such characters by U+FFFD with --errors "
+        "replace, or remove them"
     )
 
 
@@ -160,14 +162,16 @@ def _not_text(path: Path, start: int, encoding: str, error: UnicodeError) -> Use
     at = start + getattr(error, "start", 0)
     line = _line_of(path, at, encoding)
     return UserError(
-        f"{path}: byte {at} is not {encoding} text, at line {line} "
+        f"{path}: byte {at} is not {encoding} text{f', at {line}' if line else ''} "
         f"({getattr(error, 'reason', error)}). Name the right encoding with --encoding NAME, or "
         "replace such bytes by U+FFFD with --errors replace"
     )
 
 
-def _line_of(path: Path, at: int, encoding: str) -> int:
-    """Return the number of the line of a byte in a file's content, which is read again."""
+def _line_of(path: Path, at: int, encoding: str) -> str:
+    """Return "line 3" for a byte in a file's content, which is read again; "" for a pipe."""
+    if not path.is_file():
+        return ""
     left, line = at, 1
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder(encoding)("replace"), translate=True
@@ -176,7 +180,7 @@ def _line_of(path: Path, at: int, encoding: str) -> int:
         while left and (block := content.read(min(left, BLOCK))):
             left -= len(block)
             line += decoder.decode(block).count("\n")
-    return line
+    return f"line {line}"
 
 
 def parts_of(

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import json
+import threading
 import lzma
 import os
 import re
@@ -14,7 +15,8 @@ import zipfile
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquetfrom pathlib import Path
+
 import pytest
 import zstandard
 
@@ -387,3 +389,13 @@ def test_broken_prompts_are_rejected_with_the_place(cli, workdir, name, content,
     (workdir / name).write_bytes(content)
     result = cli("sample", "--model_name", "tiny", "--prompts", name)
     assert result.returncode == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize("content", [b"a\n\0b\n", b"a\n\xe9\n"])
+def test_a_broken_pipe_of_prompts_is_reported_without_reading_it_again(cli, workdir, content):
+    os.mkfifo("pipe")
+    thread = threading.Thread(target=Path("pipe").write_bytes, args=(content,))
+    thread.start()
+    result = cli("sample", "--model_name", "tiny", "--prompts", "pipe")
+    thread.join()
+    assert result.returncode == 1 and "byte 2" in result.stderr and "line" not in result.stderr

@@ -127,7 +127,7 @@ def test_all_processes_use_the_seed_that_was_drawn_also_after_a_stop(cli, childr
 def test_prompts_without_an_answer_are_counted_over_all_parts(cli, children):
     texts = ['"The kettle"', "[99999]", '"A letter"', "[1, 2]", '"\\ud800"', "[88888]"]
     Path("prompts.jsonl").write_text("\n".join(texts))
-    words = ("sample", *FLAGS, "--seed", 5, "--prompts", "prompts.jsonl")
+    words = ("sample", *FLAGS, "--seed", 5, "--prompts", "prompts.jsonl", "--errors", "replace")
     result = cli(*words, "--processes", 2, "--out", "out.jsonl")
     assert result.returncode == 1 and " by 2 processes, 2 failed. The lines with" in result.stderr
     assert left() == []
