@@ -4,19 +4,19 @@ import bz2
 import gzip
 import io
 import json
-import threading
 import lzma
 import os
 import re
 import resource
 import sys
 import tarfile
+import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquetfrom pathlib import Path
-
+import pyarrow.parquet
 import pytest
 import zstandard
 
