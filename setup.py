@@ -51,12 +51,12 @@ setup(
         "serve": SERVE,
         "data": DATA,
         "torch": ["torch>=2.6"],  # convert: weights in a .bin of PyTorch's
-        "sentencepiece": ["sentencepiece>=0.2"],  # tokenizers that are a spiece.model, as rinna's
+        "sentencepiece": ["sentencepiece>=0.2"],  # tokenizers in a spiece.model, such as rinna's
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [
             *SERVE,
             *DATA,
-            "sentencepiece>=0.2",  # small models of it, trained here
+            "sentencepiece>=0.2",  # the tests train small models with it
             "openai>=1.50",  # `serve`, as its users' programs talk to it
             "httpx>=0.27",  # `serve`, as nobody should talk to it
             "pytest>=8",

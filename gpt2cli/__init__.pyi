@@ -61,17 +61,17 @@ def convert(
         to: format to write: openai, which all commands here read, or hf, for transformers.
         from_: format of SRC; auto detects it from the files.
         overwrite: replace DST if it exists.
-        base: folder of the model that SRC, a LoRA adapter, was trained on; merges the two.
+        base: folder of the base model, if SRC is a LoRA adapter, which is merged into it.
         config: JSON file with the sizes, if SRC does not contain it (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, if SRC does not contain it.
         n_head: number of attention heads, if no file gives it (UER-py); it cannot be read from
             the weights.
-        activation: activation function, if no JSON file gives it (default: OpenAI's gelu_new,
-            and gelu for nanoGPT).
+        activation: activation function, if no file gives it (default: gelu_new, as in OpenAI's
+            code; gelu for nanoGPT).
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
-        add_token: text of a new token, such as "<|user|>"; repeat the flag for more. Its
-            embedding is the mean of all others.
+        add_token: text of a new token, such as "<|user|>"; its embedding is the mean of all
+            others.
         verbose: show TensorFlow's own messages.
 
     Raises:
@@ -131,18 +131,18 @@ def encode(
     Runs `gpt2cli encode` with the same settings.
 
     Args:
-        in_text: text, .csv, .tsv, .jsonl, .json or .parquet file, also packed as .gz, .bz2, .xz
-            or .zst; a folder of them, or a glob.
+        in_text: text, .csv, .tsv, .jsonl, .json or .parquet file, which may be compressed (.gz,
+            .bz2, .xz, .zst); a folder of such files, or a glob.
         out_npz: file to write: .npz (the format of nshepperd/gpt-2), or .npy for a corpus
             larger than memory.
-        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
-            counts.
-        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
-            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
-        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        encoding: text encoding of the files; a UTF-16 or UTF-32 byte order mark overrides the
+            default.
+        errors: reaction to bytes that are invalid in the encoding, to NUL characters, and to
+            lone surrogates in JSON: stop (strict), or replace them by U+FFFD (replace).
+        csv_column: column to read from a .csv, .tsv or .parquet file with several columns.
         csv_header: treat the first line of a .csv or .tsv file as a header.
-        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
-            dialogue).
+        json_field: field to read from each object in a .jsonl or .json file (default: text, or
+            the fields of a dialogue; for --prompts, prompt or tokens).
         combine: join files shorter than N characters, with a separator between them.
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
         lines: treat every non-blank line of a text file as a document of its own.
@@ -150,12 +150,11 @@ def encode(
             blank lines are documents, a last line without a newline is lost, and with
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
-        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
-            braces, such as "Q: {prompt}\nA: {completion}", or of each of its messages, such as
-            "{role}: {content}\n" (default: {prompt}{completion}, or {content} and the end
-            token).
-        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages,
-            and the text or end token after them).
+        template: form of each record, with its fields in braces, such as "Q: {prompt}\nA:
+            {completion}"; for messages, the form of each message, such as "{role}: {content}\n"
+            (default: {prompt}{completion}, or {content} and the end token).
+        loss: tokens that count in the loss: all, or only each completion (of messages, those of
+            the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
         model_name: model to use (default: 124M).
         run_name: run whose newest checkpoint to use instead of a model.
@@ -197,18 +196,18 @@ def evaluate(
     Runs `gpt2cli evaluate` with the same settings.
 
     Args:
-        dataset: text or file of records (see `encode`), a folder or glob of them, or an encoded
-            .npz or .npy.
+        dataset: file, folder or glob, in any form that `encode` reads, or an encoded .npz or
+            .npy.
         batch_size: windows of n_ctx tokens per pass on a GPU; a CPU always reads one at a time.
         format: text (one line) or json (one object).
-        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
-            counts.
-        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
-            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
-        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        encoding: text encoding of the files; a UTF-16 or UTF-32 byte order mark overrides the
+            default.
+        errors: reaction to bytes that are invalid in the encoding, to NUL characters, and to
+            lone surrogates in JSON: stop (strict), or replace them by U+FFFD (replace).
+        csv_column: column to read from a .csv, .tsv or .parquet file with several columns.
         csv_header: treat the first line of a .csv or .tsv file as a header.
-        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
-            dialogue).
+        json_field: field to read from each object in a .jsonl or .json file (default: text, or
+            the fields of a dialogue; for --prompts, prompt or tokens).
         combine: join files shorter than N characters, with a separator between them.
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
         lines: treat every non-blank line of a text file as a document of its own.
@@ -216,12 +215,11 @@ def evaluate(
             blank lines are documents, a last line without a newline is lost, and with
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
-        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
-            braces, such as "Q: {prompt}\nA: {completion}", or of each of its messages, such as
-            "{role}: {content}\n" (default: {prompt}{completion}, or {content} and the end
-            token).
-        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages,
-            and the text or end token after them).
+        template: form of each record, with its fields in braces, such as "Q: {prompt}\nA:
+            {completion}"; for messages, the form of each message, such as "{role}: {content}\n"
+            (default: {prompt}{completion}, or {content} and the end token).
+        loss: tokens that count in the loss: all, or only each completion (of messages, those of
+            the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
         model_name: model to use (default: 124M).
         run_name: run whose newest checkpoint to use instead of a model.
@@ -287,15 +285,15 @@ def init(
     Runs `gpt2cli init` with the same settings.
 
     Args:
-        name: name of the model, models/NAME; the name of a size, such as 355M, makes that size.
-        vocab: vocabulary: vocab.txt or tokenizer.json, or a folder with either or with
+        name: name of the new model, models/NAME. If it is the name of a size, such as 355M, the
+            model has that size.
+        vocab: vocabulary: vocab.txt, tokenizer.json, or a folder with one of these or with
             encoder.json and vocab.bpe (`gpt2cli vocab` makes one).
-        add_token: text of a token to add to the vocabulary, such as "<|user|>"; repeat the flag
-            for more.
+        add_token: text of a token to add to the vocabulary, such as "<|user|>".
         seed: seed of the weights.
         overwrite: replace the model if it exists.
         size: named size for layers, heads and width; the flags below override it (default:
-            124M, or the size that NAME names). 117M and 345M are older names of 124M and 355M.
+            124M, or the size that NAME is). 117M and 345M are older names of 124M and 355M.
         n_layer: number of layers.
         n_head: number of attention heads in each layer.
         n_embd: width of the embeddings.
@@ -361,8 +359,8 @@ def sample(
         prompt: text to continue; - reads it from standard input.
         prefix: another name for --prompt, as in gpt-2-simple.
         prompt_file: file that contains the text to continue.
-        prompts: file of prompts, one per line. A .jsonl or .json file has texts, lists of token
-            ids, or objects with "prompt" or "tokens"; a .csv, .tsv or .parquet file has a
+        prompts: file of prompts: text with one per line; .jsonl or .json with texts, lists of
+            token ids, or objects with "prompt" or "tokens"; or .csv, .tsv or .parquet with a
             column of prompts.
         model_name: model to use (default: 124M).
         run_name: run whose newest checkpoint to use instead of a model; samples also go to
@@ -389,14 +387,13 @@ def sample(
             process per GPU. Needs --format jsonl --out FILE.
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
         min_length: number of generated tokens before an end token or --stop may end a sample;
-            in transformers, min_length and max_length include the prompt.
+            transformers' min_length and max_length also count the prompt.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
-        special: meaning of a literal <|endoftext|>, or the text of another added token, in a
-            prompt: plain text, or the token. In the text files of encode and train the flag
-            means the same, but its default is token.
+        special: meaning of a literal <|endoftext|> or other special token in a prompt: the
+            token, or plain text. For the files of encode and train, the default is token.
         temperature: sharpness of the distribution: below 1 favours likely tokens, above 1
             unlikely ones; 0 always takes the likeliest token.
         top_k: sample from the K likeliest tokens; 0 samples from all.
@@ -414,14 +411,14 @@ def sample(
             instead of random ones, as transformers does, one prompt at a time.
         length_penalty: exponent of the length in a beam's score, log-probability / length **
             penalty; above 0 favours long texts.
-        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
-            counts.
-        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
-            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
-        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        encoding: text encoding of the files; a UTF-16 or UTF-32 byte order mark overrides the
+            default.
+        errors: reaction to bytes that are invalid in the encoding, to NUL characters, and to
+            lone surrogates in JSON: stop (strict), or replace them by U+FFFD (replace).
+        csv_column: column to read from a .csv, .tsv or .parquet file with several columns.
         csv_header: treat the first line of a .csv or .tsv file as a header.
-        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
-            dialogue).
+        json_field: field to read from each object in a .jsonl or .json file (default: text, or
+            the fields of a dialogue; for --prompts, prompt or tokens).
         models_dir: folder that contains the model folders.
         checkpoint_dir: folder that contains the run folders.
         verbose: show TensorFlow's own messages.
@@ -495,8 +492,8 @@ def train(
     Runs `gpt2cli train` with the same settings.
 
     Args:
-        dataset: text or file of records (see `encode`), a folder or glob of them, or the .npz
-            or .npy file that `gpt2cli encode` wrote.
+        dataset: file, folder or glob, in any form that `encode` reads, or the .npz or .npy file
+            that `encode` wrote.
         sampling: order of the training data: random (windows that begin anywhere), sequential
             (one window after another), or documents (pieces of one document each, shuffled
             every epoch).
@@ -516,7 +513,7 @@ def train(
             batches per step.
         seq_length: tokens in a sequence; 0 uses the model's n_ctx.
         accumulate_gradients: number of batches whose gradients are averaged into one step;
-            nshepperd/gpt-2 adds them up, which makes N times the step with --optimizer sgd.
+            nshepperd/gpt-2 adds them up, so its steps with --optimizer sgd are N times as long.
         optimizer: adam and sgd as in nshepperd/gpt-2; adamw; adafactor needs the least memory
             (arXiv 1804.04235; its rate is relative to the size of the weights, usually 0.001);
             adafactor_gpt2_ml is GPT2_ML's variant (with a plain rate, usually 0.0001).
@@ -551,21 +548,21 @@ def train(
         keep_every_hours: hours between checkpoints that are kept permanently; 0 keeps none.
         keep_best: also save and keep the checkpoint with the lowest validation loss.
         val_dataset: text or encoded file for the validation loss; same forms as --dataset.
-        val_fraction: fraction of the documents of --dataset to validate with instead of
-            learning them, chosen by --seed; 0 keeps none.
-        val_every: steps between validations; 0 turns validation off. Needs --val_dataset, for
-            which nshepperd/gpt-2 takes the training text, or --val_fraction.
+        val_fraction: fraction of the documents of --dataset to hold out for validation, chosen
+            by --seed; 0 holds out none.
+        val_every: steps between validations; 0 turns validation off. Needs --val_dataset or
+            --val_fraction; nshepperd/gpt-2 validates on the training text by default.
         val_batch_size: sequences in a validation batch.
         val_batch_count: number of validation batches, the same ones each time.
         patience: stop after N validations without improvement; 0 disables early stopping.
-        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
-            counts.
-        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
-            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
-        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        encoding: text encoding of the files; a UTF-16 or UTF-32 byte order mark overrides the
+            default.
+        errors: reaction to bytes that are invalid in the encoding, to NUL characters, and to
+            lone surrogates in JSON: stop (strict), or replace them by U+FFFD (replace).
+        csv_column: column to read from a .csv, .tsv or .parquet file with several columns.
         csv_header: treat the first line of a .csv or .tsv file as a header.
-        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
-            dialogue).
+        json_field: field to read from each object in a .jsonl or .json file (default: text, or
+            the fields of a dialogue; for --prompts, prompt or tokens).
         combine: join files shorter than N characters, with a separator between them.
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
         lines: treat every non-blank line of a text file as a document of its own.
@@ -573,12 +570,11 @@ def train(
             blank lines are documents, a last line without a newline is lost, and with
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
-        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
-            braces, such as "Q: {prompt}\nA: {completion}", or of each of its messages, such as
-            "{role}: {content}\n" (default: {prompt}{completion}, or {content} and the end
-            token).
-        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages,
-            and the text or end token after them).
+        template: form of each record, with its fields in braces, such as "Q: {prompt}\nA:
+            {completion}"; for messages, the form of each message, such as "{role}: {content}\n"
+            (default: {prompt}{completion}, or {content} and the end token).
+        loss: tokens that count in the loss: all, or only each completion (of messages, those of
+            the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
         models_dir: folder that contains the model folders.
         checkpoint_dir: folder that contains the run folders.
@@ -620,23 +616,23 @@ def vocab(
     Runs `gpt2cli vocab` with the same settings.
 
     Args:
-        in_text: text or file of records (see `encode`), a folder of them, or a glob.
+        in_text: file, folder or glob, in any form that `encode` reads.
         out: folder to write the vocabulary to.
         overwrite: replace existing vocabulary files.
         kind: bpe for GPT-2's byte-pair encoding, wordpiece for BERT's (for Chinese).
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
-        add_token: text of a token to add to the trained ones, such as "<|user|>"; repeat the
-            flag for more. It counts in --size.
-        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark
-            counts.
-        errors: handling of bytes that are invalid in that encoding, of NUL characters and of
-            halves of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
-        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        add_token: text of a token to add to the trained ones, such as "<|user|>". --size
+            includes it.
+        encoding: text encoding of the files; a UTF-16 or UTF-32 byte order mark overrides the
+            default.
+        errors: reaction to bytes that are invalid in the encoding, to NUL characters, and to
+            lone surrogates in JSON: stop (strict), or replace them by U+FFFD (replace).
+        csv_column: column to read from a .csv, .tsv or .parquet file with several columns.
         csv_header: treat the first line of a .csv or .tsv file as a header.
-        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
-            dialogue).
+        json_field: field to read from each object in a .jsonl or .json file (default: text, or
+            the fields of a dialogue; for --prompts, prompt or tokens).
         combine: join files shorter than N characters, with a separator between them.
         special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
         lines: treat every non-blank line of a text file as a document of its own.
@@ -644,12 +640,11 @@ def vocab(
             blank lines are documents, a last line without a newline is lost, and with
             --sampling documents the padding after a short piece is predicted once; implies
             --lines.
-        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
-            braces, such as "Q: {prompt}\nA: {completion}", or of each of its messages, such as
-            "{role}: {content}\n" (default: {prompt}{completion}, or {content} and the end
-            token).
-        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages,
-            and the text or end token after them).
+        template: form of each record, with its fields in braces, such as "Q: {prompt}\nA:
+            {completion}"; for messages, the form of each message, such as "{role}: {content}\n"
+            (default: {prompt}{completion}, or {content} and the end token).
+        loss: tokens that count in the loss: all, or only each completion (of messages, those of
+            the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
         verbose: show TensorFlow's own messages.
 

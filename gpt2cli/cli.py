@@ -37,10 +37,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "doctor": (),
 }
 
-# Command -> advice for a word too many.
+# Command -> advice about an unexpected argument.
 UNEXPECTED = {
     "sample": ": put a text of several words in quotes",
-    "interactive": ": gpt2cli sample continues one text",
+    "interactive": ": to continue one text, use gpt2cli sample",
 }
 
 EXIT_STATUSES = {
@@ -165,7 +165,7 @@ def _given_values(command: str, words: Sequence[str]) -> dict[str, list[str]]:
     missing = ", ".join(f"--{flags.spelled(n)}" for n in required if n not in given)
     if missing:
         raise UsageError(
-            f"{command} needs {missing}: {usage_line(command)}; see gpt2cli {command} --help"
+            f"{command} needs {missing}. Usage: {usage_line(command)}; see gpt2cli {command} --help"
         )
     for name, values in given.items():
         if len(values) > 1 and fields[name].hint != tuple[str, ...]:

@@ -108,13 +108,14 @@ class FileOptions:
     """How files of texts are read.
 
     Text files:
-        encoding: text encoding of the files. By default a UTF-16 or UTF-32 byte order mark counts.
-        errors: handling of bytes that are invalid in that encoding, of NUL characters and of halves
-            of characters in JSON: stop (strict) or replace them by U+FFFD (replace).
-        csv_column: column to read of a .csv, .tsv or .parquet file that has several.
+        encoding: text encoding of the files; a UTF-16 or UTF-32 byte order mark overrides the
+            default.
+        errors: reaction to bytes that are invalid in the encoding, to NUL characters, and to lone
+            surrogates in JSON: stop (strict), or replace them by U+FFFD (replace).
+        csv_column: column to read from a .csv, .tsv or .parquet file with several columns.
         csv_header: treat the first line of a .csv or .tsv file as a header.
-        json_field: field to read of the objects in a .jsonl or .json file (default: text, or a
-            dialogue).
+        json_field: field to read from each object in a .jsonl or .json file (default: text, or the
+            fields of a dialogue; for --prompts, prompt or tokens).
     """
 
     encoding: str = "utf-8"
@@ -126,9 +127,9 @@ class FileOptions:
     def _check_files(self) -> None:
         for flag in ("csv_column", "json_field"):
             if getattr(self, flag) == "":
-                raise UsageError(f"--{flag} must be a name, got ''")
+                raise UsageError(f"--{flag} must name a column or field, got ''")
         if self.csv_column is not None and not self.csv_header:
-            raise UsageError("--csv_column names a column of the header: remove --csv_header=false")
+            raise UsageError("--csv_column needs a header: remove --csv_header=false")
         try:
             "x".encode(self.encoding)
         except (LookupError, UnicodeError):
@@ -146,11 +147,11 @@ class TextOptions(FileOptions):
         uer_compat: read text exactly as UER-py's lm processor does, including its defects: blank
             lines are documents, a last line without a newline is lost, and with --sampling
             documents the padding after a short piece is predicted once; implies --lines.
-        template: text of a record of a .jsonl, .json, .csv or .parquet file, with its fields in
-            braces, such as "Q: {prompt}\\nA: {completion}", or of each of its messages, such as
+        template: form of each record, with its fields in braces, such as
+            "Q: {prompt}\\nA: {completion}"; for messages, the form of each message, such as
             "{role}: {content}\\n" (default: {prompt}{completion}, or {content} and the end token).
-        loss: tokens of a dialogue to learn: all, or the completion (the assistant's messages, and
-            the text or end token after them).
+        loss: tokens that count in the loss: all, or only each completion (of messages, those of the
+            assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
     """
 
@@ -180,7 +181,7 @@ class TextOptions(FileOptions):
             split_template(self.template)
             if self.csv_column is not None or self.json_field is not None:
                 raise UsageError(
-                    "--template names fields itself: remove --csv_column, --json_field"
+                    "--template names the fields: remove --csv_column and --json_field"
                 )
 
 
@@ -203,7 +204,7 @@ def split_template(template: str) -> tuple[tuple[str, str | None], ...]:
             pieces.append((text, field))
     except ValueError as error:
         raise UsageError(
-            f"--template {template!r}: {error}. Braces are written {{{{ }}}}"
+            f"--template {template!r}: {error}. For a literal brace, write {{{{ or }}}}"
         ) from None
     if not any(field for _, field in pieces):
         raise UsageError(f"--template {template!r} needs a field in braces, such as {{prompt}}")
@@ -216,17 +217,16 @@ class GenerateOptions:
 
     Length and end:
         length: number of tokens to generate (default: n_ctx, or half of it after a prompt).
-        min_length: number of generated tokens before an end token or --stop may end a sample; in
-            transformers, min_length and max_length include the prompt.
+        min_length: number of generated tokens before an end token or --stop may end a sample;
+            transformers' min_length and max_length also count the prompt.
         stop: text that ends a sample, such as a blank line; it is not printed.
         keep_stop: print the --stop text as well.
         truncate: cut the printed text before the first occurrence of this text.
         include_prefix: print the prompt before its continuation.
 
     Special tokens:
-        special: meaning of a literal <|endoftext|>, or the text of another added token, in a
-            prompt: plain text, or the token. In the text files of encode and train the flag means
-            the same, but its default is token.
+        special: meaning of a literal <|endoftext|> or other special token in a prompt: the token,
+            or plain text. For the files of encode and train, the default is token.
 
     Sampling:
         temperature: sharpness of the distribution: below 1 favours likely tokens, above 1 unlikely

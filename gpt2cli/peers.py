@@ -1,4 +1,4 @@
-"""What a user of another program means by a name that we do not have.
+"""Names of other programs -> our commands and flags.
 
 The names are those of openai/gpt-2, nshepperd/gpt-2, gpt-2-simple, transformers' examples and
 `generate`, nanoGPT, GPT2_ML, UER-py, llama.cpp and OpenAI's API.

@@ -22,22 +22,20 @@ class ConvertOptions:
         to: format to write: openai, which all commands here read, or hf, for transformers.
         from_: format of SRC; auto detects it from the files.
         overwrite: replace DST if it exists.
-
-        base: folder of the model that SRC, a LoRA adapter, was trained on; merges the two.
+        base: folder of the base model, if SRC is a LoRA adapter, which is merged into it.
 
     Missing information:
         config: JSON file with the sizes, if SRC does not contain it (GPT2_ML, UER-py).
         vocab: vocabulary file or folder, if SRC does not contain it.
         n_head: number of attention heads, if no file gives it (UER-py); it cannot be read
             from the weights.
-        activation: activation function, if no JSON file gives it (default: OpenAI's gelu_new, and
-            gelu for nanoGPT).
+        activation: activation function, if no file gives it (default: gelu_new, as in OpenAI's
+            code; gelu for nanoGPT).
         as_published: keep UER-py's layer-norm gains and epsilon 1e-5, as its own (inexact)
             converter does, instead of converting exactly.
 
     New tokens:
-        add_token: text of a new token, such as "<|user|>"; repeat the flag for more. Its embedding
-            is the mean of all others.
+        add_token: text of a new token, such as "<|user|>"; its embedding is the mean of all others.
 
     Messages:
         verbose: show TensorFlow's own messages.
@@ -45,6 +43,7 @@ class ConvertOptions:
     Examples:
         gpt2cli convert checkpoint/books export/books --to hf
         gpt2cli convert adapter models/tuned --base models/124M
+        gpt2cli convert models/124M models/chat --add_token "<|user|>" --add_token "<|bot|>"
         gpt2cli convert uer_model.bin models/uer --config uer_config.json --vocab vocab.txt
     """
 
@@ -91,7 +90,7 @@ def run(options: ConvertOptions) -> None:
         say(f"{options.src}: {warning}")
     if options.add_token:
         source = add_tokens(source, options.add_token)
-        ids = (f"{text} is {source.tokens()[text]}" for text in options.add_token)
+        ids = (f"{text} (id {source.tokens()[text]})" for text in options.add_token)
         say(f"new tokens: {', '.join(ids)}")
     difference = convert(source, options.dst, options.to, options.overwrite)
     exact = f"within {difference:.1g}" if difference else "exactly"

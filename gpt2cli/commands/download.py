@@ -134,7 +134,7 @@ def download_hub(model: str, revision: str, models: Path) -> Path:
             from gpt2cli.formats.convert import convert, open_source
 
             settings.check_hf_config(hidden / "config.json")
-            vocabularies.read(hidden)  # rejects a tokenizer that gpt2cli does not have
+            vocabularies.read(hidden)  # rejects a tokenizer that gpt2cli cannot run
             if not any(name.endswith(".safetensors") for name in repository.weights):
                 tensors.torch()  # raises a UserError where it is not installed
             hub.fetch(session, repository, hidden, repository.weights)

@@ -26,15 +26,16 @@ class EncodeOptions(TextOptions, SourceOptions):
     """Convert text to token ids, so that training starts immediately.
 
     Files:
-        in_text: text, .csv, .tsv, .jsonl, .json or .parquet file, also packed as .gz, .bz2, .xz or
-            .zst; a folder of them, or a glob.
+        in_text: text, .csv, .tsv, .jsonl, .json or .parquet file, which may be compressed (.gz,
+            .bz2, .xz, .zst); a folder of such files, or a glob.
         out_npz: file to write: .npz (the format of nshepperd/gpt-2), or .npy for a corpus larger
             than memory.
 
     Examples:
         gpt2cli encode data/books/ data/books.npz
         gpt2cli encode corpus.txt corpus.npy --model_name tiny --lines
-        gpt2cli encode chats.jsonl chats.npz --loss completion
+        gpt2cli encode chats.jsonl chats.npz --template "{role}: {content}\\n" --loss completion
+        gpt2cli encode reviews.csv reviews.npz --csv_column body
     """
 
     in_text: str
@@ -123,7 +124,7 @@ class Report:
         """Count and pass on the output of `encoded.encode`.
 
         Raises:
-            UserError: it is empty, or --loss leaves nothing to learn or nothing out.
+            UserError: there is no text, or --loss completion selects no token or every token.
         """
         from gpt2cli.text import encoded, marks
 
@@ -162,7 +163,7 @@ class Report:
 
         Args:
             out: the file that was written.
-            size: bytes of text that were read; 0 if the files are packed.
+            size: bytes of text that were read; 0 if the files are compressed.
             seconds: time it took.
         """
         parts = [counted(self._documents, "document")] if self._count_documents else []

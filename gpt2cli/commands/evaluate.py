@@ -15,8 +15,7 @@ class EvaluateOptions(TextOptions, CheckpointOptions):
     """Measure how well a model predicts a text: loss (nats per token), perplexity, accuracy.
 
     Data:
-        dataset: text or file of records (see `encode`), a folder or glob of them, or an encoded
-            .npz or .npy.
+        dataset: file, folder or glob, in any form that `encode` reads, or an encoded .npz or .npy.
         batch_size: windows of n_ctx tokens per pass on a GPU; a CPU always reads one at a time.
 
     Output:

@@ -21,17 +21,17 @@ class InitOptions:
     """Create a new model with random weights, to train it from scratch.
 
     Model:
-        name: name of the model, models/NAME; the name of a size, such as 355M, makes that size.
-        vocab: vocabulary: vocab.txt or tokenizer.json, or a folder with either or with encoder.json
-            and vocab.bpe (`gpt2cli vocab` makes one).
-        add_token: text of a token to add to the vocabulary, such as "<|user|>"; repeat the flag for
-            more.
+        name: name of the new model, models/NAME. If it is the name of a size, such as 355M, the
+            model has that size.
+        vocab: vocabulary: vocab.txt, tokenizer.json, or a folder with one of these or with
+            encoder.json and vocab.bpe (`gpt2cli vocab` makes one).
+        add_token: text of a token to add to the vocabulary, such as "<|user|>".
         seed: seed of the weights.
         overwrite: replace the model if it exists.
 
     Sizes:
         size: named size for layers, heads and width; the flags below override it (default: 124M, or
-            the size that NAME names). 117M and 345M are older names of 124M and 355M.
+            the size that NAME is). 117M and 345M are older names of 124M and 355M.
         n_layer: number of layers.
         n_head: number of attention heads in each layer.
         n_embd: width of the embeddings.
@@ -45,7 +45,7 @@ class InitOptions:
     Examples:
         gpt2cli init small --vocab vocabulary --size distil
         gpt2cli init mine --vocab models/124M --n_layer 6 --n_ctx 512
-        gpt2cli init 355M --vocab models/124M --models_dir fresh
+        gpt2cli init chat --vocab models/124M --add_token "<|user|>" --add_token "<|bot|>"
     """
 
     name: str
@@ -112,7 +112,7 @@ def run(options: InitOptions) -> None:
         f"{4 * n_weights:,} bytes"
     )
     if options.name in (*RELEASED, *ALIASES):
-        say(f"{folder} is not OpenAI's {options.name}; get that with gpt2cli download")
+        say(f"{folder} has random weights. For OpenAI's, use: gpt2cli download {options.name}")
     words = ["gpt2cli", "train", "--dataset", "FILE", "--model_name", options.name]
     if options.models_dir != "models":
         words += ["--models_dir", options.models_dir]
@@ -149,14 +149,14 @@ def read_vocabulary(options: InitOptions) -> "Vocabulary":
     if not path.exists():
         raise UserError(
             f"no vocabulary at {path.absolute()}. --vocab takes vocab.txt, tokenizer.json, or a "
-            "folder with either or with encoder.json and vocab.bpe; make one with: gpt2cli vocab "
-            "CORPUS FOLDER"
+            "folder with one of these or with encoder.json and vocab.bpe; make one with: gpt2cli "
+            "vocab CORPUS FOLDER"
         )
     found = vocabularies.read(path)
     if found is None:
         encoder.load(path)  # raises a UserError that says what is missing
     assert found is not None
-    encoder.choose(found.described)  # rejects a damaged one under the user's name
+    encoder.choose(found.described)  # rejects a damaged one; the error has the user's path
     for note in found.notes():
         say(f"{path}: {note}")
     return found.with_added(options.add_token, path) if options.add_token else found

@@ -97,7 +97,7 @@ def run(options: InteractiveOptions) -> None:
 
 
 def _report(model: LanguageModel, prompt: str, options: InteractiveOptions, said: set[str]) -> None:
-    """Report what the model does not see of a prompt, or reads in another way; advice only once."""
+    """Print notes about a prompt (see inference/hints.py); give each piece of advice once."""
     from gpt2cli.inference import hints
 
     n_ctx, on_terminal = model.config.n_ctx, sys.stderr.isatty()

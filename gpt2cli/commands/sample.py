@@ -35,8 +35,8 @@ class SampleOptions(GenerateOptions, FileOptions, CheckpointOptions):
         prompt: text to continue; - reads it from standard input.
         prefix: another name for --prompt, as in gpt-2-simple.
         prompt_file: file that contains the text to continue.
-        prompts: file of prompts, one per line. A .jsonl or .json file has texts, lists of token
-            ids, or objects with "prompt" or "tokens"; a .csv, .tsv or .parquet file has a column of
+        prompts: file of prompts: text with one per line; .jsonl or .json with texts, lists of token
+            ids, or objects with "prompt" or "tokens"; or .csv, .tsv or .parquet with a column of
             prompts.
 
     Model:
@@ -69,6 +69,7 @@ class SampleOptions(GenerateOptions, FileOptions, CheckpointOptions):
         gpt2cli sample --run_name books --prompt "It was a dark" --length 200 --top_p 0.9
         echo "Once upon a time" | gpt2cli sample --prompt -
         gpt2cli sample --prompts prompts.txt --format jsonl --out answers.jsonl
+        gpt2cli sample --run_name chats --prompt "Hello<|endoftext|>" --special token
     """
 
     prompt: str | None = None
@@ -114,7 +115,7 @@ class SampleOptions(GenerateOptions, FileOptions, CheckpointOptions):
         if self.logprobs and self.format == "text":
             raise UsageError("--logprobs needs --format jsonl; text shows no log-probabilities")
         if self.sample_dir != "samples" and (self.run_name is None or self.out is not None):
-            raise UsageError("--sample_dir needs --run_name, and no --out")
+            raise UsageError("--sample_dir needs --run_name and cannot be combined with --out")
 
     def is_job(self) -> bool:
         """Whether --out is written line by line, so that a stopped command can be resumed."""
@@ -178,7 +179,7 @@ def resolved(options: SampleOptions, environment: Mapping[str, str]) -> SampleOp
 
 
 def _encode(model: LanguageModel, options: SampleOptions, texts: list[Prompt]) -> list[Encoded]:
-    """Encode the prompts; report what the model does not see, or reads in another way."""
+    """Encode the prompts and print notes about them (see inference/hints.py)."""
     from gpt2cli.inference import hints
 
     encoded = [(text, model.check_prompt(text, options.special == "token")) for text in texts]

@@ -35,9 +35,9 @@ class ServeOptions(CheckpointOptions):
         port: port to listen on; 0 picks a free one and prints it.
         api_key: require this key (Authorization: Bearer KEY). Prefer the environment variable
             GPT2CLI_API_KEY, which other users of the machine cannot see.
-        allow_host: host name that requests may name, such as the one of a proxy in front of a
-            server without an API key. A server that listens on one machine only otherwise rejects
-            all names but localhost (403), because a web page could use them to reach it.
+        allow_host: host name to accept besides localhost, such as the one of a proxy. Without an
+            API key, a server on a loopback address rejects requests for any other name (403),
+            because a web page could use such a name to reach it.
         log_prompts: include prompts in the log.
 
     Limits:

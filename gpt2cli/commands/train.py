@@ -26,8 +26,8 @@ class TrainOptions(TextOptions, FolderOptions):
     """Fine-tune a model on your own text; Ctrl-C saves and exits.
 
     Data:
-        dataset: text or file of records (see `encode`), a folder or glob of them, or the .npz or
-            .npy file that `gpt2cli encode` wrote.
+        dataset: file, folder or glob, in any form that `encode` reads, or the .npz or .npy file
+            that `encode` wrote.
         sampling: order of the training data: random (windows that begin anywhere), sequential (one
             window after another), or documents (pieces of one document each, shuffled every epoch).
         noise: fraction of input tokens to replace with random ones, to reduce overfitting.
@@ -52,7 +52,7 @@ class TrainOptions(TextOptions, FolderOptions):
             batches per step.
         seq_length: tokens in a sequence; 0 uses the model's n_ctx.
         accumulate_gradients: number of batches whose gradients are averaged into one step;
-            nshepperd/gpt-2 adds them up, which makes N times the step with --optimizer sgd.
+            nshepperd/gpt-2 adds them up, so its steps with --optimizer sgd are N times as long.
 
     Optimizer:
         optimizer: adam and sgd as in nshepperd/gpt-2; adamw; adafactor needs the least memory
@@ -95,10 +95,10 @@ class TrainOptions(TextOptions, FolderOptions):
 
     Validation:
         val_dataset: text or encoded file for the validation loss; same forms as --dataset.
-        val_fraction: fraction of the documents of --dataset to validate with instead of learning
-            them, chosen by --seed; 0 keeps none.
-        val_every: steps between validations; 0 turns validation off. Needs --val_dataset, for which
-            nshepperd/gpt-2 takes the training text, or --val_fraction.
+        val_fraction: fraction of the documents of --dataset to hold out for validation, chosen by
+            --seed; 0 holds out none.
+        val_every: steps between validations; 0 turns validation off. Needs --val_dataset or
+            --val_fraction; nshepperd/gpt-2 validates on the training text by default.
         val_batch_size: sequences in a validation batch.
         val_batch_count: number of validation batches, the same ones each time.
         patience: stop after N validations without improvement; 0 disables early stopping.
@@ -109,6 +109,7 @@ class TrainOptions(TextOptions, FolderOptions):
     Examples:
         gpt2cli train data/books.npz --run_name books --steps 2000
         gpt2cli train data/books.txt --val_dataset data/held-out.txt --val_every 100 --keep_best
+        gpt2cli train chats.jsonl --run_name chats --loss completion --steps 2000
     """
 
     dataset: str
@@ -196,15 +197,15 @@ class TrainOptions(TextOptions, FolderOptions):
         if self.val_fraction and self.val_dataset is not None:
             raise UsageError("give --val_dataset or --val_fraction, not both")
         if self.val_fraction and not self.val_every:
-            raise UsageError("--val_fraction keeps documents for validation: add --val_every")
+            raise UsageError("--val_fraction holds out documents for validation: add --val_every N")
         if self.val_every and self.val_dataset is None and not self.val_fraction:
             raise UsageError(
-                "--val_every needs --val_dataset, a text kept out of training, or --val_fraction"
+                "--val_every needs --val_dataset (a text held out of training) or --val_fraction"
             )
 
     @property
     def validates_with(self) -> str | None:
-        """The text that validates, as a run's state names it."""
+        """The validation data, as the run's state records it."""
         if self.val_fraction:
             return f"{self.val_fraction} of {self.dataset}"
         return self.val_dataset

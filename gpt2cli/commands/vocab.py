@@ -24,7 +24,7 @@ class VocabOptions(TextOptions):
     """Train a vocabulary on a corpus and write the vocabulary files of a model folder.
 
     Files:
-        in_text: text or file of records (see `encode`), a folder of them, or a glob.
+        in_text: file, folder or glob, in any form that `encode` reads.
         out: folder to write the vocabulary to.
         overwrite: replace existing vocabulary files.
 
@@ -33,8 +33,8 @@ class VocabOptions(TextOptions):
         size: number of tokens, including special ones.
         min_frequency: number of times a pair or character must occur to become a token.
         lower_case: read text in lower case and without accents (wordpiece).
-        add_token: text of a token to add to the trained ones, such as "<|user|>"; repeat the flag
-            for more. It counts in --size.
+        add_token: text of a token to add to the trained ones, such as "<|user|>". --size includes
+            it.
 
     Messages:
         verbose: show TensorFlow's own messages.
@@ -42,6 +42,7 @@ class VocabOptions(TextOptions):
     Examples:
         gpt2cli vocab data/books/ vocabulary
         gpt2cli vocab data/chinese.txt vocabulary --kind wordpiece --size 8000 --lines
+        gpt2cli vocab data/dialogues.txt vocabulary --add_token "<|user|>"
     """
 
     in_text: str
@@ -75,7 +76,7 @@ def run(options: VocabOptions) -> None:
     if options.size < smallest:
         raise UsageError(
             f"--size must be at least {smallest} with --kind {options.kind}"
-            f"{' and these --add_token' if options.add_token else ''}, got {options.size}"
+            f"{' and these added tokens' if options.add_token else ''}, got {options.size}"
         )
     if not options.out:
         raise UsageError("--out must name a folder, got ''")

@@ -20,20 +20,21 @@ from gpt2cli.formats.tensors import StateDict, Stored, few
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+IN_PEFT = "Merge it in PEFT with merge_and_unload() and save_pretrained()"
 ALPHA = 8  # PEFT's LoraConfig.lora_alpha, where the file has none
 PLACE = re.compile(
     r"(?:.*\.)?h\.(\d+)\.((?:attn|mlp)\.c_(?:attn|proj|fc))\.lora_([AB])(?:\.\w+)?\.weight"
 )
-# Fields of PEFT's LoraConfig that do not change what is merged, or that merging obeys. Any other
-# that is set means more than two matrices a weight.
+# Fields of PEFT's LoraConfig that merging obeys, or that do not change the merged weights. Any
+# other field that is set means more than two matrices for each weight.
 OBEYED = """
 peft_type base_model_name_or_path r lora_alpha use_rslora rank_pattern target_modules
 fan_in_fan_out lora_dropout task_type inference_mode auto_mapping parent_library peft_version
 revision exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size
 eva_config runtime_config ensure_weight_tying
 """
-# The values with which they mean nothing more either. Other ways of `init_lora_weights` change
-# the base's own weights.
+# More fields, and their values that do not change the merged weights. Other values of
+# init_lora_weights change the weights of the base.
 PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
 
 
@@ -41,9 +42,9 @@ class Adapter(NamedTuple):
     """An adapter's folder.
 
     Attributes:
-        folder: it.
-        base: the name of the model that it was trained on, as it says.
-        values: its adapter_config.json.
+        folder: its path.
+        base: name of the model that it was trained on, from adapter_config.json.
+        values: the content of adapter_config.json.
     """
 
     folder: Path
@@ -56,7 +57,7 @@ class Adapter(NamedTuple):
 
 
 def find(path: Path) -> Adapter | None:
-    """Return the adapter in a folder that is no whole model, or of one of its files."""
+    """Return the adapter in a folder without a whole model, or of one of its files; else None."""
     folder = path if path.is_dir() else path.parent
     named = path if path.name in WEIGHTS else None
     whole = path.is_dir() and any(
@@ -71,7 +72,7 @@ def find(path: Path) -> Adapter | None:
 
 
 def reject(adapter: Adapter) -> None:
-    """Say what an adapter is, and how to merge it.
+    """Reject an adapter that has no base; the message says how to merge it.
 
     Raises:
         UserError: always.
@@ -119,26 +120,28 @@ def merged(adapter: Adapter, base: ReadWeight, shapes: dict[str, tuple[int, ...]
 
 
 def _check(adapter: Adapter) -> None:
-    """Reject (UserError) an adapter that is more than two matrices a weight."""
+    """Reject (UserError) an adapter with more than two matrices for each weight."""
     values, where = adapter.values, adapter.folder / CONFIG
     if values.get("peft_type") != "LORA":
         kind = json.dumps(values.get("peft_type"))
         raise UserError(
-            f"{where}: peft_type is {kind}, but only LORA can be merged. Merge it in PEFT"
+            f"{where}: peft_type is {kind}, but only LORA can be merged here. {IN_PEFT}"
         )
     for name, value in values.items():
         plain = value in PLAIN.get(name, ()) if isinstance(value, str | bool) else not value
         if name not in OBEYED.split() and value and not plain:
             raise UserError(
-                f"{where}: {name} is {json.dumps(value):.50}, which cannot be merged here. Merge "
-                "it in PEFT with merge_and_unload() and save_pretrained()"
+                f"{where}: {name} is {json.dumps(value):.50}, which cannot be merged here. "
+                f"{IN_PEFT}"
             )
 
 
 def _weights(adapter: Adapter) -> StateDict:
     path = next((p for n in WEIGHTS if (p := adapter.folder / n).is_file()), None)
     if path is None:
-        raise UserError(f"{adapter.folder} has no {' or '.join(WEIGHTS)}. Copy or fetch it again")
+        raise UserError(
+            f"{adapter.folder} has no {' or '.join(WEIGHTS)}. Copy or download it again"
+        )
     return tensors.read(path)
 
 
@@ -153,8 +156,8 @@ def _pairs(weights: StateDict, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
     others = [name for name, match in found.items() if match is None]
     if others or not found:
         raise UserError(
-            f"{weights.file} has {few(others) or 'no tensors'}, not only LoRA matrices of GPT-2's "
-            "layers. Merge it in PEFT with merge_and_unload() and save_pretrained()"
+            f"{weights.file} must contain only LoRA matrices of GPT-2's layers, but it has "
+            f"{few(others) or 'no tensors'}. {IN_PEFT}"
         )
     for name, match in found.items():
         assert match is not None

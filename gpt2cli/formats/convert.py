@@ -57,7 +57,7 @@ class Source:
         config: sizes; `extra` has lower_case, start_token and end_token where they differ from the
             defaults of our encoder.
         tensor: reads a weight by our name and shape.
-        vocabulary: None without one.
+        vocabulary: the vocabulary; None without one.
         warnings: sentences for the user.
     """
 
@@ -112,7 +112,8 @@ def open_source(
         n_head: number of attention heads, where no JSON file gives it.
         as_published: keep UER-py's gains and epsilon 1e-5; see `ConvertOptions`.
         activation: activation function, where neither `src` nor a JSON file gives it.
-        base: the model that `src`, a LoRA adapter, is merged into; all else is about this model.
+        base: the model that `src`, a LoRA adapter, is merged into; the other arguments then
+            describe this model.
 
     Raises:
         UserError: no model of these formats, a setting our network does not support, a weight that
@@ -176,10 +177,10 @@ def _kind_of(path: Path) -> str:
 
 
 def _not_read(path: Path) -> str:
-    """Return what to do about weights that are in none of our formats."""
+    """Return the advice for weights in a format that gpt2cli does not read."""
     return (
         f"gpt2cli cannot read {path.suffix}: get the model as .safetensors, or load it in "
-        "transformers (from_tf, from_flax or gguf_file) and save it with save_pretrained"
+        "transformers (from_tf, from_flax or gguf_file) and save it with save_pretrained()"
     )
 
 
@@ -224,14 +225,14 @@ def _open_state(
         weights, config_path, n_head, as_published, activation
     )
     if (file.parent / adapters.CONFIG).exists():
-        notes.append(f"the adapter of {adapters.CONFIG} beside the weights is not applied to them")
+        notes.append(f"{adapters.CONFIG} is beside the weights, but the adapter was not applied")
     return Source(format, path, config, tensor, warnings=tuple(notes))
 
 
 def _with_adapter(source: Source, adapter: adapters.Adapter) -> Source:
     """Return the Source of a base with an adapter merged into it; UserError if it does not fit."""
     if source.config.arch != "gpt2":
-        raise UserError(f"{adapter.folder} is {adapter}, but --base {source.path} is no GPT-2")
+        raise UserError(f"{adapter.folder} is {adapter}, but --base {source.path} is not a GPT-2")
     own = vocabularies.read(adapter.folder, source.config.n_vocab)
     if own is not None and own.tokens != source.tokens():
         raise UserError(
@@ -270,8 +271,8 @@ def _with_vocabulary(source: Source, named: Path | None) -> Source:
 def add_tokens(source: Source, texts: Sequence[str]) -> Source:
     """Return the Source with new tokens, each with the mean of the other rows as its embedding.
 
-    Rows that the model has beyond its vocabulary are used first. The mean makes a new token about
-    as likely as an average one until it is trained.
+    New tokens take the rows that the model has beyond its vocabulary first. With the mean, a new
+    token is about as likely as an average one until it is trained.
 
     Raises:
         UserError: there is no vocabulary, or a text is already a token.

@@ -72,11 +72,11 @@ def format_of(weights: StateDict) -> str:
 
 
 def unwrapped(weights: StateDict, format: str, notes: list[str]) -> dict[str, Stored]:
-    """Return the tensors without what programs put before their names; add to the notes.
+    """Return the tensors under their names without the prefixes of programs; add to the notes.
 
-    Names begin at the table of positions: whatever stands before it also stands before the layers,
-    and before the output matrix, but for `transformer.`. Programs that save a shared tensor once
-    may have the token table only as the output matrix (accelerate, safetensors' save_model).
+    The table of positions shows the prefix: the layers have the same one, and so does the output
+    matrix, apart from `transformer.`. Programs that save a shared tensor once may have the token
+    table only as the output matrix (accelerate, safetensors' save_model).
 
     Raises:
         UserError: two tensors get the same name.
@@ -97,12 +97,17 @@ def unwrapped(weights: StateDict, format: str, notes: list[str]) -> dict[str, St
             plain = {n: "wte.weight" if new == HEADS["hf"] else new for n, new in plain.items()}
         heads = [name for name, new in plain.items() if OTHER_HEAD.match(new)]
         if heads:
-            notes.append(f"ignored {few(heads)}: a head that scores texts, not the language model")
+            notes.append(
+                f"ignored {few(heads)}: such heads score texts, and the logits do not use them"
+            )
         plain = {name: new for name, new in plain.items() if not OTHER_HEAD.match(new)}
     found: dict[str, str] = {}
     for name, new in plain.items():
         if new in found:
-            raise UserError(f"{weights.file} has both {found[new]} and {name}: two models in one")
+            raise UserError(
+                f"{weights.file} has both {found[new]} and {name}, so it contains two models. Save "
+                "one of them alone"
+            )
         found[new] = name
     return {new: weights.tensors[name] for new, name in found.items()}
 

@@ -144,7 +144,7 @@ def activation_of(values: dict[str, Any], format: str, where: Path) -> str | Non
 
 
 def query_scale(values: dict[str, Any], head: int) -> list[float] | None:
-    """Return by how much each layer's queries must grow so that our scaling gives theirs.
+    """Return the factor for each layer's queries with which our scaling equals theirs.
 
     Ours is 1 / sqrt(head) in every layer, head being the width of a head. transformers can leave
     it out (scale_attn_weights false) and divide by the layer's number as well
@@ -159,18 +159,18 @@ def query_scale(values: dict[str, Any], head: int) -> list[float] | None:
 
 
 def notes(values: dict[str, Any], format: str, n_ctx: int) -> list[str]:
-    """Return a sentence for every field that is ignored and could be missed."""
+    """Return a note for each ignored field that the user may expect to matter."""
     if format != "hf":
         return []
     said = []
     if values.get(LEFT_OVER, n_ctx) != n_ctx:
         said.append(
-            f"config.json: {LEFT_OVER} {values[LEFT_OVER]!r:.20} is ignored, as transformers does: "
+            f"config.json: {LEFT_OVER} {values[LEFT_OVER]!r:.20} is ignored, as in transformers: "
             f"the model has {n_ctx} positions"
         )
     if "auto_map" in values:
         said.append(
-            "config.json names program code of its own (auto_map). It is not run: the weights are "
+            "config.json refers to code of its own (auto_map). It is not run: the weights are "
             "read as a plain GPT-2's"
         )
     obeyed = {name for names in SIZE_FIELDS["hf"].values() for name in names}

@@ -108,12 +108,12 @@ def _usual_activation(format: str, file: Path, has_settings: bool, notes: list[s
     """Return the activation function of a model that does not name it; add to the notes."""
     if format == "nanogpt":
         notes.append(
-            f"{file.name} does not say which activation function it was trained with: taken as "
-            "gelu, nanoGPT's since June 2023. For an older one, or minGPT: --activation gelu_new"
+            f"{file.name} does not name the activation function: assuming gelu, as in nanoGPT "
+            "since June 2023. For an older checkpoint, or minGPT, use --activation gelu_new"
         )
         return "gelu"
     if not has_settings:
-        notes.append(f"no file names the activation function: taken as {ACTIVATIONS[0]}")
+        notes.append(f"no file names the activation function: assuming {ACTIVATIONS[0]}")
     return ACTIVATIONS[0]
 
 
@@ -139,15 +139,14 @@ def _zero_biases(config: ModelConfig, file: Path) -> dict[str, Stored]:
 def _with_our_scale(
     tensor: ReadWeight, config: ModelConfig, values: dict[str, Any], notes: list[str]
 ) -> ReadWeight:
-    """Return the same function, with queries for our scale of attention; add to the notes."""
+    """Return `tensor` with the queries scaled for our attention; add to the notes."""
     head = config.n_embd // config.n_head
     scale = settings.query_scale({**values, "n_layer": config.n_layer}, head)
     if scale is None:
         return tensor
     notes.append(
-        "its attention is scaled in another way (scale_attn_weights, "
-        "scale_attn_by_inverse_layer_idx): the weights of the queries were scaled instead, "
-        "with the same result"
+        "its attention uses another scale (scale_attn_weights, scale_attn_by_inverse_layer_idx): "
+        "the weights of the queries were scaled instead, with the same result"
     )
 
     def scaled(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,7 +19,7 @@ import safetensors
 from gpt2cli import files
 from gpt2cli.errors import UserError
 
-INDEX = ".index.json"  # has the files of a split model: weight_map, tensor name -> file name
+INDEX = ".index.json"  # of a split model; its weight_map maps tensor names to file names
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order transformers tries them
 STATE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)(-\d+)?$")  # UER-py adds the step: .bin-1000
 # Where a program saves more than the weights, the key that they are under: nanoGPT's train.py,
@@ -33,7 +33,7 @@ NANOGPT_ARGS = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-NANOGPT_OTHERS = ("bias", "dropout")  # seen in the weights; of training
+NANOGPT_OTHERS = ("bias", "dropout")  # the weights show it; only for training
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StateDict:
     Attributes:
         file: the file, or the index of several.
         tensors: name -> tensor.
-        settings: sizes that stand in the file itself, by their names in a config.json.
+        settings: sizes from the file itself, by their names in a config.json.
         notes: sentences for the user about the file.
     """
 
@@ -87,18 +87,17 @@ def read(file: Path) -> StateDict:
         return _read_torch(file)
     placed = files.read_object(file).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(n, str) for n in placed.values()):
-        raise UserError(f"{file} has no weight_map of names and files. Copy or fetch it again")
+        raise UserError(f"{file} has no weight_map of names and files. Download it again")
     stored: dict[str, Stored] = {}
     for name in sorted(set(placed.values())):
         part = file.with_name(name) if name and Path(name).name == name else None
         if part is None or not part.is_file() or name.endswith(INDEX):
-            raise UserError(f"{file} lists {name}, which is not beside it. Copy or fetch it again")
+            raise UserError(f"{file} lists {name}, which is not beside it. Download it again")
         stored |= read(part).tensors
     missing = [name for name in placed if name not in stored]
     if missing:
         raise UserError(
-            f"{placed[missing[0]]} lacks {few(missing)}, which {file} lists. Copy or fetch both "
-            "again"
+            f"{placed[missing[0]]} lacks {few(missing)}, which {file} lists. Download both again"
         )
     return StateDict(file, stored)
 
@@ -111,7 +110,7 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
         handle = safetensors.safe_open(file, "np")
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut short ({error}). Fetch it again") from None
+        raise UserError(f"{file} is damaged or incomplete ({error}). Download it again") from None
 
     def tensor(name: str) -> np.ndarray:
         kind = parts[name].get_dtype()
@@ -131,12 +130,12 @@ def torch() -> ModuleType:
         found = importlib.import_module("torch")
     except ImportError:
         raise UserError(
-            "PyTorch reads the weights in a .bin or .pt, and it is not installed. Install it with: "
+            "weights in a .bin or .pt need PyTorch, which is not installed. Install it with: "
             'bin/install torch (or pip install ".[torch]"), or get the model as .safetensors'
         ) from None
     if tuple(map(int, found.__version__.split(".")[:2])) < (2, 6):
         raise UserError(  # CVE-2025-32434
-            f"PyTorch {found.__version__} may run code in a .bin even with weights_only. "
+            f"PyTorch {found.__version__} may run code from a .bin even with weights_only. "
             "Update it with: pip install -U torch, or get the model as .safetensors"
         )
     return found
@@ -152,17 +151,21 @@ def _read_torch(file: Path) -> StateDict:
             state = load()
     except pickle.UnpicklingError:
         raise UserError(
-            f"{file} contains more than tensors, or is not a PyTorch file. Anything else in it "
-            "could be a program, so it is never loaded: save the state dict alone"
+            f"{file} contains more than tensors, or is not a PyTorch file. Other objects could run "
+            "code, so they are never loaded: save the state dict alone"
         ) from None
     except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"{file} is damaged or not a PyTorch file ({reason})") from None
+        raise UserError(
+            f"{file} is damaged or not a PyTorch file ({reason}). Get it again"
+        ) from None
     state, settings, notes = _unwrapped(state, file)
 
     def tensor(name: str) -> np.ndarray:
         if not state[name].is_floating_point():
-            raise UserError(f"{file}: {name} is {state[name].dtype}, not floating-point")
+            raise UserError(
+                f"{file}: {name} is {state[name].dtype}, but weights must be floating-point"
+            )
         return state[name].detach().float().numpy()
 
     stored = {
@@ -173,7 +176,7 @@ def _read_torch(file: Path) -> StateDict:
 
 
 def _unwrapped(loaded: Any, file: Path) -> tuple[Mapping[str, Any], dict[str, Any], list[str]]:
-    """Return the state dict in what a program saved, its settings, and notes about the rest."""
+    """Return the state dict inside a saved file, its settings, and notes about the rest."""
     settings: dict[str, Any] = {}
     notes = []
     state = loaded
@@ -183,16 +186,16 @@ def _unwrapped(loaded: Any, file: Path) -> tuple[Mapping[str, Any], dict[str, An
             break
         skipped = [str(k) for k in state if k not in (key, "model_args")]
         if skipped:
-            notes.append(f"of the training checkpoint only {key} is read, not {few(skipped)}")
+            notes.append(f"only {key} of the training checkpoint is read; ignored {few(skipped)}")
         arguments = state.get("model_args")
         if isinstance(arguments, Mapping):
             settings = {t: arguments[n] for n, t in NANOGPT_ARGS.items() if n in arguments}
             others = [str(n) for n in arguments if n not in (*NANOGPT_ARGS, *NANOGPT_OTHERS)]
             if others:
-                notes.append(f"model_args has {few(others)}, which nanoGPT has not: ignored")
+                notes.append(f"ignored {few(others)} of model_args, which nanoGPT does not have")
         state = state[key]
     if not isinstance(state, Mapping) or not _is_state_dict(state):
-        raise UserError(f"{file} is not a state dict: it must contain named tensors alone")
+        raise UserError(f"{file} is not a state dict: save named tensors alone")
     return state, settings, notes
 
 

@@ -1,4 +1,4 @@
-"""What a command says about its prompts: what the model does not see, or reads in another way."""
+"""Notes about prompts: tokens that the model does not see, and text that it reads as another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpt2cli.inference.text import Prompt, encode_prompt, prefix_text
 from gpt2cli.options import GenerateOptions
 from gpt2cli.text.encoder import Encoder
 
-NAMED = 5  # characters or tokens that a line names; the others are counted
+NAMED = 5  # characters or tokens that a note names; the others are counted
 
 
 def about(
@@ -22,18 +22,19 @@ def about(
     options: GenerateOptions,
     typed: bool = False,
 ) -> dict[str, str]:
-    """Return lines for standard error about prompts, at most one of each kind.
+    """Return notes about prompts for standard error, at most one of each kind.
 
     Args:
         prompts: each prompt and its ids, or None to encode it here.
-        vocabulary: the encoder; without it only token ids that are too many are found.
-        n_ctx: of the model.
+        vocabulary: the encoder; without it, only prompts that are too long are found.
+        n_ctx: the model's window.
         options: how the prompts are continued; special and window count.
         typed: whether a person typed the prompt: then a space at its end is mentioned too.
 
     Returns:
-        kind -> line. The kinds are cut (prompts longer than the window), unknown (characters that
-        the vocabulary lacks), special (texts of added tokens that are read as plain text), space.
+        kind -> note. The kinds are cut (a prompt is longer than the window), unknown (the
+        vocabulary lacks a character), special (the text of an added token is read as plain text)
+        and space (a prompt ends in one).
     """
     found, special = _Found(), options.special == "token"
     seen = rows.most_seen(n_ctx, options.window)
@@ -55,7 +56,7 @@ def about(
 
 
 class _Found:
-    """The findings in prompts, and the lines about them."""
+    """The findings in prompts, and the notes about them."""
 
     def __init__(self) -> None:
         self.count = 0  # prompts
@@ -78,7 +79,7 @@ class _Found:
             self.cut.append((self.count, length))
 
     def lines(self, vocabulary: Encoder | None, seen: int, typed: bool) -> dict[str, str]:
-        """Return the lines; see `about`."""
+        """Return the notes; see `about`."""
         found: dict[str, str] = {}
         if self.cut:
             found["cut"] = self._cut(seen)
@@ -89,15 +90,15 @@ class _Found:
             t for t in self.added if vocabulary and vocabulary.encode(t) != [vocabulary.added[t]]
         ]
         if texts:
-            are, tokens = ("is", "it the token") if len(texts) == 1 else ("are", "them tokens")
+            are, tokens = ("is", "it as a token") if len(texts) == 1 else ("are", "them as tokens")
             found["special"] = (
-                f"{_named(texts)} in a prompt {are} read as plain text; --special token makes "
-                f"{tokens}"
+                f"{_named(texts)} in a prompt {are} read as plain text; add --special token to "
+                f"read {tokens}"
             )
         if vocabulary and typed and self.ends_in_space and _joins_spaces(vocabulary):
             found["space"] = (
                 "the prompt ends in a space. In this vocabulary a word begins with its space, so "
-                "the continuation is better without it"
+                "remove it for a better continuation"
             )
         return found
 
@@ -107,7 +108,7 @@ class _Found:
             return f"prompt {number} has {length} tokens; the model sees only the last {seen}"
         return (
             f"{len(self.cut):,} of {counted(self.count, 'prompt')} are longer than the model's "
-            f"window, such as prompt {number} ({length} tokens); it sees only the last {seen}"
+            f"window, such as prompt {number} ({length} tokens); only the last {seen} are seen"
         )
 
     def _unknown(self, vocabulary: Encoder) -> str:
@@ -123,12 +124,12 @@ class _Found:
 
 
 def _joins_spaces(vocabulary: Encoder) -> bool:
-    """Return whether a word begins with its space: so in GPT-2's vocabulary, not in WordPiece."""
+    """Return whether a word begins with its space: in GPT-2's vocabulary, not in WordPiece."""
     first = vocabulary.bytes_of(vocabulary.encode(" the")[:1]).decode("utf-8", "replace")
     return len(first) > 1 and first[0] in " ▁"  # U+2581 is Metaspace's space
 
 
 def _named(texts: list[str]) -> str:
-    """Return the first few texts in a row, and the number of the others."""
+    """Return the first texts, separated by commas, and the number of the others."""
     more = [f"{len(texts) - NAMED:,} more"] if len(texts) > NAMED else []
     return ", ".join([*(text[:40] for text in texts[:NAMED]), *more])

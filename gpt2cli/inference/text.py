@@ -47,7 +47,7 @@ class Sample:
     prompt_cut: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON object, without optional ones that say nothing."""
+        """Return the fields as a JSON object, without optional fields that have no value."""
         fields = asdict(self)
         optional = {"logprobs": None, "score": None, "prompt_cut": 0}
         return {n: v for n, v in fields.items() if n not in optional or v != optional[n]}

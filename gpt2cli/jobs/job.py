@@ -105,7 +105,7 @@ def samples_of(options: SampleOptions, prompts: Sequence[Item]) -> list[tuple[in
 def _report(
     options: SampleOptions, folder: ModelFolder, vocabulary: Encoder | None, samples: Samples
 ) -> None:
-    """Report what the model will not see of the prompts, or read in another way."""
+    """Print notes about the prompts (see inference/hints.py)."""
     prompts = ((prompt, None) for _, prompt in samples[:: options.nsamples])
     typed = options.prompts is None and sys.stderr.isatty()
     found = hints.about(prompts, vocabulary, folder.known_sizes().n_ctx, options, typed)

@@ -73,7 +73,7 @@ def _prompt_of(record: Record, options: FileOptions) -> Prompt:
         return value
     if not isinstance(value, str) and options.json_field is None:
         raise UserError(
-            f'{where} must be a text, a list of token ids, or an object with "prompt" or "tokens"; '
-            "--json_field names another field"
+            f'{where} must be a text, a list of token ids, or an object with "prompt" or "tokens". '
+            "Name another field with --json_field"
         )
     return text_of(value, where, options, default="prompt")

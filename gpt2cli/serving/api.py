@@ -113,7 +113,7 @@ class CompletionRequest(BaseModel):
     temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     """Below 1 favors likely tokens, above 1 unlikely ones; 0 always takes the most likely token."""
     top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
-    """Sample from the fewest most likely tokens that reach this probability; 0 takes the first."""
+    """Sample from the likeliest tokens that reach this probability; 0 takes the likeliest one."""
     n: int = Field(1, ge=1, le=INT32)
     """Number of samples for each prompt."""
     seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
@@ -203,8 +203,8 @@ class CompletionRequest(BaseModel):
     def settings(self) -> GenerateOptions:
         """Return the settings of one sample.
 
-        top_p 0 always takes the most likely token, as for clients of OpenAI and llama.cpp; the
-        0 of GenerateOptions, nshepperd's, samples from all.
+        top_p 0 always takes the likeliest token, as clients of OpenAI and llama.cpp expect. In
+        GenerateOptions, 0 samples from all tokens, as in nshepperd/gpt-2.
 
         Raises:
             UsageError: the fields break a rule that all commands share.

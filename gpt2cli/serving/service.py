@@ -149,7 +149,7 @@ class Service:
         name = name.strip("[]").lower().rstrip(".")
         known = ("localhost", options.host.lower(), *map(str.lower, options.allow_host))
         if not (_is_address(name) or name in known):
-            message = f"this server does not answer for the host {name:.100}; see --allow_host"
+            message = f"this server does not accept the host name {name:.100}; see --allow_host"
             raise RequestError(403, message)
 
     def check_model(self, name: str) -> None:
@@ -268,8 +268,8 @@ class Answer:
                 if isinstance(prompt, str) and len(prompt) > most * model.longest_token:
                     # a megabyte of spaces is not worth the seconds that it takes to encode
                     message = (
-                        f"the prompt has {len(prompt):,} characters, more than {most:,} tokens can "
-                        "have; this server accepts no more tokens"
+                        f"the prompt has {len(prompt):,} characters, too many for the {most:,} "
+                        "tokens that this server accepts"
                     )
                     raise RequestError(400, message, "prompt", "context_length_exceeded")
                 ids = model.check_prompt(prompt, settings.special == "token")
@@ -357,7 +357,7 @@ class Answer:
         row = self.rows[number]
         prompt = row.text.prompt
         if prompt is None or isinstance(prompt, str):
-            # those of "" are no part of the text: a start token, or those before every text
+            # an empty prompt has no text; its ids come before every text
             return row.prompt_length - len(self.encoder.prefix) if prompt else 0
         return row.prompt_length
 

@@ -213,10 +213,10 @@ def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
 
 
 def _reject_other_format(folder: Path) -> None:
-    """Say how to convert the weights in a folder of another program.
+    """Reject a folder with another program's weights; the message says how to convert them.
 
     Raises:
-        UserError: there are any.
+        UserError: the folder has an adapter, or weights in another format.
     """
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(

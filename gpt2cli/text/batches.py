@@ -99,8 +99,8 @@ class Tokens:
         count = sum(len(starts) for starts, _ in bounds)
         if count < 2:
             raise UserError(
-                f"{self.path} contains {counted(count, 'document')}, and --val_fraction divides a "
-                "corpus by document. Use --lines if each line is one, or --val_dataset"
+                f"{self.path} contains {counted(count, 'document')}, but --val_fraction needs "
+                "at least 2. Use --lines if each line is a document, or --val_dataset"
             )
         number = min(max(round(fraction * count), 1), count - 1)
         is_held = np.zeros(count, bool)

@@ -80,7 +80,7 @@ def _encoding(start: bytes, options: FileOptions, note: Callable[[str], None]) -
         if start.startswith(sign):
             family = encoding[:6].rstrip("-")
             if given == "utf-8" and family != "utf-8":
-                note(f"read as {family.upper()}, as the byte order mark says")
+                note(f"read as {family.upper()} because of the byte order mark")
             if given in ("utf-8", "utf-8-sig", family, encoding):
                 return len(sign), encoding
     return 0, options.encoding
@@ -92,7 +92,10 @@ def _note_disguise(path: Path, start: bytes, note: Note) -> None:
     if records.is_records(ending):
         return
     if _is_json(start):
-        note("looks like JSON, but is read as text; to read its records, name it .json(l)", path)
+        note(
+            "looks like JSON but is read as text; to read records, rename it to .json or .jsonl",
+            path,
+        )
     elif packed.looks_like_html(start):
         note("looks like a web page; its markup is read as text", path)
 
@@ -123,9 +126,6 @@ def _without_nul(
 ) -> str:
     """Return a text with its NUL characters replaced by U+FFFD.
 
-    Raises:
-        UserError: --errors is strict, or a binary file has them.
-
     Args:
         path: the file.
         options: the flags.
@@ -133,6 +133,9 @@ def _without_nul(
         text: a block.
         at: the place of its first byte.
         block: the bytes of the text; the first may be missing.
+
+    Raises:
+        UserError: --errors is strict, or the file is binary.
     """
     is_wide = _is_wide(encoding)
     is_binary = not is_wide and block.count(b"\0") * 10 > len(block)
@@ -158,7 +161,7 @@ def _without_nul(
 
 
 def _not_text(path: Path, start: int, encoding: str, error: UnicodeError) -> UserError:
-    """Return the error for a byte that is invalid in the encoding, in a block from `start` on."""
+    """Return the error for an invalid byte in a block that begins at byte `start`."""
     at = start + getattr(error, "start", 0)
     line = _line_of(path, at, encoding)
     return UserError(
@@ -190,7 +193,7 @@ def parts_of(
     progress: Progress,
     tally: Tally | None = None,
 ) -> Iterator[Part]:
-    """Yield the parts of the documents in a text file; documents without a character are left out.
+    """Yield the parts of the documents in a text file; empty documents are left out.
 
     `cut` is an encoder's CUT.
 
@@ -207,13 +210,15 @@ def parts_of(
                 tally.skip_record()
         return
     if options.template is not None:
-        raise UserError(f"{path} is plain text. --template needs records, in .jsonl, .csv or such")
+        raise UserError(
+            f"{path} is plain text. --template needs records, such as in a .jsonl or .csv file"
+        )
     blocks = blocks_of(path, options, progress, note)
     if options.uer_compat:
         yield from _uer_lines(blocks, cut)
         return
     for part, _ in _split(blocks, cut, by_line=options.lines):
-        # a line that was cut is not blank: CUT never cuts within leading spaces
+        # a part of a line is not blank: CUT never cuts within leading spaces
         is_blank = part.opens and part.closes and not part.text.strip()
         if not (options.lines and is_blank):
             yield part
@@ -244,11 +249,11 @@ def records_of(
 
 
 def check_flags(paths: Iterable[Path], options: FileOptions) -> None:
-    """Reject (UserError) a flag that names a part of records where no file has such records."""
+    """Reject (UserError) --csv_column or --json_field if no file has such records."""
     endings = {packed.names_of(path)[0] for path in paths}
     for flag, kinds in (("csv_column", records.TABLES), ("json_field", records.OBJECTS)):
         if getattr(options, flag) is not None and not endings.intersection(kinds):
-            raise UserError(f"--{flag} is for {', '.join(kinds)} files, and there is none")
+            raise UserError(f"--{flag} is for {', '.join(kinds)} files, but there are none")
 
 
 def _split(

@@ -1,7 +1,7 @@
 """Records -> documents: a text, a prompt with its completion, or the messages of a dialogue.
 
 A document is a list of parts. A dialogue has one part for each piece of its template and for each
-field, encoded by itself, so that a prompt has the same ids here as in `sample`.
+field, encoded separately, so that a prompt has the same ids here as in `sample`.
 """
 
 import re
@@ -17,7 +17,7 @@ from gpt2cli.storage.folders import ModelFolder
 SURROGATE = re.compile("[\ud800-\udfff]")
 PAIR = ("prompt", "completion")  # of OpenAI's fine-tuning files
 MESSAGE = {"role", "content"}
-# Nothing follows the prompt but the completion, as OpenAI's fine-tuning files were learnt.
+# The completion follows the prompt directly, as in OpenAI's fine-tuning.
 PAIR_TEMPLATE = "{prompt}{completion}"
 
 
@@ -29,7 +29,7 @@ class Part(NamedTuple):
     closes: bool  # whether the document ends with this part
     learnt: bool = True  # whether --loss completion learns it, and the end token after it
     is_dialogue: bool = False  # whether only the last end token ends the document
-    is_literal: bool = False  # whether it is a template's, so that special tokens are tokens
+    is_literal: bool = False  # whether it is the template's own text, where special tokens count
     is_turn: bool = False  # whether an end token follows it, though the document may continue
 
 
@@ -46,7 +46,7 @@ class Record(NamedTuple):
 
 
 def parts_of(record: Record, options: TextOptions) -> list[Part]:
-    """Return the parts of a record's document; empty if it has no character.
+    """Return the parts of a record's document; none if the record is empty.
 
     Raises:
         UserError: the record has no text, several, or not the fields of --template.
@@ -58,8 +58,8 @@ def parts_of(record: Record, options: TextOptions) -> list[Part]:
         forms = forms_in(value)
         if len(forms) > 1:
             raise UserError(
-                f"{where} has {' and '.join(forms)}. Choose with --json_field NAME, or with "
-                "--template and the fields in braces"
+                f"{where} has {' and '.join(forms)}. Choose one with --json_field NAME, or write a "
+                "--template with its fields in braces"
             )
         if forms == ["messages"]:
             return _messages(value["messages"], where, None, options)
@@ -86,9 +86,9 @@ def text_of(value: Any, where: str, options: FileOptions, default: str = "text")
     if isinstance(value, Mapping):
         if name not in value:
             texts = ", ".join(str(f) for f, v in value.items() if isinstance(v, str))
-            hint = f"Its texts are {texts}: name one with --json_field"
+            hint = f"Its text fields are {texts}: name one with --json_field"
             if not texts:
-                hint = f"It has {', '.join(map(str, value)) or 'no field'}"
+                hint = f"Its fields are: {', '.join(map(str, value)) or 'none'}"
             raise UserError(
                 f'{where} must be a JSON string or an object with a "{name}" string. {hint}'
             )
@@ -99,7 +99,7 @@ def text_of(value: Any, where: str, options: FileOptions, default: str = "text")
 
 
 def _clean(text: Any, where: str, options: FileOptions) -> str:
-    """Return a text without NUL and halves of characters: --errors replace makes them U+FFFD.
+    """Return a text without NUL characters and lone surrogates; --errors replace makes them U+FFFD.
 
     Raises:
         UserError: it is not a text, or has such characters and --errors is strict.
@@ -111,7 +111,7 @@ def _clean(text: Any, where: str, options: FileOptions) -> str:
     if place < 0 and not text.isascii():
         text = _joined(text)
         match = SURROGATE.search(text)
-        place, what = match.start() if match else -1, "half of a character (a lone surrogate)"
+        place, what = match.start() if match else -1, "a lone surrogate (half of a character)"
     if place < 0:
         return text
     if options.errors == "strict":
@@ -140,7 +140,7 @@ def _filled(value: Any, where: str, template: str, options: TextOptions) -> list
     The completion is the field of that name, or else the last one.
     """
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} is not an object with fields, which --template needs")
+        raise UserError(f"{where} is not an object, but --template needs its fields")
     pieces = split_template(template)
     names = [name for _, name in pieces if name is not None]
     if set(names) <= MESSAGE and "messages" in value:

@@ -63,7 +63,7 @@ def encode(
 
     Raises:
         UserError: a file cannot be read, is not text in that encoding, contains wrong ids, or has
-            no dialogue though --loss is completion.
+            no dialogue although --loss is completion.
     """
     dtype = stored.dtype_of(n_vocab)
 
@@ -106,7 +106,7 @@ def load(
 
     Raises:
         UserError: see `inputs.find` and `encode`; or there are fewer than 2 tokens, or none of them
-            is learnt.
+            counts in the loss.
     """
     found = inputs.find(path)
     tally = Tally(found)
@@ -126,21 +126,21 @@ def load(
 
 
 def check_learnt(path: str | Path, learnt: int, total: int, loss: str) -> None:
-    """Print how many tokens are learnt, if not all are.
+    """Print the number of tokens that count in the loss, if not all do.
 
     Raises:
-        UserError: none is, or all are though --loss is completion.
+        UserError: none does, or all do although --loss is completion.
     """
     if not learnt:
         raise UserError(
-            f"{path} contains no completion: none of its {total:,} tokens would be learnt. Check "
-            "the records, or use --loss all"
+            f"{path} contains no completion: none of its {total:,} tokens would count in the "
+            "loss. Check the records, or use --loss all"
         )
     if learnt < total:
-        say(f"{path}: {learnt:,} of {total:,} tokens are learnt, the others are only read")
+        say(f"{path}: {learnt:,} of {total:,} tokens count in the loss; the others are only read")
     elif loss == "completion":
         raise UserError(
-            f"{path} contains no prompt, so --loss completion has nothing to leave out. Encode "
+            f"{path} contains no prompt, so --loss completion would leave nothing out. Encode "
             "records with prompt and completion, or with messages, with --loss completion"
         )
 
@@ -189,7 +189,7 @@ def _groups(
                 if part.is_turn and (chat_template or encoder.end is None):
                     raise _no_template(path, chat_template)
             elif is_masked:
-                raise UserError(f"{path} has texts without a prompt. {NO_PROMPT}")
+                raise UserError(f"{path} has text without a prompt. {NO_PROMPT}")
             group.append(part)
             characters = len(part.text)
             size += characters + 1  # blank lines take memory too
@@ -256,8 +256,8 @@ def _no_template(path: Path, chat_template: Path | None) -> UserError:
     if chat_template is None:
         why = "this vocabulary has no end token to put after each message"
     return UserError(
-        f"{path} has messages, and {why}. Write the form of one message as --template, such as "
-        r'--template "{role}: {content}\n"'
+        f"{path} has messages, and {why}. Give the form of one message with "
+        r'--template, such as "{role}: {content}\n"'
     )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gpt2cli.console import counted
 from gpt2cli.errors import UserError
 
-NAMED = 3  # files that a line names for one reason
+NAMED = 3  # files that a line names for each reason
 
 
 class Found(NamedTuple):
@@ -45,7 +45,7 @@ class Tally:
         self._notes: dict[str, list[Path]] = {}
 
     def skip_record(self) -> None:
-        """Count a record without a character."""
+        """Count an empty record."""
         self._counts["empty record"] += 1
 
     def skip_file(self, why: str, path: Path) -> None:
@@ -91,7 +91,9 @@ def find(path: str | Path) -> Found:
     if path.is_file():
         return Found([path], 0, {})
     if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+        raise UserError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist. Fix the link"
+        )
     left_out: dict[str, list[Path]] = {}
     hidden = 0
     if path.is_dir():

@@ -8,14 +8,14 @@ from typing import Any
 from gpt2cli.errors import UserError
 from gpt2cli.text.documents import Record
 
-LONGEST = 2**28  # characters of a value that is not complete
+LONGEST = 2**28  # characters of the longest value that is read
 
 
 def items_of(path: Path, text: "JsonText") -> Iterator[Record]:
     """Yield the items of a list whose [ is the next character.
 
     Raises:
-        UserError: an item is no text, object or list, or the text is not JSON.
+        UserError: an item is not a text, object or list, or the text is not JSON.
     """
     text.skip(1)
     number = 0
@@ -49,7 +49,7 @@ class JsonText:
         self._decode = json.JSONDecoder().raw_decode
 
     def _more(self) -> bool:
-        """Read as much as is there already, so that a long value is not read again and again."""
+        """Read at least as much as is waiting, so that a long value is parsed only a few times."""
         parts, size = [self._text[self._at :]], 0
         least = len(parts[0])
         for block in self._blocks:
@@ -80,7 +80,7 @@ class JsonText:
                 return ""
 
     def value(self, where: str) -> Any:
-        """Return the next value and move behind it; UserError if it is no text, object or list."""
+        """Return the next value and move past it; UserError if it is not a text, object or list."""
         if self.skip_space() not in ('"', "{", "["):
             raise UserError(f"{where} must be a text or an object")
         while True:
@@ -90,11 +90,11 @@ class JsonText:
                 is_short = len(self._text) - self._at < LONGEST
                 if is_short and _is_cut(error, len(self._text)) and self._more():
                     continue
-                raise UserError(f"{where} is not JSON ({self._told(error)})") from None
+                raise UserError(f"{where} is not JSON ({self._reason(error)})") from None
             self.skip(end - self._at)
             return value
 
-    def _told(self, error: Exception) -> str:
+    def _reason(self, error: Exception) -> str:
         """Return the decoder's message with the line of the file."""
         if isinstance(error, json.JSONDecodeError):
             return (

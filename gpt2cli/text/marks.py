@@ -1,4 +1,4 @@
-"""Marks on stored token ids: which a dialogue only reads, and which end tokens end no document.
+"""Marks on stored token ids: tokens outside the loss, and end tokens inside a document.
 
 A marked id is stored as ~value, a negative int32, and value is the id plus some of the flags below.
 So a token that is only read is stored as ~id. Arrays keep one number for each token and can be

@@ -1,4 +1,4 @@
-"""Open files of text: packed ones are unpacked on the way; other kinds are named and rejected."""
+"""Open text files: compressed ones are unpacked while they are read; other kinds are rejected."""
 
 import bz2
 import contextlib
@@ -15,7 +15,7 @@ from typing import IO, Any
 from gpt2cli.errors import UserError
 
 PACKINGS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
-ZSTD_PIECE = 2**10  # packed bytes unpacked at a time: a block of 4 bytes may unpack to 128 kB
+ZSTD_PIECE = 2**10  # compressed bytes unpacked at a time: a block of 4 bytes may unpack to 128 kB
 
 LFS = "Git LFS pointer"  # in place of a large file that was not fetched
 # The first bytes of files that are not text. Sources: the formats' own specifications, and
@@ -73,7 +73,7 @@ FIRST = 1024  # bytes that decide
 
 
 def names_of(path: Path) -> tuple[str, str]:
-    """Return (the ending that tells the kind, the packing or "") of a file's name, as .csv, .gz."""
+    """Return the ending that names a file's kind, and its compression or "": such as .csv, .gz."""
     ending = path.suffix.lower()
     if ending in PACKINGS:
         return path.with_suffix("").suffix.lower(), ending
@@ -93,7 +93,7 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     Nothing is unpacked before it is read, so a small file cannot fill the memory.
 
     Raises:
-        UserError: the file cannot be read, ends too early, or is not packed as its name says.
+        UserError: the file cannot be read, ends too early, or is not compressed as its name says.
     """
     _, packing = names_of(path)
     try:
@@ -105,8 +105,8 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             file.seek(0)
             if not any(start and sign.startswith(start) for sign in _signs(packing)):
                 raise UserError(
-                    f"{path} is not a {PACKINGS[packing]} file. Give it the name of its own kind, "
-                    "or download it again"
+                    f"{path} is not a {PACKINGS[packing]} file. Give it the ending of its own "
+                    "kind, or download it again"
                 )
             yield _unpacker(file, packing, path), file
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -118,7 +118,7 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged or not complete ({error}). Download or pack it again")
+    return UserError(f"{path} is damaged or incomplete ({error}). Download or compress it again")
 
 
 def _unpacker(file: IO[bytes], packing: str, path: Path) -> Any:
@@ -132,18 +132,18 @@ def _unpacker(file: IO[bytes], packing: str, path: Path) -> Any:
 
 
 class _Zstd(io.RawIOBase):
-    """Unpacks a Zstandard file. zstandard's own reader takes a file that was cut for a whole one.
+    """Unpacks a Zstandard file. zstandard's own reader accepts a file that ends too early.
 
     Args:
-        file: the packed file.
+        file: the compressed file.
         path: its name for messages.
     """
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._library = extra("zstandard", path, "is packed with Zstandard")
+        self._library = extra("zstandard", path, "is compressed with Zstandard")
         self._file = file
         self._frame: Any = None  # the frame that is being read
-        self._rest = b""  # packed bytes after the end of a frame
+        self._rest = b""  # compressed bytes after the end of a frame
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -162,7 +162,7 @@ class _Zstd(io.RawIOBase):
             self._rest = b""
             if not packed:
                 if self._frame is not None:
-                    raise EOFError("it ends before the end of the packed text")
+                    raise EOFError("it ends too early")
                 return 0
             if self._frame is None:
                 self._frame = self._library.ZstdDecompressor().decompressobj()
@@ -190,7 +190,7 @@ def extra(package: str, path: Path, problem: str) -> Any:
 
 
 def _signs(packing: str) -> list[bytes]:
-    """Return the first bytes that files of a packing can have."""
+    """Return the first bytes that files of a compression can have."""
     return [sign for sign, kind in SIGNATURES.items() if kind == PACKINGS[packing]]
 
 
@@ -205,7 +205,7 @@ def _signature(start: bytes) -> str:
 def check_text(path: Path, start: bytes) -> None:
     """Reject (UserError) a file that is not text, by its first bytes and then by its name.
 
-    A web page named .txt is read with its markup.
+    A web page whose name ends in .txt is read with its markup.
 
     Args:
         path: the file.
@@ -215,29 +215,29 @@ def check_text(path: Path, start: bytes) -> None:
     kind = BY_NAME.get(ending) or _signature(start[:FIRST])
     if kind == "HTML" or (not kind and ending != ".txt" and looks_like_html(start)):
         raise UserError(
-            f"{path} is an HTML page, so its markup would be learnt. Extract its text first, for "
-            "example with trafilatura or pandoc, or rename it to .txt to learn the markup too"
+            f"{path} is an HTML page, so its markup would be read as text. Extract its text first, "
+            "for example with trafilatura or pandoc, or rename it to .txt to keep the markup"
         )
     if kind:
-        raise UserError(f"{path} is not text: its kind is {kind}. {_way_out(kind)}")
+        raise UserError(f"{path} is not text (file type: {kind}). {_way_out(kind)}")
 
 
 def _way_out(kind: str) -> str:
-    """Return a sentence about what to do with a file of that kind."""
+    """Return the advice for a file of a kind that is not text."""
     packing = next((end for end, name in PACKINGS.items() if name == kind), None)
     if packing:
         return f"Rename it so that it ends in {packing}, or unpack it"
     if kind == "Parquet":
         return "Rename it so that it ends in .parquet"
     if kind in ARCHIVES:
-        return "Unpack it first, and name the folder of its files"
+        return "Unpack it first, and name the folder with its files"
     if kind in DOCUMENTS:
         by = "pdftotext" if kind == "PDF" else "pandoc"
         return f"Extract its text first, for example with {by}, or leave it out of the input"
     if kind == LFS:
         return "Fetch the file itself with: git lfs pull"
     if kind == "NumPy":
-        return "Unpack it if it is packed, and let its name end in .npz or .npy if it has token ids"
+        return "If it contains token ids, decompress it and let its name end in .npz or .npy"
     return "Leave it out of the input"
 
 

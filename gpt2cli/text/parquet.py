@@ -18,7 +18,7 @@ ROWS = 256  # rows that are in memory as Python objects
 def rows_of(
     path: Path, options: FileOptions, default: str, progress: Callable[[int], Any]
 ) -> Iterator[Record]:
-    """Yield the rows of a .parquet file: a part of a row group at a time, and only what is needed.
+    """Yield the rows of a .parquet file; read only the columns needed, a few rows at a time.
 
     Raises:
         UserError: pyarrow is missing, the file is damaged, or it has no such column.
@@ -50,7 +50,7 @@ def rows_of(
 
 
 def _spooled(content: IO[bytes]) -> IO[bytes]:
-    """Unpack a file to the disk, where it can be read at any place."""
+    """Unpack a file to the disk, because Parquet needs random access."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with its reader
     shutil.copyfileobj(content, file)
     file.seek(0)

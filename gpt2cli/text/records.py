@@ -1,4 +1,4 @@
-"""Texts of records -> records: .csv and .tsv, .jsonl and .ndjson, .json."""
+"""Text of .csv, .tsv, .jsonl, .ndjson and .json files -> records."""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ Blocks = Iterable[str]
 
 
 def is_records(ending: str) -> bool:
-    """Return whether files whose names end so hold records."""
+    """Return whether files with this ending contain records."""
     return ending in TABLES or ending in OBJECTS
 
 
@@ -133,16 +133,16 @@ def _columns(
     if not options.csv_header:
         if len(header) > 1:
             raise UserError(
-                f"{where} has {len(header)} columns, not one. Write their names into the first "
-                "line, and choose one with --csv_column NAME (without --csv_header=false)"
+                f"{where} has {len(header)} columns, not one. Add a header line, and choose a "
+                "column with --csv_column NAME (without --csv_header=false)"
             )
         return {"": 0}
     names = wanted(where, list(header), list(header), options, default)
     if len(header) == 1 and options.csv_column is None and any(c in header[0] for c in ";\t"):
         raise UserError(
-            f"{where} has one column, {header[0]!r}, so other characters than commas may separate "
-            "its columns. Use commas, or name a file with tabs .tsv. If it is one column, give "
-            "its name with --csv_column"
+            f"{where} has one column, {header[0]!r}, but its columns may be separated by another "
+            "character than a comma. Use commas, or tabs in a file that ends in .tsv. If it really "
+            "is one column, name it with --csv_column"
         )
     return {name: header.index(name) for name in names}
 
@@ -155,12 +155,12 @@ def wanted(
     Args:
         where: the file and place, for messages.
         names: all columns.
-        texts: those that hold texts.
+        texts: those that contain text.
         options: the flags.
         default: the column that is read if there are several and none is named.
 
     Raises:
-        UserError: there is no such column, or several hold texts.
+        UserError: there is no such column, or several contain text.
     """
     shown = ", ".join(name or "(no name)" for name in names)
     if options.csv_column is not None:
@@ -205,7 +205,7 @@ def _jsonl(path: Path, lines: Iterable[str]) -> Iterator[Record]:
 
 
 def _json(path: Path, blocks: Blocks) -> Iterator[Record]:
-    """Yield the items of a JSON list; a file of JSON lines that is named .json is read as such."""
+    """Yield the items of a JSON list; read JSON lines in a .json file as such."""
     text = JsonText(blocks)
     first = text.skip_space()
     if first in ("{", '"'):
@@ -217,7 +217,7 @@ def _json(path: Path, blocks: Blocks) -> Iterator[Record]:
 
 
 def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[Record]:
-    """Yield the records of JSON lines; reject (UserError) one object that is no record."""
+    """Yield the records of JSON lines; reject (UserError) a single object that is not a record."""
     records = _jsonl(path, lines)
     first = None
     with contextlib.suppress(UserError):
@@ -237,5 +237,5 @@ def _has_text(value: Any) -> bool:
 def _no_list(path: Path) -> UserError:
     return UserError(
         f"{path} is neither a JSON list of texts or objects nor JSON lines. If it is an object "
-        "with a list, take the list out, for example with: jq .data OLD.json > NEW.json"
+        "with a list, extract the list, for example with: jq .data OLD.json > NEW.json"
     )

@@ -185,14 +185,14 @@ class Run:
     def split(
         self, tokens: Tokens, options: TrainOptions, end: int | None
     ) -> tuple[Tokens, Tokens]:
-        """Keep --val_fraction of the documents for validation; the run's seed chooses them."""
+        """Hold out --val_fraction of the documents for validation; the run's seed chooses them."""
         assert options.seed is not None
         found = tokens.split(options.val_fraction, options.seed, end)
         self.say(
             f"--val_fraction {options.val_fraction}: {found.held_out_documents:,} of "
             f"{found.documents + found.held_out_documents:,} documents "
             f"({found.held_out.total:,} of {tokens.total:,} tokens), chosen by seed "
-            f"{options.seed}, are for validation alone"
+            f"{options.seed}, are held out for validation"
         )
         return found.tokens, found.held_out
 
@@ -291,7 +291,7 @@ class Run:
         n_vocab = self.model.config.n_vocab
         batch = self.plan.batches.batch(state.step, rows, options.noise, n_vocab)
         if not batch.mask.any():  # only --loss completion has such batches
-            self.say(f"step {state.step + 1}: its batch has no token to learn, so it is left out")
+            self.say(f"step {state.step + 1}: skipped; no token of its batch counts in the loss")
             state.step += 1
             return
         result = self.trainer.step(state.step, batch, bool(self.stop.received))
@@ -449,7 +449,7 @@ class Run:
             return
         if not score.tokens:
             raise UserError(
-                "the validation batches have no token to learn. Set --val_batch_count higher"
+                "no token of the validation batches counts in the loss. Increase --val_batch_count"
             )
         perplexity = math.exp(min(score.loss, 700))
         self.say(

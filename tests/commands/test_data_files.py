@@ -118,16 +118,16 @@ def test_a_packed_text_is_read_and_a_cut_or_damaged_one_is_rejected(encode, endi
     os.unlink("out.npz")
     for content in (whole[: len(whole) // 2], whole[:-3], whole[:40]):
         _, stderr = encode(f"a.txt{ending}", content)
-        assert f"a.txt{ending} is damaged or not complete" in stderr, len(content)
+        assert f"a.txt{ending} is damaged or incomplete" in stderr, len(content)
     if ending in (".gz", ".xz"):  # bzip2 compares a sum late, and zstandard writes none by default
         damaged = bytearray(whole)
         damaged[len(whole) // 2] ^= 255
         _, stderr = encode(f"a.txt{ending}", damaged)
-        assert f"a.txt{ending} is damaged or not complete" in stderr
+        assert f"a.txt{ending} is damaged or incomplete" in stderr
     _, stderr = encode(f"a.txt{ending}", b"plain text")
-    assert f"a.txt{ending} is not a " in stderr and "name of its own kind" in stderr
+    assert f"a.txt{ending} is not a " in stderr and "ending of its own kind" in stderr
     _, stderr = encode("a.txt", whole)
-    assert "a.txt is not text: its kind is " in stderr
+    assert "a.txt is not text (file type: " in stderr
     assert f"Rename it so that it ends in {ending}" in stderr
 
 
@@ -148,8 +148,8 @@ def zipped(*names):
 
 PAGE = b"\n<!-- saved -->\n<!DOCTYPE HTML><html><body>The kettle</body></html>"
 OTHERS = {
-    "a.zip": (zipped("a.txt"), "is not text: its kind is zip. Unpack it first"),
-    "a.txt": (zipped("a.txt"), "is not text: its kind is zip"),
+    "a.zip": (zipped("a.txt"), "is not text (file type: zip). Unpack it first"),
+    "a.txt": (zipped("a.txt"), "is not text (file type: zip)"),
     "a.docx": (zipped("[Content_Types].xml", "word/document.xml"), ".*kind is docx.*pandoc"),
     "docx.txt": (zipped("[Content_Types].xml"), ".*kind is Office"),
     "a.epub": (zipped("mimetype", "a.xhtml"), ".*kind is EPUB.*Extract its text"),
@@ -189,7 +189,7 @@ def test_a_web_page_or_json_named_txt_is_read_with_a_note(encode):
 
 BROKEN = [
     ("a.json", b'{"a": 1}', "is neither a JSON list of texts or objects nor JSON lines"),
-    ("a.json", b'{"data": ["a"]}', "is neither a JSON list .* take the list out.* jq"),
+    ("a.json", b'{"data": ["a"]}', "is neither a JSON list .* extract the list.* jq"),
     ("a.json", b'{\n "data": []\n}', "is neither a JSON list"),
     ("a.json", b'{"a": "b"}', 'line 1 must be a JSON string or an object with a "text" string'),
     ("a.json", b'{"text": 1}', "line 1, text must be a text, not a number"),
@@ -204,7 +204,11 @@ BROKEN = [
     ("a.json", b'["a"] x', "line 1 is not JSON: text follows the list"),
     ("a.json", b'["a",\n\n{"text": "b" "c"}]', r"item 2 \(line 3\) is not JSON .* at line 3"),
     ("a.json", b'["a",\n "b', r"item 2 \(line 2\) is not JSON \(Unterminated"),
-    ("a.jsonl", b'{"content": "a", "n": 1}', "Its texts are content: name one with --json_field"),
+    (
+        "a.jsonl",
+        b'{"content": "a", "n": 1}',
+        "Its text fields are content: name one with --json_field",
+    ),
     ("a.jsonl", b'{"conversations": []}', '"text" string. It has conversations'),
     ("a.jsonl", b'{"text": "a", "messages": []}', "has messages and text. Choose with --json_f"),
     ("a.jsonl", b'{"text": "a\\ud83d"}', "line 1, text: character 2 of the text is half of a"),
@@ -286,7 +290,7 @@ def test_a_byte_order_mark_decides(encode, encoding, name):
     texts, stderr = encode(name, gzip.compress(content) if name.endswith("gz") else content)
     assert texts == ended(["café"])
     named = encoding[:6].upper()
-    assert (f"read as {named}, as the byte order mark says: {name}" in stderr) == (
+    assert (f"read as {named}, because of the byte order mark: {name}" in stderr) == (
         named != "UTF-8-"
     )
 
@@ -380,7 +384,7 @@ def test_prompts_are_read_from_the_same_kinds_of_files(cli, workdir, name):
         ("p.txt", b"", "p.txt contains no prompt"),
         ("p.json", b'["a", 3]', "item 2 (line 1) must be a text or an object"),
         ("p.json", b'["a", {"messages": []}]', 'an object with "prompt" or "tokens"'),
-        ("p.pdf", b"%PDF-1.7", "p.pdf is not text: its kind is PDF"),
+        ("p.pdf", b"%PDF-1.7", "p.pdf is not text (file type: PDF)"),
         ("p.jsonl.gz", gzip.compress(b'"a"' * 99)[:20], "p.jsonl.gz is damaged"),
     ],
     ids=range(7),

@@ -123,7 +123,7 @@ def test_the_name_of_a_size_makes_that_size(name, size, wanted):
 def test_a_new_model_with_a_released_name_says_that_it_is_not_the_released_one(cli, workdir):
     result = cli("init", "345M", "--vocab", "models/tiny", *SMALL)
     assert result.returncode == 0, result.stderr
-    assert "345M is not OpenAI's 345M; get that with gpt2cli download" in result.stderr
+    assert "345M has random weights. For OpenAI's, use: gpt2cli download 345M" in result.stderr
     assert "n_layer 2, n_head 2, n_embd 16" in result.stderr
 
 

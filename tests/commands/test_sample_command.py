@@ -369,7 +369,7 @@ def test_special_decides_what_the_text_of_a_token_in_a_prompt_is(cli, tiny, prom
             result = cli("sample", *T, *source, *rest, *flags)
             (found,) = jsonl(result)
             assert found["tokens"] == expected.tokens and found["prompt"] == text
-            assert ("is read as plain text; --special token" in result.stderr) == (not flags)
+            assert ("is read as plain text; add --special token" in result.stderr) == (not flags)
         result = cli("sample", *T, "--prompts", "p.txt", *rest, *flags, "--out", f"{special}.jsonl")
         assert json.loads((prompts / f"{special}.jsonl").read_text())["tokens"] == expected.tokens
         assert ("<|endoftext|> in a prompt is read" in result.stderr) == (not flags)

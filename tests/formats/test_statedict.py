@@ -55,7 +55,7 @@ def test_names_are_read_through_what_programs_wrap_around_them(tmp_path, network
 
 def test_two_models_in_one_file_are_not_mixed(tmp_path, state):
     both = {**state, **renamed(state, lambda n: f"module.{n}")}
-    with pytest.raises(UserError, match="has both .*: two models in one"):
+    with pytest.raises(UserError, match="has both .*, so it contains two models"):
         open_source(hf_folder(tmp_path / "m", both))
     both = {**renamed(state, lambda n: f"encoder.{n}"), **renamed(state, lambda n: f"decoder.{n}")}
     with pytest.raises(UserError, match="unlike GPT-2"):
@@ -231,10 +231,13 @@ def test_a_checkpoint_of_nanogpt_is_read(torch, tmp_path, network, state):
     assert source.format == "nanogpt" and source.config.activation == "gelu"
     assert_weights(source, network)
     said = " ".join(source.warnings)
-    assert "only model is read, not best_val_loss, config, iter_num and 1 more" in said
-    assert "taken as gelu" in said and "--activation gelu_new" in said
+    assert (
+        "only model of the training checkpoint is read; ignored best_val_loss, config, iter_num and 1 more"
+        in said
+    )
+    assert "assuming gelu" in said and "--activation gelu_new" in said
     older = open_source(path, activation="gelu_new")
-    assert older.config == SIZES and "taken as" not in " ".join(older.warnings)
+    assert older.config == SIZES and "assuming" not in " ".join(older.warnings)
     convert(source, tmp_path / "ours")
     weights = {name: variable.numpy() for name, variable in network.weights.items()}
     found = checkpoint.load(tmp_path / "ours")(IDS[None])[0]
@@ -274,9 +277,12 @@ def test_a_state_dict_inside_a_training_checkpoint_is_read(torch, tmp_path, netw
     torch.save({key: tensors, "epoch": 3, "loss": 1.5}, tmp_path / "last.ckpt")
     source = open_source(tmp_path / "last.ckpt", n_head=4)
     assert source.format == "hf"
-    assert any("taken as gelu_new" in note for note in source.warnings)
+    assert any("assuming gelu_new" in note for note in source.warnings)
     assert_weights(source, network)
-    assert any(f"only {key} is read, not epoch, loss" in note for note in source.warnings)
+    assert any(
+        f"only {key} of the training checkpoint is read; ignored epoch, loss" in note
+        for note in source.warnings
+    )
     torch.save({"net": tensors}, tmp_path / "odd.pt")
     with pytest.raises(UserError, match="is not a state dict"):
         open_source(tmp_path / "odd.pt", n_head=4)

@@ -48,7 +48,7 @@ def test_texts_of_tokens_are_named_unless_they_are_read_as_tokens(tiny, wordpiec
     text = "One<|endoftext|>two<|endoftext|>"
     (line,) = about(tiny.encoder, "One", text).values()
     assert line == (
-        "<|endoftext|> in a prompt is read as plain text; --special token makes it the token"
+        "<|endoftext|> in a prompt is read as plain text; add --special token to read it as a token"
     )
     assert about(tiny.encoder, text, special="token") == {}
     (line,) = about(wordpiece, "天[SEP]天[CLS]")["special"].splitlines()

@@ -281,7 +281,7 @@ def test_csv_records_are_documents_and_the_header_is_left_out(tmp_path, bpe):
             r"a.txt: byte 3 is not utf-8 text, at line 1 .*--encoding NAME",
         ),
         ("a.txt", b"abc\xe4\xb8", r"a.txt: byte 3 is not utf-8 text"),
-        ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", r"a.txt is not text: its kind is PNG"),
+        ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", r"a.txt is not text \(file type: PNG\)"),
         ("a.txt", b"text\0text", r"a.txt is not a text file"),
     ],
 )

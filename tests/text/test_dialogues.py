@@ -170,7 +170,7 @@ def test_a_wordpiece_dialogue_begins_with_cls_and_ends_with_sep(tmp_path):
         ({"messages": [{"role": "user", "content": ["x"]}]}, "content must be a text, not a list"),
         ({"messages": [{"role": "assistant", "content": "", "weight": 2}]}, '"weight" must be 0'),
         ({"prompt": "x", "completion": 3}, "completion must be a text, not a number"),
-        ({"prompt": "x"}, 'an object with a "text" string. Its texts are prompt'),
+        ({"prompt": "x"}, 'an object with a "text" string. Its text fields are prompt'),
         ({"prompt": "x", "completion": "y", "text": "z"}, "prompt and completion and text"),
     ],
 )
@@ -185,8 +185,8 @@ def test_a_damaged_dialogue_is_rejected_with_the_place(tmp_path, tiny_bpe, recor
     "template, message",
     [
         ("no field", "needs a field in braces"),
-        ("{", "Braces are written"),
-        ("{a} }", "Braces are written"),
+        ("{", "For a literal brace, write"),
+        ("{a} }", "For a literal brace, write"),
         ("{}", "must be the name of a field"),
         ("{a!r}", "must be the name of a field"),
         ("{a:9}", "must be the name of a field"),
@@ -264,7 +264,7 @@ def test_corpora_without_anything_to_learn_or_to_leave_out_are_rejected(tmp_path
     with pytest.raises(UserError, match=r"a\.npy contains no prompt, so --loss completion"):
         load(tmp_path / "a.npy", loss="completion")
     load(write(tmp_path, "b.jsonl", PAIRS), loss="completion")
-    assert "tokens are learnt, the others are only read" in capsys.readouterr().err
+    assert "tokens count in the loss; the others are only read" in capsys.readouterr().err
     for ids in ([1, -(2**31)], [1, ~tiny_bpe.n_vocab]):
         np.save(tmp_path / "b.npy", np.array(ids, np.int32))
         with pytest.raises(UserError, match="the model knows only"):

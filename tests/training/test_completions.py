@@ -75,7 +75,7 @@ def test_the_loss_is_of_the_completions_alone_also_after_resuming(cli, mini, way
     if way != "text":
         dataset = f"pairs{way}"
         result = cli("encode", "pairs.jsonl", dataset, "--model_name", "mini", *flags)
-        assert "tokens are learnt, the others are only read" in result.stderr
+        assert "tokens count in the loss; the others are only read" in result.stderr
         flags = ()  # the file keeps what is learnt
     first = losses(cli("train", dataset, *FLAGS, *flags, "--steps", 1))
     assert first[1] == pytest.approx(expected_loss("models/mini", 0), abs=1e-4)
@@ -109,7 +109,7 @@ def test_a_step_without_a_token_to_learn_changes_nothing(cli, mini):
     assert sorted(found) == [2], result.stderr
     assert all(np.isfinite(loss) for loss in found.values())
     for step in (1, 3):
-        assert f"step {step}: its batch has no token to learn, so it is left out" in result.stderr
+        assert f"step {step}: skipped; no token of its batch counts in the loss" in result.stderr
     before = checkpoint.load("models/mini").weights
     first = checkpoint.load("checkpoint/run1/model-1").weights
     assert all((first[name].numpy() == v.numpy()).all() for name, v in before.items())
@@ -123,7 +123,7 @@ def test_a_validation_without_a_token_to_learn_is_rejected(cli, mini):
     flags = ("--val_dataset", "b.npy", "--val_every", 1, "--val_batch_count", 1)
     result = cli("train", "a.npy", *FLAGS, "--steps", 1, *flags)
     assert result.returncode == 1
-    assert "the validation batches have no token to learn" in result.stderr
+    assert "no token of the validation batches counts in the loss" in result.stderr
 
 
 def test_a_fraction_of_the_documents_is_kept_for_validation(cli, mini):
@@ -151,7 +151,7 @@ def test_a_fraction_of_the_documents_is_kept_for_validation(cli, mini):
         result = cli(*command, *flags, "--steps", 5)
         assert result.returncode == 2 and message in result.stderr, result.stderr
     result = cli("train", "pairs.jsonl", *FLAGS, "--val_every", 2, "--steps", 1)
-    assert "--val_every needs --val_dataset, a text kept out of training, or" in result.stderr
+    assert "--val_every needs --val_dataset (a text held out of training) or" in result.stderr
     (mini / "book.txt").write_text("One document. " * 20)
     result = cli("train", "book.txt", *FLAGS, *fraction, *every, "--run_name", "b", "--steps", 1)
     assert result.returncode == 1 and "contains 1 document" in result.stderr
