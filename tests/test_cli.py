@@ -117,12 +117,14 @@ def test_every_hint_names_a_command_or_flag_of_ours():
 def test_a_text_of_several_words_needs_quotes():
     with pytest.raises(UsageError, match="unexpected argument 'upon': put a text .* in quotes"):
         read("sample", "Once", "upon")
-    with pytest.raises(UsageError, match="unexpected argument 'Once': gpt2cli sample continues"):
+    with pytest.raises(
+        UsageError, match="unexpected argument 'Once': to continue one text, use gpt2cli sample"
+    ):
         read("interactive", "Once")
 
 
 def test_a_missing_argument_is_shown_in_its_place():
-    usage = r"encode needs --out_npz: gpt2cli encode IN_TEXT OUT_NPZ \[FLAGS\]; see"
+    usage = r"encode needs --out_npz. Usage: gpt2cli encode IN_TEXT OUT_NPZ \[FLAGS\]; see"
     with pytest.raises(UsageError, match=usage):
         read("encode", "list.json")
 

@@ -108,7 +108,8 @@ class _Found:
             return f"prompt {number} has {length} tokens; the model sees only the last {seen}"
         return (
             f"{len(self.cut):,} of {counted(self.count, 'prompt')} are longer than the model's "
-            f"window, such as prompt {number} ({length} tokens); only the last {seen} are seen"
+            f"window, such as prompt {number} ({length} tokens); the model sees only the last "
+            f"{seen}"
         )
 
     def _unknown(self, vocabulary: Encoder) -> str:

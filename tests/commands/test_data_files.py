@@ -148,24 +148,27 @@ def zipped(*names):
 
 PAGE = b"\n<!-- saved -->\n<!DOCTYPE HTML><html><body>The kettle</body></html>"
 OTHERS = {
-    "a.zip": (zipped("a.txt"), "is not text (file type: zip). Unpack it first"),
-    "a.txt": (zipped("a.txt"), "is not text (file type: zip)"),
-    "a.docx": (zipped("[Content_Types].xml", "word/document.xml"), ".*kind is docx.*pandoc"),
-    "docx.txt": (zipped("[Content_Types].xml"), ".*kind is Office"),
-    "a.epub": (zipped("mimetype", "a.xhtml"), ".*kind is EPUB.*Extract its text"),
-    "book": (zipped("mimetype", "a.xhtml"), ".*kind is EPUB.*Extract its text"),
-    "a.pdf": (b"%PDF-1.7\n1 0 obj", ".*kind is PDF.*pdftotext"),
-    "paper.txt": (b"%PDF-1.7\n1 0 obj", ".*kind is PDF.*pdftotext"),
+    "a.zip": (zipped("a.txt"), "is not text \\(file type: zip\\). Unpack it first"),
+    "a.txt": (zipped("a.txt"), "is not text \\(file type: zip\\)"),
+    "a.docx": (
+        zipped("[Content_Types].xml", "word/document.xml"),
+        ".*\\(file type: docx\\).*pandoc",
+    ),
+    "docx.txt": (zipped("[Content_Types].xml"), ".*\\(file type: Office\\)"),
+    "a.epub": (zipped("mimetype", "a.xhtml"), ".*\\(file type: EPUB\\).*Extract its text"),
+    "book": (zipped("mimetype", "a.xhtml"), ".*\\(file type: EPUB\\).*Extract its text"),
+    "a.pdf": (b"%PDF-1.7\n1 0 obj", ".*\\(file type: PDF\\).*pdftotext"),
+    "paper.txt": (b"%PDF-1.7\n1 0 obj", ".*\\(file type: PDF\\).*pdftotext"),
     "a.html": (b"The kettle", "is an HTML page.*rename it to .txt"),
     "page": (PAGE, "is an HTML page.*rename it to .txt"),
     "a.htm.gz": (gzip.compress(PAGE), "is an HTML page"),
-    "a.tar.gz": (gzip.compress(tar()), ".*kind is tar.*Unpack"),
-    "tar.gz": (gzip.compress(tar()), ".*kind is tar.*Unpack"),
-    "a.tgz": (gzip.compress(tar()), ".*kind is tar.*Unpack"),
-    "old.doc": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), ".*kind is old Office"),
-    "parquet.csv": (parquet({"a": ["b"]}), ".*kind is Parquet.*ends in .parquet"),
-    "a.npz.gz": (gzip.compress(b"x"), ".*kind is NumPy.*Unpack"),
-    "image.txt": (b"\x89PNG\r\n\x1a\n\0", ".*kind is PNG"),
+    "a.tar.gz": (gzip.compress(tar()), ".*\\(file type: tar\\).*Unpack"),
+    "tar.gz": (gzip.compress(tar()), ".*\\(file type: tar\\).*Unpack"),
+    "a.tgz": (gzip.compress(tar()), ".*\\(file type: tar\\).*Unpack"),
+    "old.doc": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), ".*\\(file type: old Office"),
+    "parquet.csv": (parquet({"a": ["b"]}), ".*\\(file type: Parquet\\).*ends in .parquet"),
+    "a.npz.gz": (gzip.compress(b"x"), ".*\\(file type: NumPy\\).*decompress it"),
+    "image.txt": (b"\x89PNG\r\n\x1a\n\0", ".*\\(file type: PNG\\)"),
 }
 
 
@@ -182,7 +185,7 @@ def test_a_web_page_or_json_named_txt_is_read_with_a_note(encode):
     assert texts == ended([PAGE.decode()]) and "looks like a web page" in stderr
     for content in (json.dumps(TEXTS), '{"text": "a"}\n{"text": "b"}', json.dumps([LONG, LONG])):
         texts, stderr = encode("list.txt", content.encode())
-        assert texts == ended([content]) and "looks like JSON, but is read as text" in stderr
+        assert texts == ended([content]) and "looks like JSON but is read as text" in stderr
     for content in ("[1] A footnote.", "{not json}", "[a link](there)", '["so", he said'):
         assert "looks like" not in encode("a.txt", content.encode())[1]
 
@@ -209,16 +212,20 @@ BROKEN = [
         b'{"content": "a", "n": 1}',
         "Its text fields are content: name one with --json_field",
     ),
-    ("a.jsonl", b'{"conversations": []}', '"text" string. It has conversations'),
-    ("a.jsonl", b'{"text": "a", "messages": []}', "has messages and text. Choose with --json_f"),
-    ("a.jsonl", b'{"text": "a\\ud83d"}', "line 1, text: character 2 of the text is half of a"),
+    ("a.jsonl", b'{"conversations": []}', '"text" string. Its fields are: conversations'),
+    (
+        "a.jsonl",
+        b'{"text": "a", "messages": []}',
+        "has messages and text. Choose one with --json_f",
+    ),
+    ("a.jsonl", b'{"text": "a\\ud83d"}', "line 1, text: character 2 of the text is a lone surr"),
     ("a.jsonl", b'"\\u0000"', "line 1: character 1 of the text is a NUL character.*--errors r"),
     ("a.jsonl", b'"a\fb"', "line 1 is not JSON"),
     ("a.csv", b'text\nfine\n"open\nfor\never\n', "A quote opens at line 3 and is not closed"),
     ("a.csv", b'text\n"a\nb"\n"open\n""for""\n"ever"\n', "A quote opens at line 4"),
     ("a.csv", b"id,text\n1,a\n", "has 2 columns with text: id, text. Name one with --csv_column"),
     ("a.csv", b"text,label\na, b,c\n", "has 2 columns with text"),
-    ("a.csv", b"id;text\n1;a\n", "has one column, 'id;text', so other characters than commas"),
+    ("a.csv", b"id;text\n1;a\n", "has one column, 'id;text', but its columns may be separated"),
     ("a.tsv", b"id\ttext\n1\ta\n", "has 2 columns with text: id, text"),
     ("a.parquet", parquet({"n": [1]}), "has no columns with text. Its columns are: n"),
     ("a.parquet", parquet({"a": ["x"], "b": ["y"]}), "has 2 columns with text: a, b. Name one"),
@@ -245,14 +252,18 @@ def test_a_broken_file_is_rejected_with_the_place(encode, name, content, message
         ("a.ndjson", ["--json_field", "content"], 'an object with a "content" string'),
         ("strings.json", ["--csv_column", "text"], "--csv_column is for .csv"),
         ("a.csv", ["--json_field", "text"], "--json_field is for .jsonl"),
-        ("strings.jsonl", ["--template", "{prompt}"], "line 1 is not an object with fields"),
+        (
+            "strings.jsonl",
+            ["--template", "{prompt}"],
+            "line 1 is not an object, but --template needs its fields",
+        ),
         ("objects.json", ["--template", "{text}{answer}"], "item 1 (line 2) has no field answer"),
         (
             "index.csv",
             ["--template", "{text}{answer}"],
             "no columns 'answer', which",
         ),
-        ("a.csv", ["--loss", "completion"], "has texts without a prompt"),
+        ("a.csv", ["--loss", "completion"], "has text without a prompt"),
     ],
 )
 def test_a_flag_that_does_not_fit_the_file_is_rejected(encode, name, flags, message):
@@ -290,7 +301,7 @@ def test_a_byte_order_mark_decides(encode, encoding, name):
     texts, stderr = encode(name, gzip.compress(content) if name.endswith("gz") else content)
     assert texts == ended(["café"])
     named = encoding[:6].upper()
-    assert (f"read as {named}, because of the byte order mark: {name}" in stderr) == (
+    assert (f"read as {named} because of the byte order mark: {name}" in stderr) == (
         named != "UTF-8-"
     )
 

@@ -52,7 +52,7 @@ def test_texts_of_tokens_are_named_unless_they_are_read_as_tokens(tiny, wordpiec
     )
     assert about(tiny.encoder, text, special="token") == {}
     (line,) = about(wordpiece, "天[SEP]天[CLS]")["special"].splitlines()
-    assert line.startswith("[SEP], [CLS] in a prompt are read") and line.endswith("them tokens")
+    assert line.startswith("[SEP], [CLS] in a prompt are read") and line.endswith("them as tokens")
     assert about(wordpiece, "天[SEP]气", special="token") == {}
     assert "[SEP] in a prompt is read" in about(wordpiece, "天[SEP]气")["special"]
 
@@ -71,8 +71,8 @@ def test_long_prompts_are_counted_and_the_first_is_described(tiny):
     assert line == "prompt 1 has 8 tokens; the model sees only the last 7"
     (line,) = about(None, [1] * 7, [5] * 9, [4] * 10, "no vocabulary", n_ctx=8).values()
     assert line == (
-        "2 of 4 prompts are longer than the model's window, such as prompt 2 (9 tokens); it "
-        "sees only the last 8"
+        "2 of 4 prompts are longer than the model's window, such as prompt 2 (9 tokens); the "
+        "model sees only the last 8"
     )
 
 

@@ -319,7 +319,7 @@ def test_a_share_of_the_documents_is_held_out_the_same_for_the_same_seed():
         assert part[-1] == 1 or set(part.tolist()) == {99}
     assert tokens.split(0.001, 7, 1).held_out_documents == 1
     assert tokens.split(0.999, 7, 1).documents == 1
-    with pytest.raises(UserError, match="contains 1 document, and --val_fraction divides"):
+    with pytest.raises(UserError, match="contains 1 document, but --val_fraction needs at least 2"):
         Tokens([np.arange(9)], "a.txt").split(0.5, 1, end=None)
 
 
