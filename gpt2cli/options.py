@@ -148,8 +148,8 @@ class TextOptions(FileOptions):
             lines are documents, a last line without a newline is lost, and with --sampling
             documents the padding after a short piece is predicted once; implies --lines.
         template: form of each record, with its fields in braces, such as
-            "Q: {prompt}\\nA: {completion}"; for messages, the form of each message, such as
-            "{role}: {content}\\n" (default: {prompt}{completion}, or {content} and the end token).
+            "Q:\\n{prompt}\\nA:\\n{completion}"; for messages, the form of each message, such as
+            "{role}:\\n{content}\\n" (default: {prompt}{completion}, or {content} and the end token).
         loss: tokens that count in the loss: all, or only each completion (of messages, those of the
             assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.

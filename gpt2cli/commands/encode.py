@@ -34,7 +34,7 @@ class EncodeOptions(TextOptions, SourceOptions):
     Examples:
         gpt2cli encode data/books/ data/books.npz
         gpt2cli encode corpus.txt corpus.npy --model_name tiny --lines
-        gpt2cli encode chats.jsonl chats.npz --template "{role}: {content}\\n" --loss completion
+        gpt2cli encode chats.jsonl chats.npz --template "{role}:\\n{content}\\n" --loss completion
         gpt2cli encode reviews.csv reviews.npz --csv_column body
     """
 

@@ -257,7 +257,7 @@ def _no_template(path: Path, chat_template: Path | None) -> UserError:
         why = "this vocabulary has no end token to put after each message"
     return UserError(
         f"{path} has messages, and {why}. Give the form of one message with "
-        r'--template, such as "{role}: {content}\n"'
+        r'--template, such as "{role}:\n{content}\n"'
     )
 
 
