@@ -152,8 +152,7 @@ def encode(
             --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\n{prompt}\nA:\n{completion}"; for messages, the form of each message, such as
-            "{role}:\n{content}\n" (default: {prompt}{completion}, or {content} and the end
-            token).
+            "{role}:\n{content}\n" (default: {prompt}{completion}; {content} and the end token).
         loss: tokens that count in the loss: all, or only each completion (of messages, those of
             the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
@@ -218,8 +217,7 @@ def evaluate(
             --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\n{prompt}\nA:\n{completion}"; for messages, the form of each message, such as
-            "{role}:\n{content}\n" (default: {prompt}{completion}, or {content} and the end
-            token).
+            "{role}:\n{content}\n" (default: {prompt}{completion}; {content} and the end token).
         loss: tokens that count in the loss: all, or only each completion (of messages, those of
             the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
@@ -574,8 +572,7 @@ def train(
             --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\n{prompt}\nA:\n{completion}"; for messages, the form of each message, such as
-            "{role}:\n{content}\n" (default: {prompt}{completion}, or {content} and the end
-            token).
+            "{role}:\n{content}\n" (default: {prompt}{completion}; {content} and the end token).
         loss: tokens that count in the loss: all, or only each completion (of messages, those of
             the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
@@ -645,8 +642,7 @@ def vocab(
             --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\n{prompt}\nA:\n{completion}"; for messages, the form of each message, such as
-            "{role}:\n{content}\n" (default: {prompt}{completion}, or {content} and the end
-            token).
+            "{role}:\n{content}\n" (default: {prompt}{completion}; {content} and the end token).
         loss: tokens that count in the loss: all, or only each completion (of messages, those of
             the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.

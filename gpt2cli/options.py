@@ -149,7 +149,7 @@ class TextOptions(FileOptions):
             documents the padding after a short piece is predicted once; implies --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\\n{prompt}\\nA:\\n{completion}"; for messages, the form of each message, such as
-            "{role}:\\n{content}\\n" (default: {prompt}{completion}, or {content} and the end token).
+            "{role}:\\n{content}\\n" (default: {prompt}{completion}; {content} and the end token).
         loss: tokens that count in the loss: all, or only each completion (of messages, those of the
             assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
