@@ -144,7 +144,8 @@ def encode(
         json_field: field to read from each object in a .jsonl or .json file (default: text, or
             the fields of a dialogue; for --prompts, prompt or tokens).
         combine: join files shorter than N characters, with a separator between them.
-        special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
+        special: meaning of a literal <|endoftext|> or other special token in a file: the token,
+            or plain text.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects:
             blank lines are documents, a last line without a newline is lost, and with
@@ -152,9 +153,10 @@ def encode(
             --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\n{prompt}\nA:\n{completion}"; for messages, the form of each message, such as
-            "{role}:\n{content}\n" (default: {prompt}{completion}; {content} and the end token).
-        loss: tokens that count in the loss: all, or only each completion (of messages, those of
-            the assistant) with the text or end token after it.
+            "{role}:\n{content}\n" (default: {prompt}{completion}; for messages, {content} and
+            the end token).
+        loss: tokens that count in the loss: all, or only each completion (for messages, each
+            one of the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
         model_name: model to use (default: 124M).
         run_name: run whose newest checkpoint to use instead of a model.
@@ -209,7 +211,8 @@ def evaluate(
         json_field: field to read from each object in a .jsonl or .json file (default: text, or
             the fields of a dialogue; for --prompts, prompt or tokens).
         combine: join files shorter than N characters, with a separator between them.
-        special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
+        special: meaning of a literal <|endoftext|> or other special token in a file: the token,
+            or plain text.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects:
             blank lines are documents, a last line without a newline is lost, and with
@@ -217,9 +220,10 @@ def evaluate(
             --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\n{prompt}\nA:\n{completion}"; for messages, the form of each message, such as
-            "{role}:\n{content}\n" (default: {prompt}{completion}; {content} and the end token).
-        loss: tokens that count in the loss: all, or only each completion (of messages, those of
-            the assistant) with the text or end token after it.
+            "{role}:\n{content}\n" (default: {prompt}{completion}; for messages, {content} and
+            the end token).
+        loss: tokens that count in the loss: all, or only each completion (for messages, each
+            one of the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
         model_name: model to use (default: 124M).
         run_name: run whose newest checkpoint to use instead of a model.
@@ -564,7 +568,8 @@ def train(
         json_field: field to read from each object in a .jsonl or .json file (default: text, or
             the fields of a dialogue; for --prompts, prompt or tokens).
         combine: join files shorter than N characters, with a separator between them.
-        special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
+        special: meaning of a literal <|endoftext|> or other special token in a file: the token,
+            or plain text.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects:
             blank lines are documents, a last line without a newline is lost, and with
@@ -572,9 +577,10 @@ def train(
             --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\n{prompt}\nA:\n{completion}"; for messages, the form of each message, such as
-            "{role}:\n{content}\n" (default: {prompt}{completion}; {content} and the end token).
-        loss: tokens that count in the loss: all, or only each completion (of messages, those of
-            the assistant) with the text or end token after it.
+            "{role}:\n{content}\n" (default: {prompt}{completion}; for messages, {content} and
+            the end token).
+        loss: tokens that count in the loss: all, or only each completion (for messages, each
+            one of the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
         models_dir: folder that contains the model folders.
         checkpoint_dir: folder that contains the run folders.
@@ -634,7 +640,8 @@ def vocab(
         json_field: field to read from each object in a .jsonl or .json file (default: text, or
             the fields of a dialogue; for --prompts, prompt or tokens).
         combine: join files shorter than N characters, with a separator between them.
-        special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
+        special: meaning of a literal <|endoftext|> or other special token in a file: the token,
+            or plain text.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects:
             blank lines are documents, a last line without a newline is lost, and with
@@ -642,9 +649,10 @@ def vocab(
             --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\n{prompt}\nA:\n{completion}"; for messages, the form of each message, such as
-            "{role}:\n{content}\n" (default: {prompt}{completion}; {content} and the end token).
-        loss: tokens that count in the loss: all, or only each completion (of messages, those of
-            the assistant) with the text or end token after it.
+            "{role}:\n{content}\n" (default: {prompt}{completion}; for messages, {content} and
+            the end token).
+        loss: tokens that count in the loss: all, or only each completion (for messages, each
+            one of the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
         verbose: show TensorFlow's own messages.
 

@@ -142,16 +142,18 @@ class TextOptions(FileOptions):
 
     Text files:
         combine: join files shorter than N characters, with a separator between them.
-        special: meaning of a literal <|endoftext|> in a file: the end token, or plain text.
+        special: meaning of a literal <|endoftext|> or other special token in a file: the token, or
+            plain text.
         lines: treat every non-blank line of a text file as a document of its own.
         uer_compat: read text exactly as UER-py's lm processor does, including its defects: blank
             lines are documents, a last line without a newline is lost, and with --sampling
             documents the padding after a short piece is predicted once; implies --lines.
         template: form of each record, with its fields in braces, such as
             "Q:\\n{prompt}\\nA:\\n{completion}"; for messages, the form of each message, such as
-            "{role}:\\n{content}\\n" (default: {prompt}{completion}; {content} and the end token).
-        loss: tokens that count in the loss: all, or only each completion (of messages, those of the
-            assistant) with the text or end token after it.
+            "{role}:\\n{content}\\n" (default: {prompt}{completion}; for messages, {content} and
+            the end token).
+        loss: tokens that count in the loss: all, or only each completion (for messages, each one of
+            the assistant) with the text or end token after it.
         workers: encoding threads; 0 starts one per core.
     """
 

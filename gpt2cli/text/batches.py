@@ -70,7 +70,7 @@ class Tokens:
 
     @property
     def learnt(self) -> int:
-        """The number of tokens that are learnt: all but those marked as read only."""
+        """The number of tokens that count in the loss: all but those marked as read only."""
         return sum(marks.learnt_count(chunk) for chunk in self.chunks)
 
     def whole(self) -> np.ndarray:

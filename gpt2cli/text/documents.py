@@ -27,7 +27,7 @@ class Part(NamedTuple):
     text: str
     opens: bool  # whether the document starts with this part
     closes: bool  # whether the document ends with this part
-    learnt: bool = True  # whether --loss completion learns it, and the end token after it
+    learnt: bool = True  # whether --loss completion counts it, and the end token after it
     is_dialogue: bool = False  # whether only the last end token ends the document
     is_literal: bool = False  # whether it is the template's own text, where special tokens count
     is_turn: bool = False  # whether an end token follows it, though the document may continue
@@ -135,7 +135,7 @@ def _kind(value: Any) -> str:
 
 
 def _filled(value: Any, where: str, template: str, options: TextOptions) -> list[Part]:
-    """Return the parts of a record in a template; its completion and the text after it are learnt.
+    """Return the parts of a record in a template; its completion and the text after it count.
 
     The completion is the field of that name, or else the last one.
     """
@@ -150,9 +150,9 @@ def _filled(value: Any, where: str, template: str, options: TextOptions) -> list
 
 
 def _messages(value: Any, where: str, template: str | None, options: TextOptions) -> list[Part]:
-    """Return the parts of a list of messages; those of the role assistant are learnt.
+    """Return the parts of a list of messages; those of the assistant count in the loss.
 
-    A message with "weight": 0 is not, as in OpenAI's fine-tuning files. Without a template an end
+    A message with "weight": 0 does not, as in OpenAI's fine-tuning files. Without a template an end
     token follows each message, as in DialoGPT (arXiv 1911.00536, section 3.1).
     """
     if not isinstance(value, list) or not value:
@@ -180,7 +180,7 @@ def _pieces(
     learnt: set[str],
     options: TextOptions,
 ) -> Iterator[Part]:
-    """Yield the parts of a template filled with fields; text is learnt as the field before it."""
+    """Yield the parts of a template filled with fields; text counts if the field before it does."""
     is_learnt = False
     for text, name in pieces:
         if text:

@@ -282,7 +282,7 @@ def _assemble(
         group: the parts.
         arrays: the ids of each.
         encoder: the vocabulary.
-        marked: whether the ids of parts that are not learnt are marked as read only.
+        marked: whether to mark the ids of parts that do not count in the loss.
     """
     before = np.array(encoder.prefix, np.int32)
     after = np.array(encoder.after, np.int32)

@@ -1,14 +1,14 @@
 """Marks on stored token ids: tokens outside the loss, and end tokens inside a document.
 
 A marked id is stored as ~value, a negative int32, and value is the id plus some of the flags below.
-So a token that is only read is stored as ~id. Arrays keep one number for each token and can be
-mapped, and a program that does not know the marks fails at a negative id instead of learning it.
+So a token that does not count in the loss is stored as ~id. Arrays keep one number for each token and can be
+mapped, and a program that does not know the marks stops at a negative id instead of learning it.
 """
 
 import numpy as np
 
 INNER = 2**30  # an end token within a dialogue, which does not end the document
-LEARNT = 2**29  # only with INNER: the token is learnt
+LEARNT = 2**29  # only with INNER: the token counts in the loss
 _ID = LEARNT - 1
 
 
@@ -18,7 +18,7 @@ def is_marked(ids: np.ndarray) -> bool:
 
 
 def read_only(ids: np.ndarray) -> np.ndarray:
-    """Mark ids [T] as read, not learnt."""
+    """Mark ids [T] as not counting in the loss."""
     return ~ids.astype(np.int32)
 
 
@@ -36,7 +36,7 @@ def ids_of(stored: np.ndarray) -> np.ndarray:
 
 
 def is_learnt(stored: np.ndarray) -> np.ndarray:
-    """Return bool: whether each stored id is to be learnt."""
+    """Return bool: whether each stored id counts in the loss."""
     return (stored >= 0) | ((~stored & LEARNT) != 0)
 
 
@@ -47,9 +47,9 @@ def is_end(stored: np.ndarray, end: int) -> np.ndarray:
 
 
 def learnt_count(stored: np.ndarray) -> int:
-    """Return the number of stored ids that are learnt, reading a part of a mapped file at a time.
+    """Return the number of stored ids that count in the loss; read a mapped file in parts.
 
-    The first one counts, although no token before it predicts it.
+    The first one is included, although no token before it predicts it.
     """
     if stored.dtype.kind == "u":
         return len(stored)

@@ -47,7 +47,7 @@ def test_a_model_converts_to_hugging_face_format_and_back(cli, hf, tmp_path, tin
     assert model.encoder.encode("The import") == tiny.encoder.encode("The import")
 
 
-def test_a_folder_that_must_be_converted_first_says_so(cli, hf):
+def test_the_error_for_a_folder_in_another_format_names_convert(cli, hf):
     used = cli("sample", "--models_dir", hf.parent, "--model_name", hf.name)
     assert used.returncode == 1
     assert "in another format (model.safetensors)" in used.stderr

@@ -106,7 +106,7 @@ PACKERS = {
 
 
 @pytest.mark.parametrize("ending", PACKERS)
-def test_a_packed_text_is_read_and_a_cut_or_damaged_one_is_rejected(encode, ending):
+def test_a_compressed_text_is_read_and_a_cut_or_damaged_one_is_rejected(encode, ending):
     rng = np.random.default_rng(1)
     text = LONG + "".join(map(chr, rng.integers(97, 123, 600_000)))  # what is packed is long too
     whole = PACKERS[ending](text.encode())
@@ -174,7 +174,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("errors", ["strict", "replace"])
-def test_other_files_are_named_for_what_they_are(encode, name, errors):
+def test_other_kinds_of_files_are_rejected_by_name(encode, name, errors):
     content, message = OTHERS[name]
     _, stderr = encode(name, content, "--errors", errors)
     assert re.search(f"{name} {message}", stderr), stderr
@@ -276,7 +276,7 @@ def test_a_column_of_a_row_with_other_columns_is_rejected(encode):
     assert "a.csv line 3 has 3 columns, not 2" in stderr
 
 
-def test_a_nul_and_a_form_feed_have_a_way_that_works(encode):
+def test_a_nul_is_rejected_or_replaced_and_a_form_feed_is_text(encode):
     content = b"page one\f\npage two\n" * 300 + b"a\0b\0"
     _, stderr = encode("a.txt", content)
     assert f"a.txt has a NUL character at byte {content.index(0)} (line 601)" in stderr
@@ -313,7 +313,7 @@ def test_another_encoding_than_the_default_is_obeyed_without_a_mark(encode):
     assert texts == ended(["café"]) and "byte order" not in stderr
 
 
-def test_what_a_folder_holds_is_read_or_counted_as_skipped(cli, workdir):
+def test_each_file_of_a_folder_is_read_or_counted_as_skipped(cli, workdir):
     folder = workdir / "in"
     (folder / ".git").mkdir(parents=True)
     (folder / ".hidden").write_text("x")
@@ -354,7 +354,7 @@ def test_a_missing_package_is_named_with_the_command(encode, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_a_small_packed_file_does_not_fill_the_memory(encode, ending):
+def test_a_small_compressed_file_does_not_fill_the_memory(encode, ending):
     part = PACKERS[ending]((b" " * (2**20 - 1) + b"\n") * 64)  # blank lines are skipped
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _, stderr = encode(f"a.jsonl{ending}", part * 8)  # 512 MB in 500 kB or less

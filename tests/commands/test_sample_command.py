@@ -353,7 +353,7 @@ def test_the_line_of_a_cut_prompt_says_how_much_the_model_did_not_see(cli, tiny,
     assert tiny.generate([5] * 257, length=1, beams=2)[0].prompt_cut == 1
 
 
-def test_special_decides_what_the_text_of_a_token_in_a_prompt_is(cli, tiny, prompts):
+def test_special_decides_whether_a_prompt_contains_a_token(cli, tiny, prompts):
     text, end = "One<|endoftext|>two", tiny.encoder.end
     as_text = tiny.check_prompt(text)
     assert end not in as_text and tiny.check_prompt(text, True).count(end) == 1

@@ -44,7 +44,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("how", WRAPPED)
-def test_names_are_read_through_what_programs_wrap_around_them(tmp_path, network, state, how):
+def test_prefixes_that_programs_put_before_names_are_ignored(tmp_path, network, state, how):
     rename = WRAPPED[how]
     masks = {f"transformer.h.{i}.attn.bias": np.ones((1, 1, 12, 12), np.float32) for i in range(2)}
     plain = {**state, "lm_head.weight": state[HEAD], **masks}
@@ -71,7 +71,7 @@ def test_a_separate_output_matrix_may_be_the_token_table(tmp_path, network, stat
         open_source(hf_folder(tmp_path / "other", untied))
 
 
-def test_the_token_table_may_stand_only_as_the_output_matrix(tmp_path, network, state):
+def test_the_token_table_may_be_stored_only_as_the_output_matrix(tmp_path, network, state):
     for number, wrap in enumerate(("", "module.")):
         once = {f"{wrap}{name}": value for name, value in state.items() if name != HEAD}
         folder = hf_folder(tmp_path / str(number), {**once, f"{wrap}lm_head.weight": state[HEAD]})

@@ -245,7 +245,7 @@ def test_a_token_that_is_not_utf_8_is_shown_as_bytes(tiny):
     )
 
 
-def test_special_decides_what_the_text_of_a_token_in_a_prompt_is(tiny, address):
+def test_special_decides_whether_a_prompt_contains_a_token(tiny, address):
     text = "One<|endoftext|>two"
     for fields, special in (
         ({}, False),

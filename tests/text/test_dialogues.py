@@ -81,7 +81,7 @@ PAIR_PIECES = [
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
-def test_of_a_prompt_with_its_completion_only_the_completion_is_learnt(tmp_path, tiny_bpe, name):
+def test_only_the_completion_of_a_prompt_counts_in_the_loss(tmp_path, tiny_bpe, name):
     pairs = [{k: v for k, v in pair.items() if k != "n"} for pair in PAIRS]
     path = write(tmp_path, name, pairs)
     ids = ids_in(path, tiny_bpe, loss="completion")
@@ -92,7 +92,7 @@ def test_of_a_prompt_with_its_completion_only_the_completion_is_learnt(tmp_path,
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 @pytest.mark.parametrize("loss", ["completion", "all"])
-def test_of_messages_only_the_assistants_are_learnt(tmp_path, tiny_bpe, name, loss):
+def test_only_messages_of_the_assistant_count_in_the_loss(tmp_path, tiny_bpe, name, loss):
     path = write(tmp_path, name, [messages(chat) for chat in CHATS])
     pieces = [
         *[("Be brief.", False), ("TURN", False), ("a def?", False), ("TURN", False)],
@@ -144,7 +144,7 @@ def test_a_literal_end_token_in_a_field_obeys_special(tmp_path, tiny_bpe):
     ).sum() == 1
 
 
-def test_a_message_of_weight_0_is_not_learnt(tmp_path, tiny_bpe):
+def test_a_message_of_weight_0_does_not_count(tmp_path, tiny_bpe):
     chat = messages([("assistant", "a"), ("assistant", "b")])
     chat["messages"][0]["weight"] = 0
     ids = ids_in(write(tmp_path, "a.jsonl", [chat]), tiny_bpe, loss="completion")

@@ -69,7 +69,7 @@ def expected_loss(folder, first):
 
 
 @pytest.mark.parametrize("way", ["text", ".npz", ".npy"])
-def test_the_loss_is_of_the_completions_alone_also_after_resuming(cli, mini, way):
+def test_only_completions_count_in_the_loss_also_after_resuming(cli, mini, way):
     flags = ("--loss", "completion")
     dataset = "pairs.jsonl"
     if way != "text":
