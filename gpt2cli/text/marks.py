@@ -1,8 +1,9 @@
 """Marks on stored token ids: tokens outside the loss, and end tokens inside a document.
 
 A marked id is stored as ~value, a negative int32, and value is the id plus some of the flags below.
-So a token that does not count in the loss is stored as ~id. Arrays keep one number for each token and can be
-mapped, and a program that does not know the marks stops at a negative id instead of learning it.
+So a token that does not count in the loss is stored as ~id. Arrays keep one number for each token
+and can be mapped, and a program that does not know the marks stops at a negative id instead of
+learning it.
 """
 
 import numpy as np
