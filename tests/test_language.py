@@ -26,6 +26,9 @@ BANNED = (
     r"\bin the middle between\b",
     r"\bas it is,? no more\b",
     r"\bto the letter\b",
+    r"\b(is|are|be|would be) learnt\b",  # counts in the loss
+    r"\bits kind is\b",  # is a ... file
+    r"\b(is|are|be|also) packed\b",  # compressed
 )
 PATTERN = re.compile("|".join(BANNED), re.IGNORECASE)
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]

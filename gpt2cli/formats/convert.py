@@ -236,8 +236,8 @@ def _with_adapter(source: Source, adapter: adapters.Adapter) -> Source:
     own = vocabularies.read(adapter.folder, source.config.n_vocab)
     if own is not None and own.tokens != source.tokens():
         raise UserError(
-            f"{adapter.folder} has a vocabulary of its own, unlike that of {source.path}. Merge it "
-            "in PEFT, which also resizes the embeddings"
+            f"{adapter.folder} has another vocabulary than {source.path}. Merge it in PEFT, which "
+            "also resizes the embeddings"
         )
     tensor = adapters.merged(adapter, source.tensor, weight_shapes(source.config))
     note = f"{adapter}, merged into {source.path}"

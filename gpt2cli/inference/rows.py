@@ -39,7 +39,7 @@ class Row:
     Attributes:
         tokens: ids, prompt included, without the end token.
         finished: set it to end the row now.
-        sees: its `window`.
+        sees: `--window` of this row, half or last.
         logprobs: of each generated token, if kept, before all rules; nats.
         likeliest: {id: log-probability} of the likeliest tokens in each token's place, if kept.
     """

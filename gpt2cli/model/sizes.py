@@ -28,7 +28,7 @@ LARGEST = {"n_layer": 10_000}  # each layer adds names to a list; no GPT-2 has e
 # The functions between the two matrices of an MLP, by transformers' names. gelu_new, the tanh form,
 # is OpenAI's; gelu is the exact form. transformers' GPT2Config documents these five.
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
-# A key of transformers' config.json -> ours. In hparams.json it would be ignored.
+# A key of transformers' config.json -> ours. In hparams.json, theirs would have no effect.
 THEIR_KEYS = {"activation_function": "activation", "layer_norm_epsilon": "ln_epsilon"}
 LN_EPSILON = 1e-5  # openai/gpt-2 src/model.py, norm; the same in GPT2_ML train/utils.py
 

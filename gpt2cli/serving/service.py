@@ -137,7 +137,7 @@ class Service:
             )
 
     def check_host(self, header: str | None) -> None:
-        """Raise RequestError if a browser may have sent this Host header for a page from elsewhere.
+        """Raise RequestError if a web page from elsewhere may have caused this Host header.
 
         A page can point its own name to this machine (DNS rebinding), so without an API key a
         server that listens on a loopback address answers only for addresses and known names.
@@ -362,7 +362,7 @@ class Answer:
         return row.prompt_length
 
     def _unencoded(self, row: Row) -> int:
-        """Return the length of a prompt's start that is not among its echoed tokens: a [CLS]."""
+        """Return the length of a prompt's start, such as [CLS], that has no echoed token."""
         start, prompt = prefix_text(self.encoder), row.text.prompt
         return len(start) if isinstance(prompt, str) and prompt.startswith(start) else 0
 

@@ -88,9 +88,12 @@ class Tokens:
         """Divide the corpus by document, at random; each run of documents becomes a chunk.
 
         Args:
-            fraction: the share of the documents that are held out: at least one, and not all.
+            fraction: share of the documents to hold out, 0 to 1; at least one, and not all.
             seed: 0 to 2**63 - 1; the same seed divides the same corpus in the same way.
             end: the id that ends a document; None if only chunks end one.
+
+        Returns:
+            The two parts of the corpus, and the number of documents in each.
 
         Raises:
             UserError: there is one document, or a part has no document with two tokens.

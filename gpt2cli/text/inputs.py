@@ -120,7 +120,7 @@ def find(path: str | Path) -> Found:
 
 
 def _in_folder(top: Path, left_out: dict[str, list[Path]]) -> tuple[list[Path], int]:
-    """Return what is below a folder apart from folders, and the number of hidden entries.
+    """Return all files below a folder, and the number of hidden entries.
 
     Links to folders come last, so that a folder that is there twice keeps its own name.
     """

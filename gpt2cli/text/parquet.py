@@ -58,7 +58,7 @@ def _spooled(content: IO[bytes]) -> IO[bytes]:
 
 
 def _texts(schema: Any) -> list[str]:
-    """Return the columns of a schema that hold texts."""
+    """Return the columns of a schema that contain text."""
     kinds = ("string", "large_string", "string_view")
 
     def is_text(kind: Any) -> bool:
