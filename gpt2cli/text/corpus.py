@@ -253,7 +253,7 @@ def check_flags(paths: Iterable[Path], options: FileOptions) -> None:
     endings = {packed.names_of(path)[0] for path in paths}
     for flag, kinds in (("csv_column", records.TABLES), ("json_field", records.OBJECTS)):
         if getattr(options, flag) is not None and not endings.intersection(kinds):
-            raise UserError(f"--{flag} is for {', '.join(kinds)} files, but there are none")
+            raise UserError(f"--{flag} is for {', '.join(kinds)} files, and the input has none")
 
 
 def _split(

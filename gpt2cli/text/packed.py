@@ -105,8 +105,8 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             file.seek(0)
             if not any(start and sign.startswith(start) for sign in _signs(packing)):
                 raise UserError(
-                    f"{path} is not a {PACKINGS[packing]} file. Give it the ending of its own "
-                    "kind, or download it again"
+                    f"{path} is not a {PACKINGS[packing]} file. Rename it to match its content, "
+                    "or download it again"
                 )
             yield _unpacker(file, packing, path), file
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:

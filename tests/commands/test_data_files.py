@@ -125,7 +125,7 @@ def test_a_compressed_text_is_read_and_a_cut_or_damaged_one_is_rejected(encode, 
         _, stderr = encode(f"a.txt{ending}", damaged)
         assert f"a.txt{ending} is damaged or incomplete" in stderr
     _, stderr = encode(f"a.txt{ending}", b"plain text")
-    assert f"a.txt{ending} is not a " in stderr and "ending of its own kind" in stderr
+    assert f"a.txt{ending} is not a " in stderr and "Rename it to match its content" in stderr
     _, stderr = encode("a.txt", whole)
     assert "a.txt is not text (file type: " in stderr
     assert f"Rename it so that it ends in {ending}" in stderr
