@@ -399,7 +399,7 @@ def test_a_name_that_a_web_page_could_point_here_is_rejected(tiny):
         for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "1.2.3.4.x"):
             assert status(address, host) == status(address, host, "/") == 403, host
         error = httpx.get(f"{address}/", headers={"host": "evil.example"}).json()["error"]
-        assert "the host evil.example; see --allow_host" in error["message"]
+        assert "the host name evil.example; see --allow_host" in error["message"]
     with serving(tiny, api_key="sesame") as (address, _):
         assert status(address, "evil.example", "/health") == 200
     with serving(tiny, host="0.0.0.0") as (address, _):
