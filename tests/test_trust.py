@@ -696,7 +696,8 @@ def test_a_run_whose_messages_are_lost_is_saved(mini, how):
             time.sleep(0.1)
         process.send_signal(signal.SIGHUP)
     elif err is None:
-        process.stderr.readline()
+        while b"loss=" not in process.stderr.readline():
+            assert process.poll() is None
         process.stderr.close()
     expected = {"hangup": 129, "closed pipe": 141, "full disk": 0}[how]
     assert process.wait() == expected
