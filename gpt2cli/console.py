@@ -1,5 +1,7 @@
 """The conversation on standard error: one line at a time, and a progress bar on a terminal."""
 
+import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -9,11 +11,31 @@ if TYPE_CHECKING:
 
 # Whether TensorFlow's own messages are shown; set from --verbose before TensorFlow is imported.
 verbose = False
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def say(text: str) -> None:
-    """Print a line to standard error; standard output is for results alone."""
-    print(text, file=sys.stderr, flush=True)
+def say(text: str) -> bool:
+    """Print a line to standard error; standard output is for results alone.
+
+    A message that cannot be printed, as on a full disk, ends no work. Control characters that a
+    server or a file put into it are made visible.
+
+    Returns:
+        False if nobody reads the messages any more: their pipe is closed.
+    """
+    try:
+        print(visible(text), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for what is still buffered
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters, but line ends and tabs, as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def progress(

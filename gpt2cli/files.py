@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +29,22 @@ def replacing(path: str | Path, mode: str = "wb", **open_options: Any) -> Iterat
     """Open `path` for writing so that a reader sees either the old file or the whole new one.
 
     The file is written beside `path` and renamed when the block ends; if the block raises, the old
-    file stays.
+    file stays. A link keeps leading to its target, which is replaced. A device, a pipe or a socket
+    cannot be replaced and is written into.
 
     Raises:
         UserError: the folder cannot be created or written to, or the disk is full.
     """
-    path = Path(path)
+    if is_special(path):
+        try:
+            with open(path, mode, **open_options) as file:
+                yield file
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return
+    path = Path(target_of(path))
     part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +61,26 @@ def replacing(path: str | Path, mode: str = "wb", **open_options: Any) -> Iterat
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def not_through_links(path: str, flags: int) -> int:
+    """Open a file, as `opener` of open; OSError for a link, which may lead to another's file."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def is_special(path: str | Path) -> bool:
+    """Return whether a path is a device, a pipe or a socket: something to write into."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def target_of(path: str | Path) -> str:
+    """Return the path that a link leads to, or else the path; devices and pipes keep theirs."""
+    is_link = os.path.islink(path) and not is_special(path)
+    return os.path.realpath(path) if is_link else str(path)
 
 
 def sync_folder(path: str | Path) -> None:
@@ -198,8 +229,12 @@ def _open_lock(path: Path, work: str, target: str | Path) -> IO[str] | None:
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+            file = stack.enter_context(open(path, "a+", encoding="utf-8", opener=not_through_links))
         except OSError as error:
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a link, and a lock must be a file. Remove the link"
+                ) from None
             raise cannot_write(path, error) from error
         try:
             if fcntl:

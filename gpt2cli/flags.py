@@ -21,6 +21,8 @@ from gpt2cli.errors import UsageError
 NOT_FIELDS = ("Environment", "Examples")  # sections that describe something else
 LAST = ("Folders and messages", "Messages")  # sections of nearly every command
 
+MAX_COUNT = 2**31 - 1  # counts are 32-bit numbers in TensorFlow
+
 
 class Flag(typing.NamedTuple):
     """A field of an options class.
@@ -206,6 +208,7 @@ def check(options: Any, **limits: tuple[float | None, float | None]) -> None:
         UsageError: a value has the wrong type or is outside its limits.
     """
     cls: type = type(options)
+    counts = {}
     for name, flag in fields_of(cls).items():
         value = getattr(options, name)
         try:
@@ -213,8 +216,11 @@ def check(options: Any, **limits: tuple[float | None, float | None]) -> None:
         except (TypeError, ValueError, OverflowError):
             wanted = describe_type(flag.hint)
             raise UsageError(f"--{spelled(name)} takes {wanted}, not {value!r}") from None
-    for name, (low, high) in limits.items():
+        if flag.hint in (int, int | None):
+            counts[name] = (-MAX_COUNT, MAX_COUNT)
+    for name, (low, high) in (counts | limits).items():
         value = getattr(options, name)
+        high = MAX_COUNT if high is None and name in counts else high
         if value is None:
             continue
         if low is not None and value < low:

@@ -29,6 +29,7 @@ from gpt2cli.tensorflow import tf
 from gpt2cli.text import encoder
 from gpt2cli.text.batches import RandomWindows, Tokens
 from gpt2cli.training import journal
+from gpt2cli.training.saves import Checkpoints
 from gpt2cli.training.step import Step, Trainer
 
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
@@ -595,3 +596,111 @@ def test_a_damaged_log_does_not_end_a_run(cli, mini):
     log.write_bytes(log.read_bytes() + b'[1]\n\xff\xfe\n{"step": 2, "los')
     assert cli("train", "text.txt", *FLAGS, "--steps", 3).returncode == 0
     assert [line["step"] for line in read_log("checkpoint/run1")] == [1, 2, 3]
+
+
+# Paths and streams that are not what they seem
+
+
+def test_output_is_written_through_links_and_pipes(cli, workdir):
+    words = ("sample", "--model_name", "tiny", "--prompt", "a", "--length", 2, "--seed", 1)
+    Path("target.txt").write_text("old")
+    Path("link.txt").symlink_to("target.txt")
+    os.mkfifo("pipe")
+    read: list[bytes] = []
+    thread = threading.Thread(target=lambda: read.append(Path("pipe").read_bytes()))
+    thread.start()
+    for more in (("--out", "link.txt"), ("--out", "pipe")):
+        result = cli(*words, *more)
+        assert result.returncode == 0, result.stderr
+    thread.join()
+    assert Path("link.txt").is_symlink() and Path("target.txt").read_bytes() == read[0] != b""
+    assert Path("pipe").is_fifo()
+    Path("target.txt").write_text("old")
+    assert cli(*words, "--out", "link.txt", "--format", "jsonl").returncode == 0
+    assert Path("link.txt").is_symlink() and json.loads(Path("target.txt").read_text())
+    assert cli(*words, "--out", ".").returncode == 1
+
+
+def test_a_lock_that_is_a_link_is_rejected(cli, workdir):
+    Path("precious").write_text("PRECIOUS")
+    Path("checkpoint/r").mkdir(parents=True)
+    Path("checkpoint/r/.lock").symlink_to("../../precious")
+    Path("t.txt").write_text(TEXT)
+    result = cli("train", "t.txt", "--model_name", "tiny", "--run_name", "r", "--steps", 1)
+    assert result.returncode == 1 and "checkpoint/r/.lock is a link" in result.stderr
+    assert Path("precious").read_text() == "PRECIOUS"
+
+
+@pytest.mark.parametrize("name", ["ba\\ck", "b[1]", "b\udcff"])
+def test_a_path_that_cannot_be_read_back_is_rejected_before_training(cli, workdir, name):
+    Path("t.txt").write_text(TEXT)
+    flags = ("--model_name", "tiny", "--checkpoint_dir", name, "--steps", 1)
+    result = cli("train", "t.txt", *flags)
+    assert result.returncode == 1 and "TensorFlow cannot read a checkpoint from" in result.stderr
+    result = cli("convert", "models/tiny", f"{name}/m")
+    assert result.returncode == 1 and "TensorFlow cannot read a checkpoint from" in result.stderr
+    assert not Path(name).exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "--model_name", "tiny", "--batch_size"),
+        ("train", "t.txt", "--accumulate_gradients"),
+        ("train", "t.txt", "--workers"),
+        ("evaluate", "t.txt", "--batch_size"),
+    ],
+)
+def test_a_count_of_twenty_digits_is_a_usage_error(cli, words):
+    result = cli(*words, "9" * 20)
+    assert result.returncode == 2 and "must be at most 2147483647" in result.stderr
+
+
+def test_a_run_folder_that_is_renamed_keeps_getting_its_checkpoints(tmp_path):
+    saves = Checkpoints(tmp_path / "run", tmp_path / "model", 0, True)
+    saves.follow()  # the folder does not exist: nothing is known
+    (tmp_path / "run").mkdir()
+    saves = Checkpoints(tmp_path / "run", tmp_path / "model", 0, True)
+    saves.follow()
+    assert saves.folder == tmp_path / "run"
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").mkdir()  # another one in its place
+    saves.follow()
+    assert saves.folder == tmp_path / "moved"
+    (tmp_path / "moved").rmdir()
+    with pytest.raises(UserError, match=r"moved was moved or removed"):
+        saves.follow()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "closed pipe",
+        pytest.param("hangup", marks=pytest.mark.slow),
+        pytest.param("full disk", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_whose_messages_are_lost_is_saved(mini, how):
+    """The terminal is closed, the reader of a pipe ends, or the log's disk is full."""
+    words = ["train", "text.txt", *map(str, FLAGS), "--save_every", "99999", "--run_name", "r"]
+    words += ["--steps", "30" if how == "full disk" else "100000"]
+    err = {"full disk": open("/dev/full", "w"), "hangup": open("log", "w")}.get(how)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpt2cli", *words],
+        stderr=subprocess.PIPE if err is None else err,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    if how == "hangup":
+        while "loss=" not in Path("log").read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGHUP)
+    elif err is None:
+        while b"loss=" not in process.stderr.readline():
+            assert process.poll() is None
+        process.stderr.close()
+    expected = {"hangup": 129, "closed pipe": 141, "full disk": 0}[how]
+    assert process.wait() == expected
+    assert runs.steps(Path("checkpoint/r"))
+    if err:
+        err.close()

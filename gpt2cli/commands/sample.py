@@ -128,11 +128,14 @@ def run(options: SampleOptions) -> None:
     With --run_name and without --out they are also saved in samples/RUN_NAME/. With --format jsonl
     and one --out file, an earlier command that was stopped is resumed.
     """
+    from gpt2cli import files
     from gpt2cli.jobs import job, prompts
     from gpt2cli.storage import folders
     from gpt2cli.text import encoder
 
     options = resolved(options, os.environ)
+    if options.out is not None and os.path.islink(options.out):  # what belongs to it is beside it
+        options = dataclasses.replace(options, out=files.target_of(options.out))
     if options.beams > 1 < options.batch_size:
         say("--batch_size has no effect with --beams: one prompt is searched at a time")
     folder = folders.open_source(options)
@@ -140,7 +143,7 @@ def run(options: SampleOptions) -> None:
     for path in out_paths(options):
         if path.is_dir():
             raise UserError(f"{path} is a folder; --out takes the name of a file")
-    if options.is_job():
+    if options.is_job() and not files.is_special(options.out or ""):
         job.run(options, folder, texts)
         return
     vocabulary = encoder.of_model(folder)

@@ -224,6 +224,7 @@ def run(options: TrainOptions) -> Path:
     from gpt2cli.training import hosts, start
 
     run_folder = folders.run_dir(options.checkpoint_dir, options.run_name, must_exist=False)
+    folders.check_path(run_folder)
     cluster = hosts.of_strategy(options.strategy)
     with files.filling(run_folder, "train") if cluster.is_chief else contextlib.nullcontext():
         if cluster.is_chief:
@@ -300,7 +301,10 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(hangup)
     before = [signal.signal(number, stop.handle) for number in numbers]
     try:
         yield stop

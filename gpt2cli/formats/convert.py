@@ -14,7 +14,6 @@ weights is never in memory twice.
 import dataclasses
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -331,8 +330,6 @@ def convert(
             "its layer norms are in other places than in GPT-2. Leave out --to hf"
         )
     folders.check_destination(dst, overwrite, source.path)
-    if re.search(r"[\[\]]", str(dst)):
-        raise UserError(f"TensorFlow cannot read paths with [ or ]: choose a name other than {dst}")
     with files.replacing_folder(dst) as part:
         difference = _write_checked(source, part, to)
         finish(part)

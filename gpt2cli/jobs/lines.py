@@ -95,7 +95,7 @@ def gathered(
             with files.replacing(note, "w", encoding="utf-8") as file:
                 json.dump(known, file, indent=1)
         with _explained(part):  # unbuffered: closing a buffer would try a failed write again
-            file = open(part, "ab", buffering=0)  # noqa: SIM115  closed below
+            file = open(part, "ab", buffering=0, opener=files.not_through_links)  # noqa: SIM115
         with file:
             yield Lines(part, known, file)
             with _explained(part):

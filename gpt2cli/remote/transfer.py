@@ -98,7 +98,7 @@ def fetch(session: requests.Session, wanted: Wanted) -> Record | None:
             problem = error
         except (requests.ConnectionError, requests.Timeout, *INTERRUPTED) as error:
             problem = TryAgain(reason_of(error))
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise UserError(f"cannot download {url} ({error}). Check {wanted.mirror}") from error
         except OSError as error:
             raise UserError(
@@ -173,7 +173,7 @@ def check_answer(response: requests.Response, wanted: Wanted) -> None:
     answer = f"the server answered {status} {response.reason}"
     if status in (408, 425, 429) or status >= 500:
         wait = response.headers.get("Retry-After")
-        with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
             raise TryAgain(answer, urllib3.Retry().parse_retry_after(wait) if wait else None)
         raise TryAgain(answer)
     if status not in (200, 206, 416):
@@ -213,7 +213,7 @@ def note_of(response: requests.Response, url: str) -> Note:
         md5 += re.findall(r'^"([0-9a-f]{32})"$', etag.lower())
     if headers.get("Content-Encoding", "identity") != "identity":
         length, validator, md5 = "", "", []  # they describe the compressed form
-    size = int(length) if length.isdigit() else None
+    size = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
     return {"url": url, "validator": validator, "etag": etag, "bytes": size, "md5": md5}
 
 
@@ -236,7 +236,7 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
             "another --models_dir; downloaded bytes are kept"
         )
     with (
-        open(part, "r+b" if start else "wb") as file,
+        open(part, "r+b" if start else "wb", opener=files.not_through_links) as file,
         progress(total, "B", done=start) as bar,
     ):
         bar.set_description(path.name)

@@ -54,8 +54,7 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
     """
     config, described, prefix = folder.known_sizes(), folder.sizes_path, folder.checkpoint
     assert described is not None and prefix is not None
-    if "[" in str(prefix) or "]" in str(prefix):
-        raise UserError(f"TensorFlow cannot read paths with [ or ]: rename {prefix.parent}")
+    folders.check_path(prefix)
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         found = reader.get_variable_to_shape_map()

@@ -294,13 +294,26 @@ def copy_vocabulary(source: str | Path | ModelFolder, folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
+def check_path(path: str | Path) -> None:
+    """Reject (UserError) a path from which TensorFlow could not read a checkpoint again."""
+    found = re.search(r"[\[\]\\\ud800-\udfff]", str(path))
+    if found:
+        name = str(path).encode("utf-8", "backslashreplace").decode()
+        char = found[0] if found[0].isprintable() else ascii(found[0])
+        raise UserError(
+            f"TensorFlow cannot read a checkpoint from a path with {char}: choose a name other than "
+            f"{name}"
+        )
+
+
 def check_destination(dst: Path, overwrite: bool, *sources: Path) -> None:
     """Reject a folder that a new model must not be written to.
 
     Raises:
         UserError: `dst` exists and may not be replaced, is not a model folder, or is or contains
-            one of the sources.
+            one of the sources; or TensorFlow could not read it.
     """
+    check_path(dst)
     for source in sources:
         if dst.resolve() in (source.resolve(), *source.resolve().parents):
             raise UserError(f"{dst} is or contains the source, {source}. Name another folder")

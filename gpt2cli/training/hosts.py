@@ -66,7 +66,7 @@ def of_strategy(strategy: str) -> Cluster:
     return Cluster(hosts=len(addresses), is_chief=is_chief, own=own, others=others)
 
 
-def meet(cluster: Cluster, say: Callable[[str], None]) -> None:
+def meet(cluster: Cluster, say: Callable[[str], object]) -> None:
     """Wait until all other hosts are running this command or are already in TensorFlow.
 
     TensorFlow waits for missing hosts too, but inside one C++ call: it reports no names to Python,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gpt2cli.commands.train import TrainOptions
 
 SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run ends
+SIGPIPE = 13  # POSIX; Python on Windows has no such name
 RETRY = 60  # seconds after which a checkpoint that could not be written is tried again
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
 
@@ -197,9 +198,12 @@ class Run:
         return found.tokens, found.held_out
 
     def say(self, text: str) -> None:
-        """Print a line on stderr, on the chief alone if there are several hosts."""
-        if self.replicas.is_chief:
-            say(text)
+        """Print a line on stderr, on the chief alone if there are several hosts.
+
+        A closed pipe, as with `2>&1 | head`, is a request to stop: the run is saved first.
+        """
+        if self.replicas.is_chief and not say(text):
+            self.stop.received = self.stop.received or SIGPIPE
 
     def record(self, **values: float) -> None:
         """Write numbers of this step to the journal."""
@@ -263,10 +267,13 @@ class Run:
         if not self.checkpoints.exist():
             self.say("stopped before the first step; nothing is saved")
             return
-        name = shlex.quote(f"--run_name={self.plan.options.run_name}")
+        folder, options = self.checkpoints.folder, self.plan.options
+        words = [f"--run_name={folder.name}"]
+        if folder.parent.resolve() != Path(options.checkpoint_dir).resolve():  # it was moved
+            words.append(f"--checkpoint_dir={folder.parent}")
         self.say(
-            f"saved {self.checkpoints.folder} at step {step}; sample from it with: "
-            f"gpt2cli sample {name}"
+            f"saved {folder} at step {step}; sample from it with: gpt2cli sample "
+            f"{shlex.join(words)}"
         )
 
     def is_stopped(self) -> bool:
@@ -423,7 +430,11 @@ class Run:
         if stop.received:
             return
         self.state.due = [name for name in self.state.due if name != "samples"]
-        self.show("\n".join(texts))
+        try:
+            self.show("\n".join(texts))
+        except OSError as error:  # the file of the samples has them too
+            self.say(f"gpt2cli: cannot print the samples: {error.strerror}")
+            self.stop.received = self.stop.received or SIGPIPE
         try:
             with files.replacing(
                 self.sample_path(), "w", encoding="utf-8", errors="replace"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -38,6 +40,34 @@ class Checkpoints:
         self.source: Path | None = None if prefix.parent == folder else prefix.parent
         self.replaced: list[int] = [] if resumed else runs.steps(folder)
         self.retry_at = math.inf
+        self._handle: int | None = None  # stays the folder's, whatever its name becomes
+        with contextlib.suppress(OSError):  # Windows opens no folders
+            self._handle = os.open(folder, os.O_RDONLY)
+
+    def follow(self) -> None:
+        """Continue in the run's folder where somebody has renamed it.
+
+        Raises:
+            UserError: it was removed.
+        """
+        if self._handle is None:
+            return
+        own = os.fstat(self._handle)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.folder), own):
+                return
+        try:
+            found = Path(os.readlink(f"/proc/self/fd/{self._handle}"))  # Linux alone
+            is_there = os.path.samestat(os.stat(found), own)
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise UserError(
+                f"{self.folder} was moved or removed while it was trained. Put it back, so that "
+                "the run can be saved there"
+            )
+        say(f"{self.folder} was moved to {found}; the run is saved there")
+        self.folder = found
 
     def exist(self) -> bool:
         """Whether the folder contains a checkpoint of this run, and not of one that it replaces."""
@@ -55,6 +85,8 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be written; the old ones stay.
         """
+        self.follow()
+        log.path = self.folder / log.path.name
         options, now = plan.options, time.time()
         record, hours = state.record(options), options.keep_every_hours
         if hours and now - state.kept_at >= hours * 3600:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, ROOT, TINY, small_disk
 
+from gpt2cli import console
 from gpt2cli.commands import download
 from gpt2cli.commands.download import DownloadOptions
 from gpt2cli.errors import UserError
@@ -664,6 +665,39 @@ def test_a_folder_that_cannot_be_created_is_reported(mirror, opened, tmp_path):
         download.run(
             DownloadOptions(model="own", url=mirror.url, models_dir=str(tmp_path / "models"))
         )
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Length": "\u00b2"},
+        {"Content-Length": "9" * 5000},
+        {"Retry-After": "9" * 5000},
+        {"Retry-After": "Wed, 21 Oct 99999999 07:28:00 GMT"},
+        {"Location": "http://[::1"},
+    ],
+    ids=["superscript", "long length", "long wait", "far date", "address"],
+)
+def test_odd_headers_of_a_mirror_are_one_error(fetch, mirror, headers):
+    status = 302 if "Location" in headers else 503 if "Retry-After" in headers else 200
+    mirror.faults["encoder.json"] = [{"status": status, "headers": headers, "body": b""}] * 9
+    with pytest.raises(UserError, match=r"cannot download .*encoder.json"):
+        fetch()
+
+
+def test_escapes_in_a_message_are_made_visible(capsys):
+    console.say("the server answered 418 \x1b[2J\x1b]0;pwned\x07teapot\n\tnext")
+    err = capsys.readouterr().err
+    assert err == "the server answered 418 \\x1b[2J\\x1b]0;pwned\\x07teapot\n\tnext\n"
+
+
+def test_a_part_that_is_a_link_is_not_written_through(fetch, tmp_path):
+    (tmp_path / "precious").write_text("PRECIOUS")
+    folder_of(tmp_path).mkdir(parents=True)
+    (folder_of(tmp_path) / "encoder.json.part").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"encoder.json"):
+        fetch()
+    assert (tmp_path / "precious").read_text() == "PRECIOUS"
 
 
 def test_a_password_in_the_url_is_not_written_down(fetch, mirror, tmp_path, capsys):
