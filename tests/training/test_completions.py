@@ -10,7 +10,7 @@ from conftest import lively
 
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
-from gpt2cli.text import encoder
+from gpt2cli.text import encoder, marks
 
 PAIRS = [
     {"prompt": "The kettle clicked off at half past six, ", "completion": "and a letter came."},
@@ -102,7 +102,7 @@ def test_evaluate_measures_the_completions_alone(cli, mini):
 def test_a_step_without_a_token_to_learn_changes_nothing(cli, mini):
     """Windows 0 and 1 are read only; 2 and 3 are learnt."""
     ids = np.arange(1, 4 * LENGTH + 2, dtype=np.int32)
-    ids[: 2 * LENGTH + 1] = ~ids[: 2 * LENGTH + 1]
+    ids[: 2 * LENGTH + 1] = marks.read_only(ids[: 2 * LENGTH + 1])
     np.save("half.npy", ids)
     result = cli("train", "half.npy", *FLAGS, "--steps", 3, "--save_every", 1)
     found = losses(result)
@@ -118,7 +118,7 @@ def test_a_step_without_a_token_to_learn_changes_nothing(cli, mini):
 def test_a_validation_without_a_token_to_learn_is_rejected(cli, mini):
     ids = np.arange(1, 900, dtype=np.int32)
     np.save("a.npy", ids)
-    ids[:-1] = ~ids[:-1]
+    ids[:-1] = marks.read_only(ids[:-1])
     np.save("b.npy", ids)
     flags = ("--val_dataset", "b.npy", "--val_every", 1, "--val_batch_count", 1)
     result = cli("train", "a.npy", *FLAGS, "--steps", 1, *flags)
