@@ -66,6 +66,7 @@ MANY = [["0", text] for text in TEXTS]
 KINDS = {
     "a.csv": (csv_of([["text"], *([t] for t in TEXTS)]), ()),
     "index.csv": (csv_of([["", "text"], *MANY]), ("--csv_column", "text")),
+    "messages.csv": (csv_of([["id", "messages"], *MANY]), ("--csv_column", "messages")),
     "a.tsv": (csv_of([["id", "body"], *MANY], "\t"), ("--csv_column", "body")),
     "strings.jsonl": ("\n".join(map(json.dumps, TEXTS)).encode(), ()),
     "a.ndjson": (
@@ -84,6 +85,11 @@ KINDS = {
     "a.parquet.gz": (gzip.compress(parquet({"body": TEXTS})), ()),
     "a.csv.bz2": (bz2.compress(csv_of([["text"], *([t] for t in TEXTS)])), ()),
     "a.jsonl.zst": (zstandard.compress("\n".join(map(json.dumps, TEXTS)).encode()), ()),
+    "skipped.jsonl.zst": (  # pzstd begins with a frame to be skipped
+        b"\x50\x2a\x4d\x18\4\0\0\0size"
+        + zstandard.compress("\n".join(map(json.dumps, TEXTS)).encode()),
+        (),
+    ),
     "a.json.xz": (lzma.compress(json.dumps(TEXTS).encode()), ()),
 }
 
@@ -212,6 +218,8 @@ BROKEN = [
     ("a.jsonl", b'"a\fb"', "line 1 is not JSON"),
     ("a.csv", b'text\nfine\n"open\nfor\never\n', "A quote opens at line 3 and is not closed"),
     ("a.csv", b'text\n"a\nb"\n"open\n""for""\n"ever"\n', "A quote opens at line 4"),
+    ("a.csv", b"messages\nhello\n", "To read it as text, name it with --csv_column or"),
+    ("a.tsv", b"id,text\n1,a\n", "has one column, 'id,text', so other characters than tabs may"),
     ("a.csv", b"id,text\n1,a\n", "has 2 columns with text: id, text. Name one with --csv_column"),
     ("a.csv", b"text,label\na, b,c\n", "has 2 columns with text"),
     ("a.csv", b"id;text\n1;a\n", "has one column, 'id;text', so other characters than commas"),
@@ -310,6 +318,7 @@ def test_what_a_folder_holds_is_read_or_counted_as_skipped(cli, workdir):
     (folder / "linked").symlink_to(workdir / "elsewhere")
     (folder / "loop").symlink_to(folder)
     (folder / "dangling.txt").symlink_to("nothing")
+    (folder / "itself").symlink_to("itself")
     os.mkfifo(folder / "pipe")
     result = cli("encode", "in", "out.npz", "--model_name", "tiny")
     assert result.returncode == 0, result.stderr
