@@ -97,6 +97,10 @@ def test_evaluate_measures_the_completions_alone(cli, mini):
     learnt = sum(len(vocabulary.encode(pair["completion"])) + 1 for pair in PAIRS)
     assert alone["tokens"] == learnt < whole["tokens"]
     assert alone["loss"] != pytest.approx(whole["loss"], abs=1e-3)
+    ids = np.arange(1, 90, dtype=np.int32)
+    np.save("first.npy", np.append(ids[:1], marks.read_only(ids[1:])))
+    result = cli("evaluate", "first.npy", "--model_name", "mini")
+    assert result.returncode == 1 and "no token that is to be learnt follows" in result.stderr
 
 
 def test_a_step_without_a_token_to_learn_changes_nothing(cli, mini):
@@ -137,6 +141,10 @@ def test_a_fraction_of_the_documents_is_kept_for_validation(cli, mini):
     again = cli(*command, "--steps", 4)
     assert sorted(losses(again)) == [3, 4]
     assert said[0] in again.stderr  # the run's own seed
+    other = cli(*command, "--steps", 5, "--seed", 77)
+    assert other.returncode == 1 and "it would validate with documents that it has" in other.stderr
+    more = cli(*command[:-4], "--val_fraction", 0.2, "--val_every", 2, "--steps", 5)
+    assert losses(more) and "it may have learnt some that it now validates with" in more.stderr
     command = command[:-4]
     fraction, every = ("--val_fraction", 0.1), ("--val_every", 2)
     for flags, message in (
