@@ -408,3 +408,44 @@ def test_a_broken_pipe_of_prompts_is_reported_without_reading_it_again(cli, work
     result = cli("sample", "--model_name", "tiny", "--prompts", "pipe")
     thread.join()
     assert result.returncode == 1 and "byte 2" in result.stderr and "line" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--prompt", "a", "--csv_column", "x"), "--csv_column needs --prompts FILE"),
+        (("--prompt_file", "a.txt", "--json_field", "x"), "--json_field needs --prompts FILE"),
+        (
+            ("--prompt", "a", "--encoding", "latin-1"),
+            "--encoding needs --prompts, --prompt_file or",
+        ),
+        (("--errors", "replace"), "--errors needs --prompts, --prompt_file or --prompt -"),
+    ],
+)
+def test_a_flag_about_files_needs_a_file(cli, flags, message):
+    result = cli("sample", "--model_name", "tiny", *flags)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_standard_input_is_read_in_the_encoding_that_is_named(cli, monkeypatch):
+    command = (
+        "sample",
+        "--model_name",
+        "tiny",
+        "--prompt",
+        "-",
+        "--length",
+        1,
+        "--format",
+        "jsonl",
+    )
+    for flags, prompt in (
+        (("--encoding", "latin-1"), "caf\xe9"),
+        (("--errors", "replace"), "caf\ufffd"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+        result = cli(*command, *flags)
+        assert result.returncode == 0 and json.loads(result.stdout)["prompt"] == prompt
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+    result = cli(*command)
+    assert result.returncode == 1 and "standard input is not UTF-8 text: byte 3" in result.stderr
