@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gpt2cli.console import progress, say
+from gpt2cli.errors import UserError
 from gpt2cli.flags import check
 from gpt2cli.options import CheckpointOptions, TextOptions
 
@@ -40,7 +41,11 @@ class EvaluateOptions(TextOptions, CheckpointOptions):
 
 
 def run(options: EvaluateOptions) -> dict[str, float]:
-    """Print and return mean loss in nats per token, perplexity, accuracy and number of tokens."""
+    """Print and return mean loss in nats per token, perplexity, accuracy and number of tokens.
+
+    Raises:
+        UserError: the model or the text cannot be read, or no token is predicted.
+    """
     from gpt2cli.storage import folders
     from gpt2cli.text import documents, encoded, encoder, inputs
 
@@ -61,6 +66,8 @@ def run(options: EvaluateOptions) -> dict[str, float]:
     total = math.ceil((tokens.total - 1) / (model.config.n_ctx * options.batch_size))
     with progress(total, " batches", items=batches) as bar:
         score = model.score(bar)
+    if not score.tokens:
+        raise UserError(f"{options.dataset}: no token that counts in the loss follows another")
     perplexity = math.exp(min(score.loss, 700))  # a float overflows above exp(709)
     found = {"perplexity": perplexity, **score._asdict()}
     if options.format == "json":

@@ -108,6 +108,18 @@ class SampleOptions(GenerateOptions, FileOptions, CheckpointOptions):
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError("give only one of " + " and ".join(f"--{name}" for name in given))
+        self._check_file_flags()
+
+    def _check_file_flags(self) -> None:
+        """Reject flags about files that are not read."""
+        if self.prompts is None:
+            needs = dict.fromkeys(("csv_column", "csv_header", "json_field"), "--prompts FILE")
+            if self.prompt_file is None and "-" not in (self.prompt, self.prefix):
+                text = "--prompts, --prompt_file or --prompt -"
+                needs |= dict.fromkeys(("encoding", "errors"), text)
+            for field in dataclasses.fields(FileOptions):
+                if field.name in needs and getattr(self, field.name) != field.default:
+                    raise UsageError(f"--{field.name} needs {needs[field.name]}")
 
     def _check_output(self) -> None:
         if self.delimiter is not None and self.format == "jsonl":

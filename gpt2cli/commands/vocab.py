@@ -69,7 +69,7 @@ def run(options: VocabOptions) -> None:
     Raises:
         UserError: unreadable or empty input, or a folder whose files may not be replaced.
     """
-    from gpt2cli.text import encoder, inputs, vocabulary
+    from gpt2cli.text import corpus, encoder, inputs, vocabulary
 
     started = time.monotonic()
     smallest = vocabulary.SMALLEST[options.kind] + len(options.add_token)
@@ -85,6 +85,7 @@ def run(options: VocabOptions) -> None:
     cut = (encoder.BPE if options.kind == "bpe" else encoder.WordPiece).CUT
     found = inputs.find(options.in_text)
     paths = found.paths
+    corpus.check_flags(paths, options)
     sample = _sample(paths, cut, options)
     made = vocabulary.with_added(_train(paths, cut, options), options.add_token)
     vocabulary.write(folder, made)

@@ -73,7 +73,8 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     # the index contains the checksum of each tensor
     job["weights"] = files.digest(f"{folder.checkpoint}.index")
     job["processes"] = count
-    with lines_file.gathered(Path(options.out), job, new_seed(), parts) as lines:
+    usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in job}
+    with lines_file.gathered(Path(options.out), job, usual, new_seed(), parts) as lines:
         options = dataclasses.replace(options, seed=lines.job["seed"])
         _report(options, folder, vocabulary, samples)
         if parts:

@@ -50,12 +50,17 @@ class Lines:
 
 @contextlib.contextmanager
 def gathered(
-    path: Path, job: dict[str, Any], seed: int, parts: Sequence[Path] = ()
+    path: Path,
+    job: dict[str, Any],
+    usual: dict[str, Any],
+    seed: int,
+    parts: Sequence[Path] = (),
 ) -> Iterator[Lines]:
     """Yield the Lines of `path`, which gets them when the block ends without an exception.
 
     Args:
         job: JSON object with everything that the lines depend on, and the number of "processes".
+        usual: what a key means that the record of an earlier version lacks.
         seed: for a new job whose "seed" is None.
         parts: files from which the block takes the lines, removed when the job is finished.
             Those of an older job are moved away.
@@ -69,7 +74,7 @@ def gathered(
         before: dict[str, Any] = {}
         if part.exists():
             with contextlib.suppress(UserError):  # damaged: the lines may be of any job
-                before = files.read_object(note)
+                before = usual | files.read_object(note)
                 before["processes"] = before.get("processes") or 1
         is_drawn = job["seed"] is None
         known = job | {"seed": before.get("seed")} if is_drawn else job

@@ -37,9 +37,12 @@ def read(
         return [_without_newline(text)]
     if prompt == "-":
         try:
-            return [_without_newline(sys.stdin.buffer.read().decode("utf-8"))]
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8 text: byte {error.start}") from None
+            text = sys.stdin.buffer.read().decode(options.encoding, options.errors)
+        except UnicodeError as error:
+            name = "UTF-8" if options.encoding == "utf-8" else options.encoding
+            at = getattr(error, "start", 0)
+            raise UserError(f"standard input is not {name} text: byte {at}") from None
+        return [_without_newline(text)]
     return [prompt]
 
 

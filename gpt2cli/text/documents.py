@@ -156,7 +156,11 @@ def _messages(value: Any, where: str, template: str | None, options: TextOptions
     token follows each message, as in DialoGPT (arXiv 1911.00536, section 3.1).
     """
     if not isinstance(value, list) or not value:
-        raise UserError(f'{where}: "messages" must be a list of objects with "role" and "content"')
+        is_text = isinstance(value, str)
+        hint = ". To read it as text, name it with --csv_column or --json_field" if is_text else ""
+        raise UserError(
+            f'{where}: "messages" must be a list of objects with "role" and "content"{hint}'
+        )
     pieces = split_template(template or "{content}")
     parts: list[Part] = []
     for number, message in enumerate(value, 1):

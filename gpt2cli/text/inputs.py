@@ -143,8 +143,10 @@ def _in_folder(top: Path, left_out: dict[str, list[Path]]) -> tuple[list[Path], 
         for entry in entries_by_name:
             if entry.name.startswith("."):
                 hidden += 1
-            elif entry.is_dir():
-                (links if entry.is_symlink() else folders).append(Path(entry.path))
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
+            elif entry.is_symlink() and os.path.isdir(entry.path):  # not for a link to itself
+                links.append(Path(entry.path))
             else:
                 found.append(Path(entry.path))
     return found, hidden

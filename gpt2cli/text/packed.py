@@ -25,6 +25,8 @@ SIGNATURES = {
     **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "Zstandard",
+    # its frames to be skipped, with which pzstd begins
+    **{bytes([first]) + b"\x2a\x4d\x18": "Zstandard" for first in range(0x50, 0x60)},
     b"PK\x03\x04": "zip",
     b"%PDF-": "PDF",
     b"PAR1\x15": "Parquet",

@@ -98,7 +98,7 @@ def _csv(path: Path, blocks: Blocks, options: FileOptions, default: str) -> Iter
             where = f"{path} line {rows.line_num}"
             if header is None:
                 header = row
-                wanted = _columns(where, header, options, default)
+                wanted = _columns(where, header, options, default, is_tsv)
                 if options.csv_header:
                     continue
             if len(row) != len(header):
@@ -117,7 +117,9 @@ def _csv(path: Path, blocks: Blocks, options: FileOptions, default: str) -> Iter
 
 def value_of(row: dict[str, Any], options: FileOptions) -> Any:
     """Return the value of a row with one column of text, or the row."""
-    is_text = len(row) == 1 and "messages" not in row and _template(options) is None
+    named = row.get(options.csv_column) if options.csv_column else None
+    is_text = len(row) == 1 and _template(options) is None
+    is_text &= "messages" not in row or isinstance(named, str)
     return next(iter(row.values())) if is_text else row
 
 
@@ -127,7 +129,7 @@ def _template(options: FileOptions) -> str | None:
 
 
 def _columns(
-    where: str, header: Sequence[str], options: FileOptions, default: str
+    where: str, header: Sequence[str], options: FileOptions, default: str, is_tsv: bool
 ) -> dict[str, int]:
     """Return the columns of a CSV file to read, as name -> place."""
     if not options.csv_header:
@@ -138,11 +140,12 @@ def _columns(
             )
         return {"": 0}
     names = wanted(where, list(header), list(header), options, default)
-    if len(header) == 1 and options.csv_column is None and any(c in header[0] for c in ";\t"):
+    usual, others = ("tabs", ";,") if is_tsv else ("commas", ";\t")
+    if len(header) == 1 and options.csv_column is None and any(c in header[0] for c in others):
         raise UserError(
-            f"{where} has one column, {header[0]!r}, but its columns may be separated by another "
-            "character than a comma. Use commas, or tabs in a file that ends in .tsv. If it really "
-            "is one column, name it with --csv_column"
+            f"{where} has one column, {header[0]!r}, but its columns may be separated by other "
+            f"characters than {usual}. Use commas in a .csv, and tabs in a .tsv. If it really is "
+            "one column, name it with --csv_column"
         )
     return {name: header.index(name) for name in names}
 

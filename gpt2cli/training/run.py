@@ -95,7 +95,7 @@ class Run:
         self.model = LanguageModel(XlaEngine(network), vocabulary)
         slots, record = self.read(options, prefix, resumed)
         self.state = State.read(record, options.validates_with)
-        options = dataclasses.replace(options, seed=self.seed(options.seed, record))
+        options = dataclasses.replace(options, seed=self.seed(options, record))
         self.plan = self.make_plan(options, folder, tokens, held_out)
         self.trainer = Trainer(network, self.plan.options, replicas)
         if slots:
@@ -131,9 +131,26 @@ class Run:
             self.say(f"without the optimizer's state{why}: the optimizer starts from scratch")
         return slots, record or {"step": _step_of(prefix)}
 
-    def seed(self, given: int | None, record: dict[str, Any]) -> int:
-        """Return the seed of --seed, of the resumed run, or a new one for all hosts."""
-        seed = given if given is not None else record.get("seed")
+    def seed(self, options: TrainOptions, record: dict[str, Any]) -> int:
+        """Return the seed of --seed, of the resumed run, or a new one for all hosts.
+
+        Raises:
+            UserError: it would hold out other documents than the run did before.
+        """
+        before = record.get("seed")
+        seed = options.seed if options.seed is not None else before
+        if options.val_fraction and record["step"]:
+            if record.get("val_dataset") != options.validates_with:
+                self.say(
+                    f"--val_fraction: this run did not hold out the same documents up to step "
+                    f"{record['step']}, so it may have trained on some that it now validates with"
+                )
+            elif before not in (None, seed):
+                raise UserError(
+                    f"this run holds out the documents that seed {before} chose. With --seed "
+                    f"{seed} it would validate with documents that it was trained on: "
+                    "leave out --seed"
+                )
         if seed is None:
             seed = int(self.replicas.of_chief(new_seed()))
             self.say(f"seed {seed}")

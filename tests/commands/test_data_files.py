@@ -66,6 +66,7 @@ MANY = [["0", text] for text in TEXTS]
 KINDS = {
     "a.csv": (csv_of([["text"], *([t] for t in TEXTS)]), ()),
     "index.csv": (csv_of([["", "text"], *MANY]), ("--csv_column", "text")),
+    "messages.csv": (csv_of([["id", "messages"], *MANY]), ("--csv_column", "messages")),
     "a.tsv": (csv_of([["id", "body"], *MANY], "\t"), ("--csv_column", "body")),
     "strings.jsonl": ("\n".join(map(json.dumps, TEXTS)).encode(), ()),
     "a.ndjson": (
@@ -84,6 +85,11 @@ KINDS = {
     "a.parquet.gz": (gzip.compress(parquet({"body": TEXTS})), ()),
     "a.csv.bz2": (bz2.compress(csv_of([["text"], *([t] for t in TEXTS)])), ()),
     "a.jsonl.zst": (zstandard.compress("\n".join(map(json.dumps, TEXTS)).encode()), ()),
+    "skipped.jsonl.zst": (  # pzstd begins with a frame to be skipped
+        b"\x50\x2a\x4d\x18\4\0\0\0size"
+        + zstandard.compress("\n".join(map(json.dumps, TEXTS)).encode()),
+        (),
+    ),
     "a.json.xz": (lzma.compress(json.dumps(TEXTS).encode()), ()),
 }
 
@@ -223,6 +229,12 @@ BROKEN = [
     ("a.jsonl", b'"a\fb"', "line 1 is not JSON"),
     ("a.csv", b'text\nfine\n"open\nfor\never\n', "A quote opens at line 3 and is not closed"),
     ("a.csv", b'text\n"a\nb"\n"open\n""for""\n"ever"\n', "A quote opens at line 4"),
+    ("a.csv", b"messages\nhello\n", "To read it as text, name it with --csv_column or"),
+    (
+        "a.tsv",
+        b"id,text\n1,a\n",
+        "has one column, 'id,text', .* separated by other characters than tabs",
+    ),
     ("a.csv", b"id,text\n1,a\n", "has 2 columns with text: id, text. Name one with --csv_column"),
     ("a.csv", b"text,label\na, b,c\n", "has 2 columns with text"),
     ("a.csv", b"id;text\n1;a\n", "has one column, 'id;text', but its columns may be separated"),
@@ -325,6 +337,7 @@ def test_each_file_of_a_folder_is_read_or_counted_as_skipped(cli, workdir):
     (folder / "linked").symlink_to(workdir / "elsewhere")
     (folder / "loop").symlink_to(folder)
     (folder / "dangling.txt").symlink_to("nothing")
+    (folder / "itself").symlink_to("itself")
     os.mkfifo(folder / "pipe")
     result = cli("encode", "in", "out.npz", "--model_name", "tiny")
     assert result.returncode == 0, result.stderr
@@ -414,3 +427,44 @@ def test_a_broken_pipe_of_prompts_is_reported_without_reading_it_again(cli, work
     result = cli("sample", "--model_name", "tiny", "--prompts", "pipe")
     thread.join()
     assert result.returncode == 1 and "byte 2" in result.stderr and "line" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--prompt", "a", "--csv_column", "x"), "--csv_column needs --prompts FILE"),
+        (("--prompt_file", "a.txt", "--json_field", "x"), "--json_field needs --prompts FILE"),
+        (
+            ("--prompt", "a", "--encoding", "latin-1"),
+            "--encoding needs --prompts, --prompt_file or",
+        ),
+        (("--errors", "replace"), "--errors needs --prompts, --prompt_file or --prompt -"),
+    ],
+)
+def test_a_flag_about_files_needs_a_file(cli, flags, message):
+    result = cli("sample", "--model_name", "tiny", *flags)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_standard_input_is_read_in_the_encoding_that_is_named(cli, monkeypatch):
+    command = (
+        "sample",
+        "--model_name",
+        "tiny",
+        "--prompt",
+        "-",
+        "--length",
+        1,
+        "--format",
+        "jsonl",
+    )
+    for flags, prompt in (
+        (("--encoding", "latin-1"), "caf\xe9"),
+        (("--errors", "replace"), "caf\ufffd"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+        result = cli(*command, *flags)
+        assert result.returncode == 0 and json.loads(result.stdout)["prompt"] == prompt
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+    result = cli(*command)
+    assert result.returncode == 1 and "standard input is not UTF-8 text: byte 3" in result.stderr

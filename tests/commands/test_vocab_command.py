@@ -159,6 +159,8 @@ def test_a_corpus_may_be_records_lines_or_another_encoding(cli, tmp_path, kind):
         assert result.returncode == 0, result.stderr
         made.append({p.name: p.read_bytes() for p in out.iterdir()})
     assert all(files == made[0] for files in made)
+    result = cli("vocab", tmp_path / "a.txt", tmp_path / "new", "--json_field", "body")
+    assert result.returncode == 1 and "--json_field is for .jsonl" in result.stderr
 
 
 def test_the_literal_end_token_and_half_characters_make_no_token(cli, tmp_path):
@@ -225,7 +227,7 @@ def test_a_model_with_fewer_tokens_keeps_its_vocabulary(cli, corpus, workdir):
         (b" \n", ("--kind", "wordpiece"), 1, "contains no text"),
         (b"text \xff", (), 1, "byte 5 is not utf-8"),
         (b"text " * 2**19 + b"\xff", (), 1, "is not utf-8"),  # found while training
-        (b"text \0", (), 1, "not a text file"),
+        (b"text \0", (), 1, "has a NUL character"),
     ],
 )
 def test_bad_input_is_rejected_and_writes_nothing(cli, tmp_path, content, flags, status, message):

@@ -10,7 +10,7 @@ from conftest import lively
 
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
-from gpt2cli.text import encoder
+from gpt2cli.text import encoder, marks
 
 PAIRS = [
     {"prompt": "The kettle clicked off at half past six, ", "completion": "and a letter came."},
@@ -97,12 +97,16 @@ def test_evaluate_measures_the_completions_alone(cli, mini):
     learnt = sum(len(vocabulary.encode(pair["completion"])) + 1 for pair in PAIRS)
     assert alone["tokens"] == learnt < whole["tokens"]
     assert alone["loss"] != pytest.approx(whole["loss"], abs=1e-3)
+    ids = np.arange(1, 90, dtype=np.int32)
+    np.save("first.npy", np.append(ids[:1], marks.read_only(ids[1:])))
+    result = cli("evaluate", "first.npy", "--model_name", "mini")
+    assert result.returncode == 1 and "no token that counts in the loss follows" in result.stderr
 
 
 def test_a_step_without_a_token_to_learn_changes_nothing(cli, mini):
     """Windows 0 and 1 are read only; 2 and 3 are learnt."""
     ids = np.arange(1, 4 * LENGTH + 2, dtype=np.int32)
-    ids[: 2 * LENGTH + 1] = ~ids[: 2 * LENGTH + 1]
+    ids[: 2 * LENGTH + 1] = marks.read_only(ids[: 2 * LENGTH + 1])
     np.save("half.npy", ids)
     result = cli("train", "half.npy", *FLAGS, "--steps", 3, "--save_every", 1)
     found = losses(result)
@@ -118,7 +122,7 @@ def test_a_step_without_a_token_to_learn_changes_nothing(cli, mini):
 def test_a_validation_without_a_token_to_learn_is_rejected(cli, mini):
     ids = np.arange(1, 900, dtype=np.int32)
     np.save("a.npy", ids)
-    ids[:-1] = ~ids[:-1]
+    ids[:-1] = marks.read_only(ids[:-1])
     np.save("b.npy", ids)
     flags = ("--val_dataset", "b.npy", "--val_every", 1, "--val_batch_count", 1)
     result = cli("train", "a.npy", *FLAGS, "--steps", 1, *flags)
@@ -137,6 +141,10 @@ def test_a_fraction_of_the_documents_is_kept_for_validation(cli, mini):
     again = cli(*command, "--steps", 4)
     assert sorted(losses(again)) == [3, 4]
     assert said[0] in again.stderr  # the run's own seed
+    other = cli(*command, "--steps", 5, "--seed", 77)
+    assert other.returncode == 1 and "it would validate with documents that it was" in other.stderr
+    more = cli(*command[:-4], "--val_fraction", 0.2, "--val_every", 2, "--steps", 5)
+    assert losses(more) and "it may have trained on some that it now validates with" in more.stderr
     command = command[:-4]
     fraction, every = ("--val_fraction", 0.1), ("--val_every", 2)
     for flags, message in (
