@@ -233,7 +233,7 @@ BROKEN = [
     (
         "a.tsv",
         b"id,text\n1,a\n",
-        "has one column, 'id,text', .* separated by other characters than tabs",
+        "has one column, .* separated by other characters than tabs",
     ),
     ("a.csv", b"id,text\n1,a\n", "has 2 columns with text: id, text. Name one with --csv_column"),
     ("a.csv", b"text,label\na, b,c\n", "has 2 columns with text"),
