@@ -301,8 +301,8 @@ def check_path(path: str | Path) -> None:
         name = str(path).encode("utf-8", "backslashreplace").decode()
         char = found[0] if found[0].isprintable() else ascii(found[0])
         raise UserError(
-            f"TensorFlow cannot read a checkpoint from a path with {char}: choose a name other than "
-            f"{name}"
+            f"TensorFlow cannot read a checkpoint from a path with {char}: choose a name other "
+            f"than {name}"
         )
 
 
