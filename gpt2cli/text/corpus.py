@@ -135,8 +135,7 @@ def _without_nul(
         block: the bytes of the text; the first may be missing.
     """
     is_wide = _is_wide(encoding)
-    number = block.count(b"\0")
-    is_binary = not is_wide and number > 2 and number * 10 > len(block)
+    is_binary = not is_wide and block.count(b"\0") * 10 > len(block)
     if options.errors == "replace" and not is_binary:
         return text.replace("\0", "\ufffd")
     before = text[: text.index("\0")]
