@@ -138,8 +138,7 @@ def _without_nul(
         UserError: --errors is strict, or the file is binary.
     """
     is_wide = _is_wide(encoding)
-    number = block.count(b"\0")
-    is_binary = not is_wide and number > 2 and number * 10 > len(block)
+    is_binary = not is_wide and block.count(b"\0") * 10 > len(block)
     if options.errors == "replace" and not is_binary:
         return text.replace("\0", "\ufffd")
     before = text[: text.index("\0")]

@@ -227,7 +227,7 @@ def test_a_model_with_fewer_tokens_keeps_its_vocabulary(cli, corpus, workdir):
         (b" \n", ("--kind", "wordpiece"), 1, "contains no text"),
         (b"text \xff", (), 1, "byte 5 is not utf-8"),
         (b"text " * 2**19 + b"\xff", (), 1, "is not utf-8"),  # found while training
-        (b"text \0", (), 1, "has a NUL character"),
+        (b"text \0", (), 1, "not a text file"),
     ],
 )
 def test_bad_input_is_rejected_and_writes_nothing(cli, tmp_path, content, flags, status, message):

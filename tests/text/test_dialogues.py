@@ -233,7 +233,7 @@ def test_encoded_files_keep_the_marks(tmp_path, tiny_bpe, monkeypatch, suffix, l
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "0.csv").write_text(
-        "prompt,completion\n" + "a,b\n" * 30_000
+        "prompt,completion\n" + "a,b\n" * 4_000
     )  # 16 bits with --loss all
     write(folder, "1.jsonl", [messages(chat) for chat in CHATS])
     write(folder, "2.jsonl", PAIRS)

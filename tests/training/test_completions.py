@@ -2,15 +2,19 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
 import pytest
 from conftest import lively
 
+from gpt2cli.commands.train import TrainOptions
+from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.text import encoder, marks
+from gpt2cli.training.run import Run
 
 PAIRS = [
     {"prompt": "The kettle clicked off at half past six, ", "completion": "and a letter came."},
@@ -68,7 +72,7 @@ def expected_loss(folder, first):
     return nats / count
 
 
-@pytest.mark.parametrize("way", ["text", ".npz", ".npy"])
+@pytest.mark.parametrize("way", ["text", ".npz", pytest.param(".npy", marks=pytest.mark.slow)])
 def test_only_completions_count_in_the_loss_also_after_resuming(cli, mini, way):
     flags = ("--loss", "completion")
     dataset = "pairs.jsonl"
@@ -84,8 +88,9 @@ def test_only_completions_count_in_the_loss_also_after_resuming(cli, mini, way):
     # the weights of step 1, the second two windows
     assert cli("export", "run1", "models/one", "--step", 1).returncode == 0
     assert second[2] == pytest.approx(expected_loss("models/one", ROWS), abs=1e-4)
-    whole = losses(cli("train", "pairs.jsonl", *FLAGS, "--steps", 1, "--run_name", "all"))
-    assert abs(whole[1] - first[1]) > 1e-2
+    if way == "text":
+        whole = losses(cli("train", "pairs.jsonl", *FLAGS, "--steps", 1, "--run_name", "all"))
+        assert abs(whole[1] - first[1]) > 1e-2
 
 
 def test_evaluate_measures_the_completions_alone(cli, mini):
@@ -141,10 +146,6 @@ def test_a_fraction_of_the_documents_is_kept_for_validation(cli, mini):
     again = cli(*command, "--steps", 4)
     assert sorted(losses(again)) == [3, 4]
     assert said[0] in again.stderr  # the run's own seed
-    other = cli(*command, "--steps", 5, "--seed", 77)
-    assert other.returncode == 1 and "it would validate with documents that it was" in other.stderr
-    more = cli(*command[:-4], "--val_fraction", 0.2, "--val_every", 2, "--steps", 5)
-    assert losses(more) and "it may have trained on some that it now validates with" in more.stderr
     command = command[:-4]
     fraction, every = ("--val_fraction", 0.1), ("--val_every", 2)
     for flags, message in (
@@ -163,3 +164,25 @@ def test_a_fraction_of_the_documents_is_kept_for_validation(cli, mini):
     (mini / "book.txt").write_text("One document. " * 20)
     result = cli("train", "book.txt", *FLAGS, *fraction, *every, "--run_name", "b", "--steps", 1)
     assert result.returncode == 1 and "contains 1 document" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "seed, fraction, outcome",
+    [
+        (None, 0.1, 5),
+        (5, 0.1, 5),
+        (6, 0.1, "it would validate with documents that it has learnt: leave out --seed"),
+        (5, 0.2, "it may have learnt some that it now validates with"),
+        (6, 0.0, 6),
+    ],
+)
+def test_a_resumed_run_holds_out_the_same_documents(seed, fraction, outcome):
+    every = 1 if fraction else 0
+    options = TrainOptions(dataset="x.txt", seed=seed, val_fraction=fraction, val_every=every)
+    before = {"step": 4, "seed": 5, "val_dataset": "0.1 of x.txt"}
+    said = []
+    try:
+        found = Run.seed(SimpleNamespace(say=said.append), options, before)
+    except UserError as error:
+        said.append(str(error))
+    assert outcome in said[0] if isinstance(outcome, str) else (found, said) == (outcome, [])
