@@ -1,4 +1,4 @@
-"""Prompts with completions and messages -> documents, and which of their tokens are learnt."""
+"""Prompts with completions and messages -> documents, and which of their tokens count in the loss."""
 
 import json
 import shutil

@@ -109,7 +109,7 @@ def test_evaluate_measures_the_completions_alone(cli, mini):
 
 
 def test_a_step_without_a_token_to_learn_changes_nothing(cli, mini):
-    """Windows 0 and 1 are read only; 2 and 3 are learnt."""
+    """Windows 0 and 1 are outside the loss; 2 and 3 count in it."""
     ids = np.arange(1, 4 * LENGTH + 2, dtype=np.int32)
     ids[: 2 * LENGTH + 1] = marks.read_only(ids[: 2 * LENGTH + 1])
     np.save("half.npy", ids)
@@ -171,8 +171,8 @@ def test_a_fraction_of_the_documents_is_kept_for_validation(cli, mini):
     [
         (None, 0.1, 5),
         (5, 0.1, 5),
-        (6, 0.1, "it would validate with documents that it has learnt: leave out --seed"),
-        (5, 0.2, "it may have learnt some that it now validates with"),
+        (6, 0.1, "it would validate with documents that it was trained on: leave out --seed"),
+        (5, 0.2, "it may have trained on some that it now validates with"),
         (6, 0.0, 6),
     ],
 )
