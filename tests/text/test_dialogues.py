@@ -1,4 +1,4 @@
-"""Prompts with completions and messages -> documents, and which of their tokens count in the loss."""
+"""Prompts with completions and messages -> documents, and the tokens that count in the loss."""
 
 import json
 import shutil
