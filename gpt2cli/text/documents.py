@@ -1,7 +1,7 @@
 """Records -> documents: a text, a prompt with its completion, or the messages of a dialogue.
 
-A document is a list of parts. A dialogue has one part for each piece of its template and for each
-field, encoded separately, so that a prompt has the same ids here as in `sample`.
+A document is a list of parts. A dialogue is encoded in parts: one up to each place where the loss
+begins or stops to count, so that a prompt has the same ids here as in `sample`.
 """
 
 import re
@@ -146,7 +146,7 @@ def _filled(value: Any, where: str, template: str, options: TextOptions) -> list
     if set(names) <= MESSAGE and "messages" in value:
         return _messages(value["messages"], where, template, options)
     last = "completion" if "completion" in names else names[-1]
-    return _closed(list(_pieces(pieces, value, where, {last}, options)))
+    return _closed(list(_pieces(pieces, value, where, {last}, options)), options)
 
 
 def _messages(value: Any, where: str, template: str | None, options: TextOptions) -> list[Part]:
@@ -174,7 +174,7 @@ def _messages(value: Any, where: str, template: str | None, options: TextOptions
         parts += _pieces(pieces, message, place, learnt, options)
         if template is None:
             parts[-1] = parts[-1]._replace(is_turn=True)
-    return _closed(parts)
+    return _closed(parts, options)
 
 
 def _pieces(
@@ -200,13 +200,29 @@ def _pieces(
         yield Part(_clean(fields[name], f"{where}, {name}", options), False, False, is_learnt, True)
 
 
-def _closed(parts: list[Part]) -> list[Part]:
-    """Mark the first and the last part of a document; return none if its fields are empty."""
+def _closed(parts: list[Part], options: TextOptions) -> list[Part]:
+    """Join neighbours that are encoded in the same way, and mark the first and the last part.
+
+    Returns:
+        No parts if all fields are empty.
+    """
     if not any(part.text for part in parts if not part.is_literal):
         return []
-    parts[0] = parts[0]._replace(opens=True)
-    parts[-1] = parts[-1]._replace(closes=True)
-    return parts
+    joined = [parts[0]]
+    for number, part in enumerate(parts[1:], 2):
+        before = joined[-1]
+        same_tokens = options.special == "token" or before.is_literal == part.is_literal
+        # the template's own text at the end stays by itself: it may be the end token
+        may_join = same_tokens and not (part.is_literal and number == len(parts))
+        if may_join and before.learnt == part.learnt and not before.is_turn:
+            is_literal = before.is_literal and part.is_literal
+            text = before.text + part.text
+            joined[-1] = before._replace(text=text, is_literal=is_literal, is_turn=part.is_turn)
+        else:
+            joined.append(part)
+    joined[0] = joined[0]._replace(opens=True)
+    joined[-1] = joined[-1]._replace(closes=True)
+    return joined
 
 
 def chat_template_of(folder: ModelFolder) -> Path | None:

@@ -122,15 +122,15 @@ def test_the_last_field_is_the_completion_where_none_is_named_so(tmp_path, tiny_
     record = {"instruction": "a def", "input": "", "output": "a class"}
     path = write(tmp_path, "a.csv", [record])
     ids = ids_in(path, tiny_bpe, template="{instruction}\n{input}\n{output}", loss="completion")
-    pieces = [("a def", False), ("\n", False), ("\n", False), ("a class", True), ("END", True)]
+    pieces = [("a def\n\n", False), ("a class", True), ("END", True)]
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, pieces)
 
 
 def test_a_template_of_messages_is_used_for_each(tmp_path, tiny_bpe):
     path = write(tmp_path, "a.jsonl", [messages(CHATS[0][1:3])])
     ids = ids_in(path, tiny_bpe, template=r"{role}: {content}\n", loss="completion")
-    pieces = [("user", False), (": ", False), ("a def?", False), ("\n", False)]
-    pieces += [("assistant", False), (": ", False), ("yes", True), ("\n", True), ("END", True)]
+    # as `sample` reads the prompt: in one piece
+    pieces = [("user: a def?\nassistant: ", False), ("yes", True), ("\n", True), ("END", True)]
     assert described(ids, tiny_bpe.end) == expected(tiny_bpe, pieces)
 
 
