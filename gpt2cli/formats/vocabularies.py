@@ -17,6 +17,8 @@ from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import folders
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import encoder, tokenizer_files
+from gpt2cli.text.added_tokens import added_entry
+from gpt2cli.text.classes import END
 from gpt2cli.text.description import Description
 
 OUR_NAMES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
@@ -103,7 +105,7 @@ class Vocabulary:
         ids = {text: first + n for n, text in enumerate(dict.fromkeys(texts))}
         made = dict(self.files)
         config = _values(made, "tokenizer_config.json")
-        entries = {text: tokenizer_files.added_entry(text, index) for text, index in ids.items()}
+        entries = {text: added_entry(text, index) for text, index in ids.items()}
         if "tokenizer.json" in made:
             values = _values(made, "tokenizer.json")
             values["added_tokens"] = [*(values.get("added_tokens") or []), *entries.values()]
@@ -203,7 +205,7 @@ def _with_ids(described: Description, home: Path) -> Description:
 def _options(described: Description) -> dict[str, Any]:
     """Return the keys of hparams.json with which the files alone give this tokenizer."""
     is_wordpiece = described.kind == "WordPiece"
-    usual = ("[CLS]", "[SEP]") if is_wordpiece else (tokenizer_files.END,) * 2
+    usual = ("[CLS]", "[SEP]") if is_wordpiece else (END,) * 2
     options: dict[str, Any] = {}
     for option, token, default in zip(
         ("start_token", "end_token"), (described.start, described.end), usual, strict=True

@@ -71,8 +71,9 @@ class Description:
     @functools.cached_property
     def merged(self) -> list[str]:
         """The tokens that the merges of a BPE make, in order of rank."""
-        merges = self.model.get("merges") or []
-        return [m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in merges]
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in self.model.get("merges") or [])
+        prefix = self.model.get("continuing_subword_prefix") or ""
+        return [left + right.removeprefix(prefix) for left, right in pairs]
 
     @property
     def added(self) -> dict[str, int]:
@@ -98,21 +99,31 @@ class Description:
         return {part.get("type") for part in leaves(decoder, "decoders")} == {"ByteLevel"}
 
     def around(self) -> tuple[list[int], list[int]]:
-        """Return the ids that the post-processor puts before and after a text."""
+        """Return the ids that the post-processor puts before and after a text.
+
+        Raises:
+            ValueError: it repeats or leaves out the text, or several parts of it add ids.
+        """
         before: list[int] = []
         after: list[int] = []
         for part in leaves(self.values.get("post_processor") or {}, "processors"):
+            if not part or part.get("type") == "ByteLevel":
+                continue
+            if before or after:
+                raise ValueError("several parts of its post-processor add tokens")
             if part.get("type") in ("BertProcessing", "RobertaProcessing"):
-                before, after = [part["cls"][1], *before], [*after, part["sep"][1]]
+                before, after = [part["cls"][1]], [part["sep"][1]]
             elif part.get("type") == "TemplateProcessing":
                 names = [next(iter(piece.items())) for piece in part["single"]]
-                place = next(n for n, (kind, _) in enumerate(names) if kind == "Sequence")
+                (place,) = (n for n, (kind, _) in enumerate(names) if kind == "Sequence")
                 ids = [
                     part["special_tokens"][value["id"]]["ids"] if kind == "SpecialToken" else []
                     for kind, value in names
                 ]
-                before = [*itertools.chain(*ids[:place]), *before]
-                after = [*after, *itertools.chain(*ids[place:])]
+                before = [*itertools.chain(*ids[:place])]
+                after = [*itertools.chain(*ids[place:])]
+            else:
+                raise ValueError(f"its post-processor {part.get('type')!r:.40} is unknown")
         return before, after
 
 
