@@ -6,11 +6,12 @@ tokenization_utils_tokenizers.py `__init__`) and the tokenizers library numbers 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 # Keys of one special token each; any other key that ends in _token is one too.
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+LISTS = ("extra_special_tokens", "additional_special_tokens")
 PLAIN = {"normalized": False}  # of an added token: its text is found before any normalizer
 
 
@@ -34,40 +35,57 @@ class SpecialTokens:
 
     Attributes:
         by_key: key, such as bos_token -> text; None where the file says null.
-        listed: texts of those that have no key.
-        flags: text -> flags of those that are given as objects.
+        all: text and flags of each, in the order in which transformers adds them; a later one
+            replaces an earlier one.
     """
 
-    by_key: dict[str, str | None] = field(default_factory=dict)
-    listed: list[str] = field(default_factory=list)
-    flags: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_key: dict[str, str | None]
+    all: list[tuple[str, Mapping[str, Any]]]
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> "SpecialTokens":
-        """Read the values of the files, put together."""
+    def read(
+        cls,
+        config: Mapping[str, Any],
+        others: Mapping[str, Any],
+        defaults: Mapping[str, str | None],
+    ) -> "SpecialTokens":
+        """Read the values of the files.
+
+        Args:
+            config: of tokenizer_config.json.
+            others: of special_tokens_map.json; transformers reads it only without an
+                added_tokens_decoder.
+            defaults: texts of the keys that neither has.
+        """
+        if "added_tokens_decoder" in config:
+            others = {}
+        if config.keys() & {*LISTS}:  # only the first list counts
+            others = {k: v for k, v in others.items() if k != "additional_special_tokens"}
+        values = {**defaults, **config, **others}
         keys = (*NAMED, *(key for key in values if key.endswith("_token") and key not in NAMED))
         tokens = {key: values[key] for key in keys if key in values}
-        extra, older = values.get("extra_special_tokens"), values.get("additional_special_tokens")
+        extra, older = (values.get(name) for name in LISTS)
         if isinstance(extra, dict):
             tokens |= extra
             extra = None
         listed = extra or older
-        listed = listed if isinstance(listed, list) else []
+        given: list[Any] = []
+        for token in (*tokens.values(), *(listed if isinstance(listed, list) else [])):
+            if isinstance(token, dict) or token not in given:  # a text counts once
+                given.append(token)
         by_key = {key: _content(token) for key, token in tokens.items()}
-        usable = {k: t for k, t in by_key.items() if t is not None or tokens[k] is None}
         return cls(
-            usable,
-            [text for token in listed if (text := _content(token))],
-            {
-                str(_content(token)): token
-                for token in (*tokens.values(), *listed)
-                if isinstance(token, dict)
-            },
+            {k: text for k, text in by_key.items() if text is not None or tokens[k] is None},
+            [
+                (text, token if isinstance(token, dict) else PLAIN)
+                for token in given
+                if (text := _content(token))
+            ],
         )
 
     def texts(self) -> list[str]:
-        """Return all texts, in the order in which transformers adds them."""
-        return [*dict.fromkeys(text for text in (*self.by_key.values(), *self.listed) if text)]
+        """Return all texts, each once."""
+        return [*dict(self.all)]
 
 
 class AddedTokens:
@@ -106,7 +124,9 @@ class AddedTokens:
         Raises:
             ValueError: the text or the id is not one, or another token has the id.
         """
+        source = f"of {file}"
         if index is None:
+            source = "after all others"
             index = self.entries[text]["id"] if text in self.entries else self._free(text)
         entry = added_entry(text, index, flags)
         if entry["id"] != (usual := self._usual_id(text)):
@@ -118,7 +138,7 @@ class AddedTokens:
                 )
             else:
                 self.notes.append(
-                    f"{text!r} has the id {index} of {file}; transformers 5 gives it {usual}"
+                    f"{text!r} has the id {index} {source}; transformers 5 gives it {usual}"
                 )
         other = self._token_of.setdefault(entry["id"], text)
         if other != text:

@@ -80,6 +80,8 @@ def _bert_replaces(found: Description, named: Mapping[str, str | None]) -> Itera
     usual = [[tokens.get(named.get(f"{name}_token") or "")] for name in ("cls", "sep")]
     if [*found.around()] != usual:
         yield "post_processor"
+    if (values.get("decoder") or {}).get("type") != "WordPiece":
+        yield "decoder"
     if found.kind != "WordPiece":
         yield "model"
         return

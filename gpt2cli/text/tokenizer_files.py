@@ -29,7 +29,7 @@ from gpt2cli.text.classes import (
     default_tokens,
     replaced,
 )
-from gpt2cli.text.description import BYTE_OF, Description, leaves
+from gpt2cli.text.description import BYTE_OF, Description, leaves, misshapen
 
 KINDS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("vocab.txt",))
 JSON = "tokenizer.json"
@@ -81,17 +81,16 @@ class _Reader:
         self.config = self._object(CONFIG)
         named = (self.config.get("tokenizer_class"), made_for, self.hparams.get("tokenizer_class"))
         self.made_for = next((name for name in named if name is not None), None)
-        # transformers reads special_tokens_map.json only without an added_tokens_decoder
-        is_newer = "added_tokens_decoder" in self.config
-        values = {**self.config, **({} if is_newer else self._object("special_tokens_map.json"))}
-        self.special = SpecialTokens.read({**default_tokens(self.made_for), **values})
+        others = self._object("special_tokens_map.json")
+        self.special = SpecialTokens.read(self.config, others, default_tokens(self.made_for))
         self.named = self.special.by_key
-        self.given = set(SpecialTokens.read(values).texts())  # without the class's own
+        self.given = set(SpecialTokens.read(self.config, others, {}).texts())
         self.around: tuple[list[str | None], list[str | None]] = ([], [])
         self.is_gpt2_ml = sizes is not None and sizes.arch == "gpt2_ml"
         if n_vocab is None and sizes is not None and not self.is_gpt2_ml:
             n_vocab = sizes.n_vocab
         self.n_vocab = n_vocab
+        self.in_json: list[str] = []  # added tokens of tokenizer.json
         self.notes: list[str] = []
 
     def described(self) -> Description:
@@ -113,8 +112,18 @@ class _Reader:
             self._check_template(found)
             if is_whole:
                 self._note_class(found)
+            cleans = self.config.get("clean_up_tokenization_spaces") is True
+            if cleans and found.kind != "WordPiece" and not found.is_byte_level:
+                self.notes.append(f"clean_up_tokenization_spaces in {CONFIG} is not obeyed")
             start, end, ends = self._ends(found)
-        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            StopIteration,
+        ) as error:
             reason = error if type(error) is ValueError else repr(error)
             raise UserError(f"{path} does not have the tokenizers format ({reason})") from None
         is_plain = not is_whole and not self.config.get("add_prefix_space")
@@ -138,12 +147,16 @@ class _Reader:
         model = values.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
             raise UserError(f"{path} does not have the tokenizers format: it has no vocabulary")
+        if wrong := misshapen(values):
+            raise UserError(f"{path} does not have the tokenizers format: {wrong} has another type")
         try:
             splitters = leaves(values.get("pre_tokenizer") or {}, "pretokenizers")
             self._set_prefix(splitters)
             self._normalize(leaves(values.get("normalizer") or {}, "normalizers"))
             if values.get("padding"):  # its token is a special one
-                self.named.setdefault("pad_token", str(values["padding"]["pad_token"]))
+                pad = str(values["padding"]["pad_token"])
+                if self.named.setdefault("pad_token", pad) == pad:
+                    self.special.all.append((pad, PLAIN))
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path} does not have the tokenizers format ({error!r})") from None
         if model.get("dropout"):
@@ -152,6 +165,8 @@ class _Reader:
         if values.get("decoder") is None:  # transformers would write spaces between the tokens
             kinds = [part.get("type") for part in splitters]
             values["decoder"] = _byte_level() if "ByteLevel" in kinds else _pieces(model)
+            if values["decoder"]:
+                self.notes.append(f"{JSON} has no decoder; {values['decoder']['type']} is used")
         return path, values
 
     def _set_prefix(self, splitters: list[dict[str, Any]]) -> None:
@@ -181,6 +196,11 @@ class _Reader:
         """Note where transformers would not run the tokenizer.json as it is."""
         has_option = self.made_for is not None or "add_prefix_space" in self.config
         fields = replaced(self.made_for, found, self.named, has_option)
+        newer = self.config.get("added_tokens_decoder")
+        if newer is not None and self.made_for in (None, *GPT2_CLASSES, *BERT_CLASSES):
+            known = {entry["content"] for entry in newer.values()} | {*self.special.texts()}
+            if not known.issuperset(self.in_json):
+                fields.append("added_tokens")
         name = "GPT2Tokenizer" if self.made_for is None else self.made_for
         if fields:
             self.notes.append(
@@ -210,7 +230,7 @@ class _Reader:
             )
         if self.made_for not in (None, *CLASSES):
             raise UserError(
-                f"{self.path / 'tokenizer_config.json'}: tokenizer_class is {self.made_for!r:.60}, "
+                f"{self.path}: tokenizer_class is {self.made_for!r:.60}, "
                 f"and there is no {JSON} that describes it. Load it in transformers "
                 "(AutoTokenizer) and save it with save_pretrained, or name another vocabulary "
                 "with --vocab"
@@ -220,8 +240,11 @@ class _Reader:
             self.notes.append(
                 f"tokenizer_class {self.made_for!r} is not obeyed: {kind[0]} is of another one"
             )
-            self.named.clear()
-            self.named.update(SpecialTokens.read(self.config).by_key)
+            self.made_for = None
+            self.special = SpecialTokens.read(
+                self.config, self._object("special_tokens_map.json"), {}
+            )
+            self.named = self.special.by_key
         if is_list:
             return self.folder.place(kind[0]), self._wordpiece(kind[0])
         return self.folder.place(kind[0]), self._bpe(*kind)
@@ -266,7 +289,7 @@ class _Reader:
 
     def _wordpiece(self, name: str) -> dict[str, Any]:
         """Return BertTokenizer as a tokenizer.json; line 0 of vocab.txt is id 0."""
-        lines = _lines(self.folder, name)
+        lines = [line.rstrip() for line in _lines(self.folder, name)]  # as the library does
         vocab = {token: index for index, token in enumerate(lines)}
         lower_case = self.hparams.get("lower_case", self.config.get("do_lower_case", True))
         if type(lower_case) is not bool:
@@ -322,54 +345,65 @@ class _Reader:
     def _added_tokens(self, found: Description) -> list[dict[str, Any]]:
         """Return the added and special tokens of all files, as in a tokenizer.json."""
         added = AddedTokens(found.vocab)
+        self.in_json = [entry["content"] for entry in found.values.get("added_tokens") or []]
         for entry in found.values.get("added_tokens") or []:
             added.put(entry["content"], entry, entry["id"], JSON)
         newer = self.config.get("added_tokens_decoder")
         older = {} if newer is not None else self._object("added_tokens.json")
-        in_files = set(added.entries) if newer is None else set()  # their flags count
         for index, entry in sorted((newer or {}).items(), key=lambda item: int(item[0])):
             added.put(entry["content"], entry, int(index))
-            in_files.add(entry["content"])
         for token, index in sorted(older.items(), key=lambda item: int(item[1])):
             added.put(token, {"special": token in self.given}, index, "added_tokens.json")
-            in_files.add(token)
-        for token in self._special(found):
-            is_listed = token in self.special.listed and token not in self.named.values()
-            flags = self.special.flags.get(token, PLAIN)
-            if token in in_files and not is_listed:
-                flags = added.entries[token]
-            added.put(token, {**flags, "special": True})
+        in_files = dict(added.entries)  # their flags count
+        for token, flags in self._special(found):
+            added.put(token, {**in_files.get(token, flags), "special": True})
         defaults = set(default_tokens(self.made_for).values()) - self.given
         kept = [*added.within(self.n_vocab, {token for token in defaults if token})]
         self.notes += added.notes
         return kept
 
-    def _special(self, found: Description) -> list[str]:
-        """Return the texts of the special tokens, those in the vocabulary alone included.
-
-        Of a byte-pair vocabulary without other files that are the tokens that no merge makes, if
-        they look like <|endoftext|>, <s> or [PAD].
-        """
-        named, vocab = self.special.texts(), found.vocab
+    def _special(self, found: Description) -> list[tuple[str, Mapping[str, Any]]]:
+        """Return text and flags of the special tokens, those in the vocabulary alone included."""
         chosen = (self.hparams.get(key) for key in ("start_token", "end_token"))
-        named += [token for token in chosen if token in vocab]
+        more = [token for token in chosen if token in found.vocab]
+        named = self.special.all
         if self.folder.has(JSON):
-            return named
-        if found.kind == "BPE":
+            pass
+        elif found.kind == "BPE":
             ordinary = SYMBOLS | set(found.merged)
-            for token in named:
+            for token in self.special.texts():
                 if token in ordinary and token in self.given:
-                    self.notes.append(
-                        f"{token!r} is a special token and ordinary text: read as text"
-                    )
-            named = [token for token in named if token not in ordinary]
-            marks = [t for t in vocab if t not in ordinary and MARK.fullmatch(t)]
-            if not self.config:
-                named += marks
-            named += [END] if END in vocab else []
-        if found.kind == "WordPiece" and self.made_for not in BERT_CLASSES:
-            named += [token for token in BERT_SPECIAL if token in vocab]
-        return list(dict.fromkeys(named))
+                    self.notes.append(f"the special token {token!r} is also text: read as text")
+            named = [(token, flags) for token, flags in named if token not in ordinary]
+            more = [token for token in (*more, *self._marks(found)) if token not in ordinary]
+        elif found.kind == "WordPiece" and self.made_for not in BERT_CLASSES:
+            more += [token for token in BERT_SPECIAL if token in found.vocab]
+        known = set(self.special.texts())
+        return [*named, *((token, PLAIN) for token in dict.fromkeys(more) if token not in known)]
+
+    def _marks(self, found: Description) -> list[str]:
+        """Return the special tokens of a byte-pair vocabulary that no file names.
+
+        <|endoftext|> is one, unless the files name others in its place. In a vocabulary without
+        other files, so are the tokens that no merge makes, if they look like <s> or [PAD].
+        """
+        vocab, merged = found.vocab, set(found.merged)
+        marks = [t for t in vocab if t not in merged and MARK.fullmatch(t) and t != END]
+        if self.config:
+            marks = []
+        if marks:
+            shown = ", ".join(map(repr, marks))
+            self.notes.append(
+                f"tokens that no merge makes are read as tokens: {shown:.200}; transformers reads "
+                "their text as plain text"
+            )
+        if any(key not in self.named for key in default_tokens(GPT2_CLASSES[0])):
+            has_room = self.n_vocab is None or self.n_vocab > len(vocab)
+            if END in vocab:
+                marks.append(END)
+            elif self.made_for is None and self.folder.has("vocab.json") and has_room:
+                self.notes.append(f"transformers adds {END!r} to the vocabulary; here it is text")
+        return marks
 
     def _template(self, found: Description) -> dict[str, Any] | None:
         """Return the post-processor of a class: the tokens that it puts around a text."""
@@ -377,6 +411,8 @@ class _Reader:
         for token in (*self.around[0], *self.around[1]):
             if token is not None and token not in found.tokens and self.config:
                 self.notes.append(f"{token!r} is not put around texts: it is not in the vocabulary")
+            if token is None and self.made_for in BERT_CLASSES:
+                self.notes.append("cls_token or sep_token is null, so no token is put around texts")
         return template(before, after, found.tokens)
 
     def _check_template(self, found: Description) -> None:
