@@ -103,20 +103,10 @@ class Vocabulary:
             )
         first = max(self.tokens.values()) + 1
         ids = {text: first + n for n, text in enumerate(dict.fromkeys(texts))}
-        made = dict(self.files)
-        config = _values(made, "tokenizer_config.json")
-        entries = {text: added_entry(text, index) for text, index in ids.items()}
-        if "tokenizer.json" in made:
-            values = _values(made, "tokenizer.json")
-            values["added_tokens"] = [*(values.get("added_tokens") or []), *entries.values()]
-            made["tokenizer.json"] = _encoded(values)
-        if "added_tokens_decoder" in config:
-            flags = {e["id"]: {k: v for k, v in e.items() if k != "id"} for e in entries.values()}
-            config["added_tokens_decoder"] |= {str(index): given for index, given in flags.items()}
-            made["tokenizer_config.json"] = _encoded(config)
-        elif "tokenizer.json" not in made:
-            made["added_tokens.json"] = _encoded({**_values(made, "added_tokens.json"), **ids})
-        listed = [*self.described.values["added_tokens"], *entries.values()]
+        new = [added_entry(text, index) for text, index in ids.items()]
+        # those whose files give no id must come before the new ones
+        listed = [*self.described.values["added_tokens"], *new]
+        made = _with_entries(self.files, listed, self.described.vocab)
         described = replace(
             self.described, values={**self.described.values, "added_tokens": listed}
         )
@@ -126,6 +116,28 @@ class Vocabulary:
         """Write its files; `names` gives another program's name of a file."""
         for name, content in self.files.items():
             (folder / (names or {}).get(name, name)).write_bytes(content)
+
+
+def _with_entries(
+    old: Mapping[str, bytes], entries: Sequence[dict[str, Any]], vocab: Mapping[str, int]
+) -> dict[str, bytes]:
+    """Return the files with those of the added tokens that they lack."""
+    made = dict(old)
+    config = _values(made, "tokenizer_config.json")
+    if "tokenizer.json" in made:
+        values = _values(made, "tokenizer.json")
+        there = values.get("added_tokens") or []
+        known = {entry["content"] for entry in there}
+        values["added_tokens"] = [*there, *(e for e in entries if e["content"] not in known)]
+        made["tokenizer.json"] = _encoded(values)
+    if "added_tokens_decoder" in config:
+        flags = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
+        config["added_tokens_decoder"] = {**flags, **config["added_tokens_decoder"]}
+        made["tokenizer_config.json"] = _encoded(config)
+    elif "tokenizer.json" not in made:
+        ids = {e["content"]: e["id"] for e in entries if e["content"] not in vocab}
+        made["added_tokens.json"] = _encoded({**_values(made, "added_tokens.json"), **ids})
+    return made
 
 
 def write_object(path: Path, values: dict[str, Any]) -> None:
@@ -290,7 +302,8 @@ def is_foreign(vocabulary: Vocabulary) -> bool:
     """Return whether the files came from transformers."""
     if any(name in vocabulary.files for name in FOREIGN):
         return True
-    return bool(_values(vocabulary.files, "tokenizer_config.json").keys() - {"do_lower_case"})
+    has_config = "tokenizer_config.json" in vocabulary.files
+    return has_config and {*_values(vocabulary.files, "tokenizer_config.json")} != {"do_lower_case"}
 
 
 def _wordpiece_settings(folder: Path, described: Description) -> dict[str, Any]:

@@ -145,7 +145,8 @@ PARTS = {
 }
 FIELDS: dict[str, type] = {
     **dict.fromkeys(("type", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"), str),
-    **{"unk_id": int, "merges": list},
+    "unk_id": int,
+    "merges": list,
 }
 
 
@@ -170,7 +171,7 @@ def misshapen(values: Mapping[str, Any]) -> str | None:
 
 def _is_part(part: object, list_name: str) -> bool:
     """Return whether a component is an object, and a Sequence has a list of them."""
-    if not isinstance(part, dict):
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return part is None
     members = part.get(list_name) or []
     return isinstance(members, list) and all(m and _is_part(m, list_name) for m in members)

@@ -238,7 +238,7 @@ class _Reader:
         is_list = kind == ("vocab.txt",)
         if self.made_for in (GPT2_CLASSES if is_list else BERT_CLASSES):
             self.notes.append(
-                f"tokenizer_class {self.made_for!r} is not obeyed: {kind[0]} is of another one"
+                f"tokenizer_class {self.made_for!r} is not obeyed: it does not read {kind[0]}"
             )
             self.made_for = None
             self.special = SpecialTokens.read(
@@ -365,10 +365,10 @@ class _Reader:
     def _special(self, found: Description) -> list[tuple[str, Mapping[str, Any]]]:
         """Return text and flags of the special tokens, those in the vocabulary alone included."""
         chosen = (self.hparams.get(key) for key in ("start_token", "end_token"))
-        more = [token for token in chosen if token in found.vocab]
+        more = [token for token in chosen if token in found.vocab and MARK.fullmatch(token)]
         named = self.special.all
         if self.folder.has(JSON):
-            pass
+            more = []
         elif found.kind == "BPE":
             ordinary = SYMBOLS | set(found.merged)
             for token in self.special.texts():
