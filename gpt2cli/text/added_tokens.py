@@ -23,6 +23,7 @@ def added_entry(text: str, index: int, flags: Mapping[str, Any] = PLAIN) -> dict
     """
     if type(text) is not str or not text or type(index) is not int or not 0 <= index < 2**31:
         raise ValueError(f"added token {text!r:.40} with id {index!r:.40}")
+    text.encode()  # no lone surrogates; UnicodeEncodeError is a ValueError
     special = flags.get("special") is True
     normalized = flags.get("normalized", not special) is True
     spaces = {flag: flags.get(flag) is True for flag in ("single_word", "lstrip", "rstrip")}
@@ -71,7 +72,7 @@ class SpecialTokens:
         listed = extra or older
         given: list[Any] = []
         for token in (*tokens.values(), *(listed if isinstance(listed, list) else [])):
-            if isinstance(token, dict) or token not in given:  # a text counts once
+            if token not in given:
                 given.append(token)
         by_key = {key: _content(token) for key, token in tokens.items()}
         return cls(

@@ -162,11 +162,12 @@ def misshapen(values: Mapping[str, Any]) -> str | None:
     for name, kind in FIELDS.items():
         if model.get(name) is not None and type(model[name]) is not kind:
             return f"model.{name}"
-    if not all(isinstance(m, str) or _are_texts(m) for m in model.get("merges") or []):
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or [])
+    if not all(map(_are_texts, pairs)):
         return "model.merges"
     vocab = model["vocab"]
-    pairs = all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in vocab)
-    return "model.vocab" if isinstance(vocab, list) and not pairs else None
+    scored = all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in vocab)
+    return "model.vocab" if isinstance(vocab, list) and not scored else None
 
 
 def _is_part(part: object, list_name: str) -> bool:

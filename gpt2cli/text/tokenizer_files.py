@@ -353,7 +353,8 @@ class _Reader:
         for index, entry in sorted((newer or {}).items(), key=lambda item: int(item[0])):
             added.put(entry["content"], entry, int(index))
         for token, index in sorted(older.items(), key=lambda item: int(item[1])):
-            added.put(token, {"special": token in self.given}, index, "added_tokens.json")
+            if added.entries.get(token, {}).get("id") != index:  # tokenizer.json's flags count
+                added.put(token, {"special": token in self.given}, index, "added_tokens.json")
         in_files = dict(added.entries)  # their flags count
         for token, flags in self._special(found):
             added.put(token, {**in_files.get(token, flags), "special": True})
