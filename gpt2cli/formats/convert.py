@@ -417,6 +417,8 @@ def _write_hf_description(source: Source, folder: Path) -> None:
         "use_cache": True,
         **ids,
     }
+    if "tokenizer_class" in config.extra:
+        values["tokenizer_class"] = config.extra["tokenizer_class"]
     if source.vocabulary:
         vocabularies.write_for_transformers(folder, source.vocabulary, config)
     vocabularies.write_object(folder / "config.json", values)

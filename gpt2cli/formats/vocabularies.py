@@ -17,6 +17,8 @@ from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import folders
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import encoder, tokenizer_files
+from gpt2cli.text.added_tokens import added_entry
+from gpt2cli.text.classes import END
 from gpt2cli.text.description import Description
 
 OUR_NAMES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
@@ -101,29 +103,41 @@ class Vocabulary:
             )
         first = max(self.tokens.values()) + 1
         ids = {text: first + n for n, text in enumerate(dict.fromkeys(texts))}
-        made = dict(self.files)
-        config = _values(made, "tokenizer_config.json")
-        entries = {text: tokenizer_files.added_entry(text, index) for text, index in ids.items()}
-        if "tokenizer.json" in made:
-            values = _values(made, "tokenizer.json")
-            values["added_tokens"] = [*(values.get("added_tokens") or []), *entries.values()]
-            made["tokenizer.json"] = _encoded(values)
-        if "added_tokens_decoder" in config:
-            flags = {e["id"]: {k: v for k, v in e.items() if k != "id"} for e in entries.values()}
-            config["added_tokens_decoder"] |= {str(index): given for index, given in flags.items()}
-            made["tokenizer_config.json"] = _encoded(config)
-        elif "tokenizer.json" not in made:
-            made["added_tokens.json"] = _encoded({**_values(made, "added_tokens.json"), **ids})
-        listed = [*self.described.values["added_tokens"], *entries.values()]
+        new = [added_entry(text, index) for text, index in ids.items()]
+        # those whose files give no id must come before the new ones
+        listed = [*self.described.values["added_tokens"], *new]
+        made = _with_entries(self.files, listed, self.described.vocab)
         described = replace(
             self.described, values={**self.described.values, "added_tokens": listed}
         )
-        return Vocabulary(made, described, self.options | _verdict(described))
+        return Vocabulary(made, described, self.options | _verdict(described, made))
 
     def write(self, folder: Path, names: Mapping[str, str] | None = None) -> None:
         """Write its files; `names` gives another program's name of a file."""
         for name, content in self.files.items():
             (folder / (names or {}).get(name, name)).write_bytes(content)
+
+
+def _with_entries(
+    old: Mapping[str, bytes], entries: Sequence[dict[str, Any]], vocab: Mapping[str, int]
+) -> dict[str, bytes]:
+    """Return the files with those of the added tokens that they lack."""
+    made = dict(old)
+    config = _values(made, "tokenizer_config.json")
+    if "tokenizer.json" in made:
+        values = _values(made, "tokenizer.json")
+        there = values.get("added_tokens") or []
+        known = {entry["content"] for entry in there}
+        values["added_tokens"] = [*there, *(e for e in entries if e["content"] not in known)]
+        made["tokenizer.json"] = _encoded(values)
+    if "added_tokens_decoder" in config:
+        flags = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
+        config["added_tokens_decoder"] = {**flags, **config["added_tokens_decoder"]}
+        made["tokenizer_config.json"] = _encoded(config)
+    elif "tokenizer.json" not in made:
+        ids = {e["content"]: e["id"] for e in entries if e["content"] not in vocab}
+        made["added_tokens.json"] = _encoded({**_values(made, "added_tokens.json"), **ids})
+    return made
 
 
 def write_object(path: Path, values: dict[str, Any]) -> None:
@@ -154,12 +168,21 @@ def read(path: Path, n_vocab: int | None = None, home: Path | None = None) -> Vo
     folder = _folder_of(path)
     if not isinstance(folder, VocabularyFile) and not tokenizer_files.names_in(folder.path):
         return None
-    described = tokenizer_files.describe(folder, n_vocab)
+    made_for = None if home is None else _object(home / "config.json").get("tokenizer_class")
+    described = tokenizer_files.describe(folder, n_vocab, made_for)
     if home is not None:
         described = _with_ids(described, home)
     named = {OUR_NAMES.get(name, name): name for name in folders.ENCODER_FILES if folder.has(name)}
     found = {ours: folder.read(name) for ours, name in named.items()}
-    return Vocabulary(found, described, _options(described))
+    options = _options(described, found)
+    if made_for is not None and not _values(found, "tokenizer_config.json").get("tokenizer_class"):
+        options["tokenizer_class"] = made_for
+    return Vocabulary(found, described, options)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return the values of a JSON file; nothing where there is none."""
+    return files.read_object(path) if path.is_file() else {}
 
 
 def _folder_of(path: Path) -> ModelFolder:
@@ -177,33 +200,38 @@ def _with_ids(described: Description, home: Path) -> Description:
     generation_config.json counts, then config.json; the tokenizer only where they are silent. Ids
     that are not in the vocabulary mean nothing.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, tuple[Any, str]] = {}
     for name in ("config.json", "generation_config.json"):
-        values = files.read_object(home / name) if (home / name).is_file() else {}
-        given |= {
-            key: values[key]
-            for key in ("bos_token_id", "eos_token_id")
-            if values.get(key) is not None
-        }
+        values = _object(home / name)
+        for key in ("bos_token_id", "eos_token_id"):
+            if values.get(key) is not None:
+                given[key] = values[key], name
     token_of = {index: token for token, index in described.tokens.items()}
-    start = given.get("bos_token_id")
-    if type(start) is int and start in token_of:
-        described = replace(described, start=token_of[start])
-    ends = given.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    known = tuple(index for index in ends if type(index) is int and index in token_of)
-    if known:
+    known: dict[str, list[int]] = {}
+    notes = [*described.notes]
+    for key, (value, name) in given.items():
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        known[key] = [index for index in ids if type(index) is int and index in token_of]
+        notes += [
+            f"{key} {index!r:.40} in {name} is not an id of the vocabulary, so it means nothing"
+            for index in ids
+            if index not in known[key]
+        ]
+    described = replace(described, notes=tuple(notes))
+    if starts := known.get("bos_token_id"):
+        described = replace(described, start=token_of[starts[0]])
+    if ends := known.get("eos_token_id"):
         end = described.end
-        if end is None or described.tokens[end] not in known:
-            end = token_of[known[0]]
-        described = replace(described, end=end, ends=known)
+        if end is None or described.tokens[end] not in ends:
+            end = token_of[ends[0]]
+        described = replace(described, end=end, ends=tuple(ends))
     return described
 
 
-def _options(described: Description) -> dict[str, Any]:
+def _options(described: Description, made: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the keys of hparams.json with which the files alone give this tokenizer."""
     is_wordpiece = described.kind == "WordPiece"
-    usual = ("[CLS]", "[SEP]") if is_wordpiece else (tokenizer_files.END,) * 2
+    usual = ("[CLS]", "[SEP]") if is_wordpiece else (END,) * 2
     options: dict[str, Any] = {}
     for option, token, default in zip(
         ("start_token", "end_token"), (described.start, described.end), usual, strict=True
@@ -215,14 +243,22 @@ def _options(described: Description) -> dict[str, Any]:
         options["end_ids"] = list(described.ends)
     if described.is_plain and is_wordpiece and not described.values["normalizer"]["lowercase"]:
         options["lower_case"] = False
-    return options | _verdict(described)
+    return options | _verdict(described, made)
 
 
-def _verdict(described: Description) -> dict[str, str]:
-    """Return the key of hparams.json that says which encoder runs a tokenizer."""
-    if encoder.needs_no_verdict(described):
+def _verdict(described: Description, made: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the keys of hparams.json that say which encoder runs a tokenizer.
+
+    There are none for GPT-2's and BERT's own, unless a merge is missing. The checksum notices that
+    the files were replaced.
+    """
+    if described.kind == "SentencePiece":
         return {}
-    return {"tokenizer": encoder.verdict(described)}
+    found = encoder.verdict(described)
+    if encoder.needs_no_verdict(described) and found != "tokenizers":
+        return {}
+    contents = (made[name] for name in folders.ENCODER_FILES if name in made)
+    return {"tokenizer": found, "tokenizer_crc32": encoder.checksum(found, contents)}
 
 
 def hf_ids(vocabulary: Vocabulary | None) -> dict[str, Any]:
@@ -266,7 +302,8 @@ def is_foreign(vocabulary: Vocabulary) -> bool:
     """Return whether the files came from transformers."""
     if any(name in vocabulary.files for name in FOREIGN):
         return True
-    return bool(_values(vocabulary.files, "tokenizer_config.json").keys() - {"do_lower_case"})
+    has_config = "tokenizer_config.json" in vocabulary.files
+    return has_config and {*_values(vocabulary.files, "tokenizer_config.json")} != {"do_lower_case"}
 
 
 def _wordpiece_settings(folder: Path, described: Description) -> dict[str, Any]:

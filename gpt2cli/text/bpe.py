@@ -14,7 +14,7 @@ from gpt2cli.text.description import (
     token_bytes,
     without_surrogates,
 )
-from gpt2cli.text.tokenizer import Tokenizer
+from gpt2cli.text.tokenizer import CUTS, Tokenizer
 
 # openai/gpt-2 src/encoder.py, in the equal but faster spelling of tiktoken_ext/openai_public.py.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -46,6 +46,7 @@ class BPE(Tokenizer):
         import tiktoken
 
         super().__init__(described)
+        self.CUT = self._outside_added(BPE.CUT, *CUTS)
         vocab, added = described.vocab, self.added
         single = sorted((c for c in BYTE_OF if c in vocab), key=vocab.__getitem__)
         if len(single) < 256:

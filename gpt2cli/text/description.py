@@ -71,8 +71,9 @@ class Description:
     @functools.cached_property
     def merged(self) -> list[str]:
         """The tokens that the merges of a BPE make, in order of rank."""
-        merges = self.model.get("merges") or []
-        return [m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in merges]
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in self.model.get("merges") or [])
+        prefix = self.model.get("continuing_subword_prefix") or ""
+        return [left + right.removeprefix(prefix) for left, right in pairs]
 
     @property
     def added(self) -> dict[str, int]:
@@ -98,21 +99,34 @@ class Description:
         return {part.get("type") for part in leaves(decoder, "decoders")} == {"ByteLevel"}
 
     def around(self) -> tuple[list[int], list[int]]:
-        """Return the ids that the post-processor puts before and after a text."""
+        """Return the ids that the post-processor puts before and after a text.
+
+        Raises:
+            ValueError: it repeats or leaves out the text, or several parts of it add ids.
+        """
         before: list[int] = []
         after: list[int] = []
         for part in leaves(self.values.get("post_processor") or {}, "processors"):
+            if not part or part.get("type") == "ByteLevel":
+                continue
+            if before or after:
+                raise ValueError("several parts of its post-processor add tokens")
             if part.get("type") in ("BertProcessing", "RobertaProcessing"):
-                before, after = [part["cls"][1], *before], [*after, part["sep"][1]]
+                before, after = [part["cls"][1]], [part["sep"][1]]
             elif part.get("type") == "TemplateProcessing":
                 names = [next(iter(piece.items())) for piece in part["single"]]
-                place = next(n for n, (kind, _) in enumerate(names) if kind == "Sequence")
+                places = [n for n, (kind, _) in enumerate(names) if kind == "Sequence"]
+                if len(places) != 1:
+                    raise ValueError("its post-processor does not contain the text once")
+                place = places[0]
                 ids = [
                     part["special_tokens"][value["id"]]["ids"] if kind == "SpecialToken" else []
                     for kind, value in names
                 ]
-                before = [*itertools.chain(*ids[:place]), *before]
-                after = [*after, *itertools.chain(*ids[place:])]
+                before = [*itertools.chain(*ids[:place])]
+                after = [*itertools.chain(*ids[place:])]
+            else:
+                raise ValueError(f"its post-processor {part.get('type')!r:.40} is unknown")
         return before, after
 
 
@@ -121,6 +135,52 @@ def leaves(part: Mapping[str, Any], list_name: str) -> list[dict[str, Any]]:
     if part.get("type") == "Sequence":
         return [leaf for member in part.get(list_name) or [] for leaf in leaves(member, list_name)]
     return [dict(part)] if not isinstance(part, dict) else [part]
+
+
+PARTS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "post_processor": "processors",
+    "decoder": "decoders",
+}
+FIELDS: dict[str, type] = {
+    **dict.fromkeys(("type", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"), str),
+    "unk_id": int,
+    "merges": list,
+}
+
+
+def misshapen(values: Mapping[str, Any]) -> str | None:
+    """Return the name of a field of a tokenizer.json that has the wrong type, or None.
+
+    Only fields that gpt2cli reads itself are looked at; the library checks the others.
+    """
+    for name, list_name in PARTS.items():
+        if not _is_part(values.get(name), list_name):
+            return name
+    model = values["model"]
+    for name, kind in FIELDS.items():
+        if model.get(name) is not None and type(model[name]) is not kind:
+            return f"model.{name}"
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or [])
+    if not all(map(_are_texts, pairs)):
+        return "model.merges"
+    vocab = model["vocab"]
+    scored = all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in vocab)
+    return "model.vocab" if isinstance(vocab, list) and not scored else None
+
+
+def _is_part(part: object, list_name: str) -> bool:
+    """Return whether a component is an object, and a Sequence has a list of them."""
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return part is None
+    members = part.get(list_name) or []
+    return isinstance(members, list) and all(m and _is_part(m, list_name) for m in members)
+
+
+def _are_texts(value: object) -> bool:
+    """Return whether a value is a pair of texts."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
 def bytes_by_id(described: Description) -> dict[int, bytes]:

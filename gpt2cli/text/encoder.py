@@ -15,7 +15,11 @@ methods and these attributes:
                 encode to the ids of the whole; the cut is at the start of the match
 """
 
+import functools
 import itertools
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from gpt2cli.errors import UserError
@@ -33,6 +37,8 @@ from gpt2cli.text.wordpiece import WordPiece
 __all__ = ["BPE", "KINDS", "Encoder", "SentencePiece", "TokenizerJson", "WordPiece"]
 
 Encoder = Tokenizer
+
+FASTER = {"BPE": "bpe", "WordPiece": "wordpiece"}  # kind of tokenizer -> verdict
 
 # Texts on which tokenizers differ: normal forms, case, digits, scripts without spaces, ligatures,
 # white space, contractions, code.
@@ -66,28 +72,42 @@ def load(folder: str | Path | ModelFolder) -> Encoder:
         UserError: files are missing or damaged; the text names the file and what to do.
     """
     opened = folder if isinstance(folder, ModelFolder) else folders.open_folder(folder)
-    recorded = None if opened.sizes is None else opened.sizes.extra.get("tokenizer")
-    return choose(tokenizer_files.describe(opened), recorded)
+    described = tokenizer_files.describe(opened)
+    recorded = {} if opened.sizes is None else opened.sizes.extra
+    if "tokenizer" not in recorded:
+        return choose(described)
+    contents = (opened.read(name) for name in folders.ENCODER_FILES if opened.has(name))
+    found = recorded["tokenizer"]
+    is_fresh = recorded.get("tokenizer_crc32") == checksum(found, contents)
+    return choose(described, found if is_fresh else verdict(described))
 
 
-def choose(described: Description, recorded: object = None) -> Encoder:
+def checksum(found: object, contents: Iterable[bytes]) -> str:
+    """Return the CRC-32 of a verdict and the files in ENCODER_FILES, in that order."""
+    seed = zlib.crc32(str(found).encode())
+    return f"{functools.reduce(lambda crc, content: zlib.crc32(content, crc), contents, seed):08x}"
+
+
+def choose(described: Description, found: object = None) -> Encoder:
     """Return the encoder of a tokenizer: a faster one only if it was proved equal to the library.
 
     Args:
         described: the tokenizer.
-        recorded: the verdict in hparams.json, from `verdict`; None if there is none.
+        found: its verdict, from `verdict`; None if there is none.
 
     Raises:
         UserError: the library rejects the tokenizer.
     """
     if described.kind == "SentencePiece":
         return SentencePiece(described)
-    if needs_no_verdict(described):
-        return WordPiece(described) if described.kind == "WordPiece" else BPE(described)
-    found = recorded if recorded in ("bpe", "wordpiece", "tokenizers") else verdict(described)
-    if found == "bpe":
+    if found is None:
+        is_own = needs_no_verdict(described)
+        found = FASTER[described.kind] if is_own else verdict(described)
+    if found == "bpe" and described.kind == "BPE":
         return BPE(described)
-    return WordPiece(described) if found == "wordpiece" else TokenizerJson(described)
+    if found == "wordpiece" and described.kind == "WordPiece":
+        return WordPiece(described)
+    return TokenizerJson(described)
 
 
 def needs_no_verdict(described: Description) -> bool:
@@ -103,12 +123,18 @@ def verdict(described: Description) -> str:
     Raises:
         UserError: the library rejects the tokenizer.
     """
+    is_simple = _is_simple(described)
+    if needs_no_verdict(described):  # only the merges may differ
+        alone = {**described.values, "added_tokens": [], "post_processor": None}
+        described = replace(described, values=alone, start=None, end=None, ends=())
     library = TokenizerJson(described)
-    if not _is_simple(described):
+    if not is_simple:
         return "tokenizers"
     try:
         fast = WordPiece(described) if described.kind == "WordPiece" else BPE(described)
     except UserError:  # it lacks bytes or BERT's special tokens
+        if described.is_plain:  # and nothing else says that it is right without them
+            raise
         return "tokenizers"
     tokens = [
         fast.bytes_of([index]).decode("utf-8", "replace") for index in described.vocab.values()
@@ -116,23 +142,28 @@ def verdict(described: Description) -> str:
     joined = "".join(
         itertools.chain(*itertools.zip_longest(described.added, PROBES, fillvalue=" "))
     )
-    probes = [*PROBES, *tokens, joined, joined.replace(" ", "")]
-    for special in (False, True):
+    few = [*PROBES, joined, joined.replace(" ", "")]
+    for special, probes in ((True, few), (False, [*few, *tokens])):
         pairs = zip(fast.arrays(probes, special), library.arrays(probes, special), strict=True)
         if not all(ours.tolist() == theirs.tolist() for ours, theirs in pairs):
             return "tokenizers"
-    return "wordpiece" if described.kind == "WordPiece" else "bpe"
+    return FASTER[described.kind]
 
 
 def _is_simple(described: Description) -> bool:
     """Return whether BPE or WordPiece can represent the tokenizer at all."""
     texts = sorted(described.added)
     nested = any(b.startswith(a) for a, b in itertools.pairwise(texts))  # longest match
+    # the library looks for tokens that are not normalized first, so the leftmost may lose
+    entries = described.values["added_tokens"]
+    firsts = {text[0] for text in texts}
+    may_overlap = any(not firsts.isdisjoint(text[1:]) for text in texts)
+    mixed = may_overlap and len({entry["normalized"] for entry in entries}) > 1
     flags = ("single_word", "lstrip", "rstrip")
-    if nested or any(entry[flag] for entry in described.values["added_tokens"] for flag in flags):
+    if nested or mixed or any(entry[flag] for entry in entries for flag in flags):
         return False
-    if described.kind == "BPE":
-        return described.is_byte_level
+    if described.kind == "BPE":  # in tiktoken a token has one rank
+        return described.is_byte_level and len({*described.merged}) == len(described.merged)
     normalizer = described.values.get("normalizer") or {}
     model = described.model
     return (

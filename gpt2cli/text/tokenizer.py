@@ -103,9 +103,15 @@ class Tokenizer:
     def _where_to_cut(self) -> regex.Pattern[str]:
         """Return the pattern of the places where the probes may be cut."""
         try:
-            return next((cut for cut in CUTS if self._may_cut(cut)), NEVER)
+            return self._outside_added(*filter(self._may_cut, CUTS))
         except UserError:  # the vocabulary lacks the probes' characters
             return NEVER
+
+    def _outside_added(self, *cuts: regex.Pattern[str]) -> regex.Pattern[str]:
+        """Return the first pattern that cuts no added token, nor the spaces that belong to one."""
+        if any(entry.get("rstrip") for entry in self.described.values["added_tokens"]):
+            return NEVER
+        return next((cut for cut in cuts if not any(map(cut.search, self.added))), NEVER)
 
     def _may_cut(self, cut: regex.Pattern[str]) -> bool:
         """Return whether the probes can be cut at every such place without changing an id."""

@@ -17,23 +17,25 @@ import regex
 from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.storage.folders import ModelFolder
-from gpt2cli.text.description import BYTE_OF, Description, leaves
+from gpt2cli.text.added_tokens import PLAIN, AddedTokens, SpecialTokens
+from gpt2cli.text.classes import (
+    BERT_CLASSES,
+    BERT_OPTIONS,
+    BERT_SPECIAL,
+    CLASSES,
+    END,
+    GPT2_CLASSES,
+    SENTENCEPIECE_CLASSES,
+    default_tokens,
+    replaced,
+)
+from gpt2cli.text.description import BYTE_OF, Description, leaves, misshapen
 
-END = "<|endoftext|>"
 KINDS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("vocab.txt",))
 JSON = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = ("spiece.model", "tokenizer.model", "spm.model")
-
-# The classes of transformers that the files alone describe; the last two are generic.
-GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
-BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
-CLASSES = (*GPT2_CLASSES, *BERT_CLASSES, "PreTrainedTokenizerFast", "TokenizersBackend")
-SENTENCEPIECE_CLASSES = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast")
 MODELS = ("BPE", "WordPiece", "Unigram", "WordLevel", "SentencePiece")
-# Keys that name one special token, or several (tokenization_utils_base.py).
-NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-NAMED_LISTS = ("additional_special_tokens", "extra_special_tokens")
-BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Options that change how text is read -> the values with which they do nothing.
 NOT_OBEYED: dict[str, tuple[Any, ...]] = {
     "do_basic_tokenize": (True, None),
@@ -41,13 +43,6 @@ NOT_OBEYED: dict[str, tuple[Any, ...]] = {
     "split_special_tokens": (False, None),
     "word_delimiter_token": (None,),
 }
-# Options of BertTokenizer -> fields of BertNormalizer.
-BERT_OPTIONS = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
-PLAIN = {"normalized": False}  # of an added token: its text is found before any normalizer
 SYMBOLS = frozenset(BYTE_OF)
 MARK = regex.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # how people spell added tokens
 
@@ -58,45 +53,51 @@ def names_in(folder: str | Path) -> list[str]:
     return [name for name in known if (Path(folder) / name).is_file()]
 
 
-def describe(folder: ModelFolder, n_vocab: int | None = None) -> Description:
+def describe(
+    folder: ModelFolder, n_vocab: int | None = None, made_for: object = None
+) -> Description:
     """Put the tokenizer files of a folder together.
 
     Args:
-        folder: it also gives lower_case, start_token, end_token and end_ids of hparams.json.
+        folder: it also gives lower_case, start_token, end_token, end_ids and tokenizer_class of
+            hparams.json.
         n_vocab: rows of the token embedding; added tokens beyond them are left out (default: as
             the folder's sizes say).
+        made_for: transformers' class of the tokenizer, where tokenizer_config.json names none.
 
     Raises:
         UserError: files are missing or damaged, or ask for a tokenizer that gpt2cli does not have.
     """
-    return _Reader(folder, n_vocab).described()
+    return _Reader(folder, n_vocab, made_for).described()
 
 
 class _Reader:
     """The files of one folder while they are put together."""
 
-    def __init__(self, folder: ModelFolder, n_vocab: int | None) -> None:
+    def __init__(self, folder: ModelFolder, n_vocab: int | None, made_for: object) -> None:
         self.folder, self.path = folder, folder.path
-        self.config = self._object("tokenizer_config.json")
-        self.made_for = self.config.get("tokenizer_class")
-        # transformers reads special_tokens_map.json only without an added_tokens_decoder
-        is_newer = "added_tokens_decoder" in self.config
-        named = {**self.config, **({} if is_newer else self._object("special_tokens_map.json"))}
-        self.named = {key: token for key in NAMED if (token := _content(named.get(key)))}
-        self.listed = [token for key in NAMED_LISTS for token in _contents(named.get(key))]
         sizes = folder.sizes
         self.hparams = {} if sizes is None else sizes.extra
+        self.config = self._object(CONFIG)
+        named = (self.config.get("tokenizer_class"), made_for, self.hparams.get("tokenizer_class"))
+        self.made_for = next((name for name in named if name is not None), None)
+        others = self._object("special_tokens_map.json")
+        self.special = SpecialTokens.read(self.config, others, default_tokens(self.made_for))
+        self.named = self.special.by_key
+        self.given = set(SpecialTokens.read(self.config, others, {}).texts())
+        self.around: tuple[list[str | None], list[str | None]] = ([], [])
         self.is_gpt2_ml = sizes is not None and sizes.arch == "gpt2_ml"
         if n_vocab is None and sizes is not None and not self.is_gpt2_ml:
             n_vocab = sizes.n_vocab
         self.n_vocab = n_vocab
+        self.in_json: list[str] = []  # added tokens of tokenizer.json
         self.notes: list[str] = []
 
     def described(self) -> Description:
         """Return the Description; see `describe` for the errors."""
         for option, harmless in NOT_OBEYED.items():
             if option in self.config and self.config[option] not in harmless:
-                self.notes.append(f"{option} in tokenizer_config.json is not obeyed")
+                self.notes.append(f"{option} in {CONFIG} is not obeyed")
         is_whole = self.folder.has(JSON)
         path, values = self._tokenizer_json() if is_whole else self._from_vocabulary()
         found = Description(path, values)
@@ -106,12 +107,27 @@ class _Reader:
             if is_whole:
                 _check_ids(found.vocab, path)
             values["added_tokens"] = self._added_tokens(found)
+            if not is_whole:
+                values["post_processor"] = self._template(found)
             self._check_template(found)
+            if is_whole:
+                self._note_class(found)
+            cleans = self.config.get("clean_up_tokenization_spaces") is True
+            if cleans and found.kind != "WordPiece" and not found.is_byte_level:
+                self.notes.append(f"clean_up_tokenization_spaces in {CONFIG} is not obeyed")
             start, end, ends = self._ends(found)
-        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-            raise UserError(f"{path} does not have the tokenizers format ({error!r})") from None
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            StopIteration,
+        ) as error:
+            reason = error if type(error) is ValueError else repr(error)
+            raise UserError(f"{path} does not have the tokenizers format ({reason})") from None
         is_plain = not is_whole and not self.config.get("add_prefix_space")
-        notes = tuple(self.notes)
+        notes = tuple(dict.fromkeys(self.notes))
         return replace(found, is_plain=is_plain, start=start, end=end, ends=ends, notes=notes)
 
     def _object(self, name: str) -> dict[str, Any]:
@@ -131,34 +147,68 @@ class _Reader:
         model = values.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
             raise UserError(f"{path} does not have the tokenizers format: it has no vocabulary")
+        if wrong := misshapen(values):
+            raise UserError(f"{path} does not have the tokenizers format: {wrong} has another type")
         try:
             splitters = leaves(values.get("pre_tokenizer") or {}, "pretokenizers")
-            if self.made_for in GPT2_CLASSES and "add_prefix_space" in self.config:
-                for part in splitters:
-                    if part.get("type") == "ByteLevel":
-                        part["add_prefix_space"] = self.config["add_prefix_space"] is True
+            self._set_prefix(splitters)
             self._normalize(leaves(values.get("normalizer") or {}, "normalizers"))
-        except AttributeError as error:
+            if values.get("padding"):  # its token is a special one
+                pad = str(values["padding"]["pad_token"])
+                if self.named.setdefault("pad_token", pad) == pad:
+                    self.special.all.append((pad, PLAIN))
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path} does not have the tokenizers format ({error!r})") from None
+        if model.get("dropout"):
+            model["dropout"] = None
+            self.notes.append(f"dropout in {JSON} is not obeyed: a text always gives the same ids")
         if values.get("decoder") is None:  # transformers would write spaces between the tokens
             kinds = [part.get("type") for part in splitters]
             values["decoder"] = _byte_level() if "ByteLevel" in kinds else _pieces(model)
+            if values["decoder"]:
+                self.notes.append(f"{JSON} has no decoder; {values['decoder']['type']} is used")
         return path, values
+
+    def _set_prefix(self, splitters: list[dict[str, Any]]) -> None:
+        """Apply add_prefix_space, an option of GPT2Tokenizer, to the pre-tokenizer."""
+        is_of_class = self.made_for in GPT2_CLASSES
+        given = self.config.get("add_prefix_space", False if is_of_class else None)
+        for part in splitters:
+            if part.get("type") != "ByteLevel" or given is None:
+                continue
+            if is_of_class or self.made_for is None:
+                part["add_prefix_space"] = given is True
+            elif part.get("add_prefix_space", True) != given:
+                self.notes.append(f"add_prefix_space in {CONFIG} is not obeyed: {JSON} decides")
 
     def _normalize(self, parts: list[dict[str, Any]]) -> None:
         """Apply BertTokenizer's options to the normalizer of a tokenizer.json."""
         bert = [part for part in parts if part.get("type") == "BertNormalizer"]
-        for option, field in BERT_OPTIONS.items():
-            if option not in self.config:
-                continue
+        for option, (field, default) in BERT_OPTIONS.items():
             if bert and self.made_for in BERT_CLASSES:
-                bert[0][field] = self.config[option]
+                bert[0][field] = self.config.get(option, default)
             lowers = field == "lowercase" and any(p.get("type") == "Lowercase" for p in parts)
             done = bool(bert and bert[0].get(field)) or lowers
-            if self.config[option] and not done:
-                self.notes.append(
-                    f"{option} in tokenizer_config.json is not obeyed: {JSON} decides"
-                )
+            if self.config.get(option) and not done:
+                self.notes.append(f"{option} in {CONFIG} is not obeyed: {JSON} decides")
+
+    def _note_class(self, found: Description) -> None:
+        """Note where transformers would not run the tokenizer.json as it is."""
+        has_option = self.made_for is not None or "add_prefix_space" in self.config
+        fields = replaced(self.made_for, found, self.named, has_option)
+        newer = self.config.get("added_tokens_decoder")
+        if newer is not None and self.made_for in (None, *GPT2_CLASSES, *BERT_CLASSES):
+            known = {entry["content"] for entry in newer.values()} | {*self.special.texts()}
+            if not known.issuperset(self.in_json):
+                fields.append("added_tokens")
+        name = "GPT2Tokenizer" if self.made_for is None else self.made_for
+        if fields:
+            self.notes.append(
+                f"{JSON} decides; transformers 5 reads it as {name}, without its "
+                f"{', '.join(fields)}"
+            )
+        elif self.made_for not in (None, *CLASSES):
+            self.notes.append(f"tokenizer_class {name!r:.60} is not obeyed: {JSON} decides")
 
     def _from_vocabulary(self) -> tuple[Path, dict[str, Any]]:
         """Read encoder.json and vocab.bpe, vocab.json and merges.txt, or vocab.txt.
@@ -180,12 +230,22 @@ class _Reader:
             )
         if self.made_for not in (None, *CLASSES):
             raise UserError(
-                f"{self.path / 'tokenizer_config.json'}: tokenizer_class is {self.made_for!r:.60}, "
+                f"{self.path}: tokenizer_class is {self.made_for!r:.60}, "
                 f"and there is no {JSON} that describes it. Load it in transformers "
                 "(AutoTokenizer) and save it with save_pretrained, or name another vocabulary "
                 "with --vocab"
             )
-        if kind == ("vocab.txt",):
+        is_list = kind == ("vocab.txt",)
+        if self.made_for in (GPT2_CLASSES if is_list else BERT_CLASSES):
+            self.notes.append(
+                f"tokenizer_class {self.made_for!r} is not obeyed: it does not read {kind[0]}"
+            )
+            self.made_for = None
+            self.special = SpecialTokens.read(
+                self.config, self._object("special_tokens_map.json"), {}
+            )
+            self.named = self.special.by_key
+        if is_list:
             return self.folder.place(kind[0]), self._wordpiece(kind[0])
         return self.folder.place(kind[0]), self._bpe(*kind)
 
@@ -198,12 +258,12 @@ class _Reader:
         has_prefix = self.config.get("add_prefix_space") is True
         before = [self.named.get("bos_token", END)] if self.config.get("add_bos_token") else []
         after = [self.named.get("eos_token", END)] if self.config.get("add_eos_token") else []
+        self.around = before, after
         splitter = {"type": "ByteLevel", "add_prefix_space": has_prefix}
         return {
             "version": "1.0",
             "normalizer": None,
             "pre_tokenizer": {**splitter, "trim_offsets": True, "use_regex": True},
-            "post_processor": template(before, after, vocab),
             "decoder": _byte_level(),
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         }
@@ -229,7 +289,7 @@ class _Reader:
 
     def _wordpiece(self, name: str) -> dict[str, Any]:
         """Return BertTokenizer as a tokenizer.json; line 0 of vocab.txt is id 0."""
-        lines = _lines(self.folder, name)
+        lines = [line.rstrip() for line in _lines(self.folder, name)]  # as the library does
         vocab = {token: index for index, token in enumerate(lines)}
         lower_case = self.hparams.get("lower_case", self.config.get("do_lower_case", True))
         if type(lower_case) is not bool:
@@ -237,12 +297,11 @@ class _Reader:
                 f"{self.path}: lower_case must be true or false, got {json.dumps(lower_case)}"
             )
         unknown = self.named.get("unk_token", "[UNK]")
-        cls: str | None = self.named.get("cls_token", "[CLS]")
-        sep: str | None = self.named.get("sep_token", "[SEP]")
+        cls, sep = self.named.get("cls_token", "[CLS]"), self.named.get("sep_token", "[SEP]")
         if self.made_for is None:  # hparams.json decides
             cls = self.hparams.get("start_token", None if self.is_gpt2_ml else cls)
             sep = self.hparams.get("end_token", None if self.is_gpt2_ml else sep)
-        before, after = ([token] if token in vocab else [] for token in (cls, sep))
+        self.around = [cls], [sep]
         return {
             "version": "1.0",
             "normalizer": {
@@ -253,7 +312,6 @@ class _Reader:
                 "lowercase": lower_case,
             },
             "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "post_processor": template(before, after, vocab),
             "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
             "model": {
                 "type": "WordPiece",
@@ -286,51 +344,77 @@ class _Reader:
 
     def _added_tokens(self, found: Description) -> list[dict[str, Any]]:
         """Return the added and special tokens of all files, as in a tokenizer.json."""
-        entries: dict[str, dict[str, Any]] = {}
+        added = AddedTokens(found.vocab)
+        self.in_json = [entry["content"] for entry in found.values.get("added_tokens") or []]
         for entry in found.values.get("added_tokens") or []:
-            entries[entry["content"]] = added_entry(entry["content"], entry["id"], entry)
+            added.put(entry["content"], entry, entry["id"], JSON)
         newer = self.config.get("added_tokens_decoder")
-        for index, entry in (newer or {}).items():
-            entries[entry["content"]] = added_entry(entry["content"], int(index), entry)
-        if newer is None:
-            for token, index in self._object("added_tokens.json").items():
-                entries[token] = added_entry(token, index, {"special": token in self.listed})
-        tokens = {**found.vocab, **{token: entry["id"] for token, entry in entries.items()}}
-        free = max(tokens.values(), default=-1) + 1
-        for token in self._special(found):
-            if token not in tokens:
-                tokens[token], free = free, free + 1
-            given = entries.get(token, {"normalized": False})
-            entries[token] = added_entry(token, tokens[token], {**given, "special": True})
-        kept = []
-        for token, entry in sorted(entries.items(), key=lambda item: item[1]["id"]):
-            if self.n_vocab is None or entry["id"] < self.n_vocab:
-                kept.append(entry)
-            else:
-                self.notes.append(
-                    f"the added token {token!r} is read as plain text: its id {entry['id']} is not "
-                    f"in the model, which has {self.n_vocab:,} ids"
-                )
+        older = {} if newer is not None else self._object("added_tokens.json")
+        for index, entry in sorted((newer or {}).items(), key=lambda item: int(item[0])):
+            added.put(entry["content"], entry, int(index))
+        for token, index in sorted(older.items(), key=lambda item: int(item[1])):
+            if added.entries.get(token, {}).get("id") != index:  # tokenizer.json's flags count
+                added.put(token, {"special": token in self.given}, index, "added_tokens.json")
+        in_files = dict(added.entries)  # their flags count
+        for token, flags in self._special(found):
+            added.put(token, {**in_files.get(token, flags), "special": True})
+        defaults = set(default_tokens(self.made_for).values()) - self.given
+        kept = [*added.within(self.n_vocab, {token for token in defaults if token})]
+        self.notes += added.notes
         return kept
 
-    def _special(self, found: Description) -> list[str]:
-        """Return the texts of the special tokens, those in the vocabulary alone included.
+    def _special(self, found: Description) -> list[tuple[str, Mapping[str, Any]]]:
+        """Return text and flags of the special tokens, those in the vocabulary alone included."""
+        chosen = (self.hparams.get(key) for key in ("start_token", "end_token"))
+        more = [token for token in chosen if token in found.vocab and MARK.fullmatch(token)]
+        named = self.special.all
+        if self.folder.has(JSON):
+            more = []
+        elif found.kind == "BPE":
+            ordinary = SYMBOLS | set(found.merged)
+            for token in self.special.texts():
+                if token in ordinary and token in self.given:
+                    self.notes.append(f"the special token {token!r} is also text: read as text")
+            named = [(token, flags) for token, flags in named if token not in ordinary]
+            more = [token for token in (*more, *self._marks(found)) if token not in ordinary]
+        elif found.kind == "WordPiece" and self.made_for not in BERT_CLASSES:
+            more += [token for token in BERT_SPECIAL if token in found.vocab]
+        known = set(self.special.texts())
+        return [*named, *((token, PLAIN) for token in dict.fromkeys(more) if token not in known)]
 
-        Of a byte-pair vocabulary without other files that are the tokens that no merge makes, if
-        they look like <|endoftext|>, <s> or [PAD].
+    def _marks(self, found: Description) -> list[str]:
+        """Return the special tokens of a byte-pair vocabulary that no file names.
+
+        <|endoftext|> is one, unless the files name others in its place. In a vocabulary without
+        other files, so are the tokens that no merge makes, if they look like <s> or [PAD].
         """
-        named = [*self.named.values(), *self.listed]
-        named += [self.hparams[key] for key in ("start_token", "end_token") if key in self.hparams]
-        vocab = found.vocab
-        if found.kind == "BPE" and not self.folder.has(JSON):
-            merged = set(found.merged)
-            named = [token for token in named if token not in merged and len(token or "") > 1]
-            if not self.config:
-                named += [t for t in vocab if t not in merged and MARK.fullmatch(t)]
-            named += [END] if END in vocab else []
-        if found.kind == "WordPiece" and not self.folder.has(JSON):
-            named += [token for token in BERT_SPECIAL if token in vocab]
-        return list(dict.fromkeys(token for token in named if token))
+        vocab, merged = found.vocab, set(found.merged)
+        marks = [t for t in vocab if t not in merged and MARK.fullmatch(t) and t != END]
+        if self.config:
+            marks = []
+        if marks:
+            shown = ", ".join(map(repr, marks))
+            self.notes.append(
+                f"tokens that no merge makes are read as tokens: {shown:.200}; transformers reads "
+                "their text as plain text"
+            )
+        if any(key not in self.named for key in default_tokens(GPT2_CLASSES[0])):
+            has_room = self.n_vocab is None or self.n_vocab > len(vocab)
+            if END in vocab:
+                marks.append(END)
+            elif self.made_for is None and self.folder.has("vocab.json") and has_room:
+                self.notes.append(f"transformers adds {END!r} to the vocabulary; here it is text")
+        return marks
+
+    def _template(self, found: Description) -> dict[str, Any] | None:
+        """Return the post-processor of a class: the tokens that it puts around a text."""
+        before, after = ([t for t in side if t in found.tokens] for side in self.around)
+        for token in (*self.around[0], *self.around[1]):
+            if token is not None and token not in found.tokens and self.config:
+                self.notes.append(f"{token!r} is not put around texts: it is not in the vocabulary")
+            if token is None and self.made_for in BERT_CLASSES:
+                self.notes.append("cls_token or sep_token is null, so no token is put around texts")
+        return template(before, after, found.tokens)
 
     def _check_template(self, found: Description) -> None:
         """Reject ids of a post-processor that the model lacks; note options that it contradicts."""
@@ -340,9 +424,7 @@ class _Reader:
             raise ValueError("its post-processor has tokens that its vocabulary lacks")
         for option, ids in (("add_bos_token", before), ("add_eos_token", after)):
             if self.config.get(option) is True and not ids:
-                self.notes.append(
-                    f"{option} in tokenizer_config.json is not obeyed: {JSON} decides"
-                )
+                self.notes.append(f"{option} in {CONFIG} is not obeyed: {JSON} decides")
 
     def _ends(self, found: Description) -> tuple[str | None, str | None, tuple[int, ...]]:
         """Return the start token, the end token and the ids that end a sample."""
@@ -371,33 +453,6 @@ class _Reader:
                 "in the vocabulary"
             )
         return start, end, tuple(ends)
-
-
-def added_entry(text: str, index: int, flags: Mapping[str, Any] = PLAIN) -> dict[str, Any]:
-    """Return an added token as a tokenizer.json has it, with AddedToken's defaults.
-
-    Raises:
-        ValueError: the text or the id is not one.
-    """
-    if type(text) is not str or not text or type(index) is not int or index < 0:
-        raise ValueError(f"added token {text!r:.40} with id {index!r:.40}")
-    special = flags.get("special") is True
-    normalized = flags.get("normalized", not special) is True
-    spaces = {flag: flags.get(flag) is True for flag in ("single_word", "lstrip", "rstrip")}
-    return {"id": index, "content": text, **spaces, "normalized": normalized, "special": special}
-
-
-def _content(value: object) -> str | None:
-    """Return the text of a token that is given as text or as an object; None for anything else."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) and found else None
-
-
-def _contents(values: object) -> list[str]:
-    """Return the texts of several tokens."""
-    values = list(values.values()) if isinstance(values, dict) else values
-    found = map(_content, values) if isinstance(values, list) else []
-    return [token for token in found if token is not None]
 
 
 def _lines(folder: ModelFolder, name: str) -> list[str]:

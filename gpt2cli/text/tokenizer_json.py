@@ -30,6 +30,14 @@ class TokenizerJson(Tokenizer):
     def __init__(self, described: Description) -> None:
         super().__init__(described)
         self._tokenizer = _built(described, described.values)
+        for token, index in self.added.items():
+            if self._tokenizer.token_to_id(token) != index:
+                raise UserError(
+                    f"{described.path}: the added token {token!r} has the id {index}, but the "
+                    f"tokenizers library gives it {self._tokenizer.token_to_id(token)}. Added "
+                    "tokens must follow the vocabulary without a gap. Load it in transformers "
+                    "(AutoTokenizer) and save it with save_pretrained"
+                )
         self._plain: tokenizers.Tokenizer | None = None
         self.CUT = self._where_to_cut()
 
@@ -52,12 +60,13 @@ class TokenizerJson(Tokenizer):
     def _without_added(self) -> tokenizers.Tokenizer:
         """Return the tokenizer for plain text: no text in it is an added token.
 
-        Models may contain their special tokens as well, so these get a name that no text has.
+        Models may contain their special tokens as well, so these get a name that no text has. A
+        token of one character is text, and so is one that a merge makes.
         """
         if self._plain is None:
             values = copy.copy(self.described.values)
             model = values["model"] = copy.copy(values["model"])
-            hidden = {text: f"\uffff{index}" for text, index in self.added.items()}
+            hidden = {text: f"\uffff{index}" for text, index in self.added.items() if len(text) > 1}
             for token in (model.get("unk_token"), *self.described.merged):
                 hidden.pop(token, None)
             if isinstance(model["vocab"], list):
@@ -76,6 +85,15 @@ def _built(described: Description, values: dict[str, Any]) -> tokenizers.Tokeniz
     """Return the library's tokenizer; UserError if it rejects the values."""
     import tokenizers
 
+    prefix = described.model.get("continuing_subword_prefix")
+    if prefix and described.kind == "BPE":  # the library would end the process
+        rights = (
+            m.split(" ")[-1] if isinstance(m, str) else m[-1] for m in values["model"]["merges"]
+        )
+        if not all(right.startswith(prefix) for right in rights):
+            raise UserError(
+                f"{described.path}: a merge contradicts continuing_subword_prefix {prefix!r:.40}"
+            )
     # truncation and padding are settings of a call, and would cut documents
     values = {**values, "truncation": None, "padding": None}
     try:

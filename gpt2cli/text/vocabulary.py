@@ -9,7 +9,7 @@ from typing import Any
 
 from gpt2cli import files
 from gpt2cli.storage import folders
-from gpt2cli.text.tokenizer_files import END
+from gpt2cli.text.classes import END
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # [PAD] is id 0, as in BERT
 SMALLEST = {"bpe": 257, "wordpiece": len(SPECIAL) + 1}  # 256 bytes and the end token

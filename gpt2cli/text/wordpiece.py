@@ -7,9 +7,8 @@ import regex
 from gpt2cli.errors import UserError
 from gpt2cli.text.description import Description, without_surrogates
 from gpt2cli.text.streams import Stream
+from gpt2cli.text.tokenizer import CUTS
 from gpt2cli.text.tokenizer_json import TokenizerJson
-
-CUT_WORDS = regex.compile(r"(?r)(?<=\S)[ \n]")  # where Chinese characters are not words
 
 
 class WordPiece(TokenizerJson):
@@ -51,7 +50,8 @@ class WordPiece(TokenizerJson):
 
     def _where_to_cut(self) -> regex.Pattern[str]:
         splits_chinese = self.described.values["normalizer"]["handle_chinese_chars"]
-        return WordPiece.CUT if splits_chinese else CUT_WORDS
+        cuts = (WordPiece.CUT, *CUTS) if splits_chinese else CUTS
+        return self._outside_added(*cuts)
 
     def _lacks(self, char: str) -> bool:
         """Return whether a character becomes [UNK] alone and has no ## form either."""

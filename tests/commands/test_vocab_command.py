@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pr
 from gpt2cli.storage import folders
 from gpt2cli.text import encoder, vocabulary
 from gpt2cli.text.bpe import BYTE_OF, SPLIT
-from gpt2cli.text.tokenizer_files import END
+from gpt2cli.text.classes import END
 
 ENGLISH = "\n".join(topics[name] for name in sorted(topics)[:12])
 CHINESE = "今天天气不错，我们去公园散步。Tomorrow we walk, walking 今天。Café ２０２４年！\n" * 30

@@ -742,7 +742,9 @@ def test_a_wordpiece_vocabulary_is_found(tmp_path, state, file, lower):
     assert encoded.encode("Day 天气") == [8 if lower else 9, 5, 6]
     expected = {"tokenizer": "wordpiece"} if file == "tokenizer.json" else {"lower_case": False}
     expected = {} if lower and file != "tokenizer.json" else expected
-    assert folders.read_config(tmp_path / "ours").extra == expected
+    extra = folders.read_config(tmp_path / "ours").extra
+    assert extra.pop("tokenizer_crc32", "").isalnum() is ("tokenizer" in expected)
+    assert extra == expected
     convert(open_source(tmp_path / "ours"), tmp_path / "hf", to="hf")
     if file == "tokenizer.json":
         assert (tmp_path / "hf" / file).read_bytes() == (folder / file).read_bytes()
@@ -819,7 +821,7 @@ def test_the_vocabulary_of_another_model_is_rejected(tmp_path, state):
     with pytest.raises(UserError, match="41 tokens, but the model only 40"):
         open_source(folder, vocab=tmp_path / "v.txt")
     (tmp_path / "v.txt").write_text("a\nb\n")
-    with pytest.raises(UserError, match=r"the vocabulary of .*/m: vocab.txt lacks \[UNK\]"):
+    with pytest.raises(UserError, match=r"v.txt lacks \[UNK\]"):
         convert(open_source(folder, vocab=tmp_path / "v.txt"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (folder / "vocab.json").write_text("{}")

@@ -24,7 +24,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
 from gpt2cli.text import corpus, encoded, encoder, inputs, stored
 from gpt2cli.text.batches import Tokens
-from gpt2cli.text.tokenizer_files import END
+from gpt2cli.text.classes import END
 
 DEFAULTS = TextOptions()
 

@@ -19,7 +19,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.text import encoder
 from gpt2cli.text.bpe import _between_spaces
-from gpt2cli.text.tokenizer_files import END
+from gpt2cli.text.classes import END
 from gpt2cli.text.wordpiece import WordPieceStream
 
 TRAINING = [
