@@ -16,7 +16,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import folders
 from gpt2cli.storage.folders import ModelFolder
-from gpt2cli.text import encoder, tokenizer_files
+from gpt2cli.text import encoder, tokenizer_files, vocabulary_files
 from gpt2cli.text.added_tokens import added_entry
 from gpt2cli.text.classes import END
 from gpt2cli.text.description import Description
@@ -314,7 +314,7 @@ def _wordpiece_settings(folder: Path, described: Description) -> dict[str, Any]:
     """
     before, _ = described.around()
     named = {index: token for token, index in described.tokens.items()}
-    template = tokenizer_files.template([named[i] for i in before], [], described.tokens)
+    template = vocabulary_files.template([named[i] for i in before], [], described.tokens)
     write_object(folder / "tokenizer.json", {**described.values, "post_processor": template})
     normalizer = described.values["normalizer"]
     return {

@@ -13,6 +13,7 @@ _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xA
 _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
 CHAR_OF = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
 BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
+SYMBOLS = frozenset(BYTE_OF)  # of which the tokens of a byte-level vocabulary are spelled
 
 
 def without_surrogates(text: str) -> str:

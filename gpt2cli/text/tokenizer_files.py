@@ -7,7 +7,7 @@ form in which the tokenizers library keeps every tokenizer, as transformers does
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import regex
 from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.storage.folders import ModelFolder
+from gpt2cli.text import vocabulary_files
 from gpt2cli.text.added_tokens import PLAIN, AddedTokens, SpecialTokens
 from gpt2cli.text.classes import (
     BERT_CLASSES,
@@ -29,7 +30,7 @@ from gpt2cli.text.classes import (
     default_tokens,
     replaced,
 )
-from gpt2cli.text.description import BYTE_OF, Description, leaves, misshapen
+from gpt2cli.text.description import SYMBOLS, Description, leaves, misshapen
 
 KINDS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("vocab.txt",))
 JSON = "tokenizer.json"
@@ -43,7 +44,6 @@ NOT_OBEYED: dict[str, tuple[Any, ...]] = {
     "split_special_tokens": (False, None),
     "word_delimiter_token": (None,),
 }
-SYMBOLS = frozenset(BYTE_OF)
 MARK = regex.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # how people spell added tokens
 
 
@@ -105,7 +105,7 @@ class _Reader:
             if found.kind not in MODELS:
                 raise UserError(f"{path}: its model is {found.kind}, which gpt2cli does not have")
             if is_whole:
-                _check_ids(found.vocab, path)
+                vocabulary_files.check_ids(found.vocab, path)
             values["added_tokens"] = self._added_tokens(found)
             if not is_whole:
                 values["post_processor"] = self._template(found)
@@ -164,7 +164,7 @@ class _Reader:
             self.notes.append(f"dropout in {JSON} is not obeyed: a text always gives the same ids")
         if values.get("decoder") is None:  # transformers would write spaces between the tokens
             kinds = [part.get("type") for part in splitters]
-            values["decoder"] = _byte_level() if "ByteLevel" in kinds else _pieces(model)
+            values["decoder"] = vocabulary_files.decoder_of(model, kinds)
             if values["decoder"]:
                 self.notes.append(f"{JSON} has no decoder; {values['decoder']['type']} is used")
         return path, values
@@ -251,76 +251,33 @@ class _Reader:
 
     def _bpe(self, vocab_name: str, merges_name: str) -> dict[str, Any]:
         """Return GPT2Tokenizer as a tokenizer.json."""
-        path = self.folder.place(vocab_name)
-        vocab = files.parse_object(self.folder.read(vocab_name), path)
-        _check_ids(vocab, path)
-        merges = list(self._merges(merges_name, vocab, vocab_name))
-        has_prefix = self.config.get("add_prefix_space") is True
         before = [self.named.get("bos_token", END)] if self.config.get("add_bos_token") else []
         after = [self.named.get("eos_token", END)] if self.config.get("add_eos_token") else []
         self.around = before, after
-        splitter = {"type": "ByteLevel", "add_prefix_space": has_prefix}
-        return {
-            "version": "1.0",
-            "normalizer": None,
-            "pre_tokenizer": {**splitter, "trim_offsets": True, "use_regex": True},
-            "decoder": _byte_level(),
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-        }
-
-    def _merges(self, name: str, vocab: Mapping[str, int], vocab_name: str) -> Iterator[str]:
-        """Yield the pairs of a file of merges, in order of rank; a space is between the two."""
-        path = self.folder.place(name)
-        for number, line in enumerate(_lines(self.folder, name), 1):
-            if not line or (number == 1 and line.startswith("#version")):
-                continue
-            parts = line.split(" ")
-            if len(parts) != 2 or not SYMBOLS.issuperset(parts[0] + parts[1]):
-                raise UserError(
-                    f"{path} line {number} is not two tokens: {line!r:.60}. Fetch it again"
-                )
-            for token in (*parts, parts[0] + parts[1]):
-                if token not in vocab:
-                    raise UserError(
-                        f"{path} line {number} names {token!r}, which {vocab_name} lacks: the two "
-                        "files do not belong to one model. Copy both from the same place"
-                    )
-            yield line
+        vocab = vocabulary_files.read_bpe(self.folder, vocab_name)
+        merges = vocabulary_files.read_merges(self.folder, merges_name, vocab, vocab_name)
+        has_prefix = self.config.get("add_prefix_space") is True
+        return vocabulary_files.gpt2(vocab, [*merges], has_prefix)
 
     def _wordpiece(self, name: str) -> dict[str, Any]:
-        """Return BertTokenizer as a tokenizer.json; line 0 of vocab.txt is id 0."""
-        lines = [line.rstrip() for line in _lines(self.folder, name)]  # as the library does
-        vocab = {token: index for index, token in enumerate(lines)}
+        """Return BertTokenizer as a tokenizer.json."""
         lower_case = self.hparams.get("lower_case", self.config.get("do_lower_case", True))
         if type(lower_case) is not bool:
             raise UserError(
                 f"{self.path}: lower_case must be true or false, got {json.dumps(lower_case)}"
             )
-        unknown = self.named.get("unk_token", "[UNK]")
         cls, sep = self.named.get("cls_token", "[CLS]"), self.named.get("sep_token", "[SEP]")
         if self.made_for is None:  # hparams.json decides
             cls = self.hparams.get("start_token", None if self.is_gpt2_ml else cls)
             sep = self.hparams.get("end_token", None if self.is_gpt2_ml else sep)
         self.around = [cls], [sep]
-        return {
-            "version": "1.0",
-            "normalizer": {
-                "type": "BertNormalizer",
-                "clean_text": True,
-                "handle_chinese_chars": self.config.get("tokenize_chinese_chars", True),
-                "strip_accents": self.config.get("strip_accents"),
-                "lowercase": lower_case,
-            },
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-            "model": {
-                "type": "WordPiece",
-                "unk_token": unknown,
-                "continuing_subword_prefix": "##",
-                "max_input_chars_per_word": 100,
-                "vocab": vocab,
-            },
+        options = {
+            "handle_chinese_chars": self.config.get("tokenize_chinese_chars", True),
+            "strip_accents": self.config.get("strip_accents"),
+            "lowercase": lower_case,
         }
+        vocab = vocabulary_files.read_wordpiece(self.folder, name)
+        return vocabulary_files.bert(vocab, self.named.get("unk_token", "[UNK]"), options)
 
     def _sentencepiece(self, name: str) -> dict[str, Any]:
         """Return T5Tokenizer; other classes add pieces or options of their own.
@@ -414,7 +371,7 @@ class _Reader:
                 self.notes.append(f"{token!r} is not put around texts: it is not in the vocabulary")
             if token is None and self.made_for in BERT_CLASSES:
                 self.notes.append("cls_token or sep_token is null, so no token is put around texts")
-        return template(before, after, found.tokens)
+        return vocabulary_files.template(before, after, found.tokens)
 
     def _check_template(self, found: Description) -> None:
         """Reject ids of a post-processor that the model lacks; note options that it contradicts."""
@@ -453,57 +410,3 @@ class _Reader:
                 "in the vocabulary"
             )
         return start, end, tuple(ends)
-
-
-def _lines(folder: ModelFolder, name: str) -> list[str]:
-    """Return the lines of a file, whichever system's line ends it has."""
-    text = files.decode(folder.read(name), folder.place(name))
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(
-            f"{folder.place(name)} line {line} contains a NUL byte: it is damaged, or UTF-16 "
-            "without a byte order mark. Save it as UTF-8, or fetch it again"
-        )
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-
-
-def _check_ids(vocab: Mapping[str, int], path: Path) -> None:
-    """Reject (UserError) ids that are not whole numbers, or that two tokens have."""
-    token_of: dict[int, str] = {}
-    for token, index in vocab.items():
-        if type(index) is not int or not 0 <= index < 2**31:
-            raise UserError(f"{path}: the id of {token!r} is {index!r}, not a whole number from 0")
-        if token_of.setdefault(index, token) is not token:
-            raise UserError(f"{path}: {token_of[index]!r} and {token!r} have the same id {index}")
-
-
-def _byte_level() -> dict[str, Any]:
-    """Return the decoder of GPT-2."""
-    options = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    return {"type": "ByteLevel", **options}
-
-
-def _pieces(model: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the decoder that belongs to a model without one."""
-    if model.get("type") != "WordPiece":
-        return None
-    return {"type": "WordPiece", "prefix": "##", "cleanup": True}
-
-
-def template(
-    before: list[str], after: list[str], vocab: Mapping[str, int]
-) -> dict[str, Any] | None:
-    """Return a post-processor that puts tokens around a text; None if there are none."""
-    if not before and not after:
-        return None
-    pieces = [{"SpecialToken": {"id": token, "type_id": 0}} for token in before]
-    pieces += [{"Sequence": {"id": "A", "type_id": 0}}]
-    pieces += [{"SpecialToken": {"id": token, "type_id": 0}} for token in after]
-    special = {t: {"id": t, "ids": [vocab[t]], "tokens": [t]} for t in (*before, *after)}
-    pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": pieces,
-        "pair": pair,
-        "special_tokens": special,
-    }

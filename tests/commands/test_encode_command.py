@@ -11,7 +11,7 @@ from gpt2cli.commands.encode import EncodeOptions
 from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
 from gpt2cli.text import corpus, encoded, encoder
-from gpt2cli.text.tokenizer_files import END
+from gpt2cli.text.classes import END
 
 
 @pytest.fixture(scope="module")
