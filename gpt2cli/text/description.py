@@ -72,8 +72,11 @@ class Description:
     @functools.cached_property
     def merged(self) -> list[str]:
         """The tokens that the merges of a BPE make, in order of rank."""
-        pairs = (m.split(" ") if isinstance(m, str) else m for m in self.model.get("merges") or [])
-        prefix = self.model.get("continuing_subword_prefix") or ""
+        merges = self.model.get("merges") or []
+        prefix = self.model.get("continuing_subword_prefix")
+        if not prefix:
+            return [m.replace(" ", "", 1) if isinstance(m, str) else m[0] + m[1] for m in merges]
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in merges)
         return [left + right.removeprefix(prefix) for left, right in pairs]
 
     @property
@@ -191,7 +194,8 @@ def bytes_by_id(described: Description) -> dict[int, bytes]:
     """
     spelled = token_bytes if described.is_byte_level else _utf8
     found = {index: spelled(token) for token, index in described.vocab.items()}
-    return found | {index: _utf8(token) for token, index in described.added.items()}
+    found.update((index, _utf8(token)) for token, index in described.added.items())
+    return found
 
 
 def _utf8(text: str) -> bytes:

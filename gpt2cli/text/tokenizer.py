@@ -33,7 +33,6 @@ class Tokenizer:
     CUT = NEVER
 
     def __init__(self, described: Description) -> None:
-        self.described = described
         tokens = described.tokens
         self.n_vocab = max(tokens.values(), default=-1) + 1
         self.start = None if described.start is None else tokens[described.start]
@@ -45,6 +44,8 @@ class Tokenizer:
         self.added = described.added
         self.banned: list[int] = []
         self.unknown = described.unknown
+        self.is_byte_level = described.is_byte_level
+        self._may_strip = any(e.get("rstrip") for e in described.values["added_tokens"])
         self._vocab = tokens
         self._bytes = bytes_by_id(described)
         self._missing: dict[str, bool] = {}  # character -> whether the vocabulary lacks it
@@ -63,7 +64,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; unknown ids are dropped, bytes outside UTF-8 become U+FFFD."""
-        if self.described.is_byte_level:
+        if self.is_byte_level:
             return self.bytes_of(ids).decode("utf-8", "replace")
         return self._text([index for index in map(int, ids) if index in self._bytes])
 
@@ -77,7 +78,7 @@ class Tokenizer:
 
     def stream(self) -> Stream:
         """Return a decoder for ids that arrive one by one."""
-        if self.described.is_byte_level:
+        if self.is_byte_level:
             return ByteStream(self.bytes_of)
         return TextStream(self.decode)
 
@@ -109,7 +110,7 @@ class Tokenizer:
 
     def _outside_added(self, *cuts: regex.Pattern[str]) -> regex.Pattern[str]:
         """Return the first pattern that cuts no added token, nor the spaces that belong to one."""
-        if any(entry.get("rstrip") for entry in self.described.values["added_tokens"]):
+        if self._may_strip:
             return NEVER
         return next((cut for cut in cuts if not any(map(cut.search, self.added))), NEVER)
 

@@ -29,6 +29,7 @@ class TokenizerJson(Tokenizer):
 
     def __init__(self, described: Description) -> None:
         super().__init__(described)
+        self.described = described
         self._tokenizer = _built(described, described.values)
         for token, index in self.added.items():
             if self._tokenizer.token_to_id(token) != index:
