@@ -13,7 +13,7 @@ import numpy as np
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
-from gpt2cli.text import corpus, inputs, marks, stored
+from gpt2cli.text import corpus, inputs, marks, packed, records, stored
 from gpt2cli.text.batches import Tokens
 from gpt2cli.text.corpus import ENCODED, Progress
 from gpt2cli.text.documents import Part
@@ -177,16 +177,21 @@ def _groups(
             yield from stored.read(path, n_vocab)
             progress(path.stat().st_size)
             continue
-        for part in _checked_parts(path, encoder, options, progress, tally, chat_template):
+        documents = 0
+        for part in _parts_of(path, encoder, options, progress, tally, chat_template):
             group.append(part)
             characters = len(part.text)
             size += characters + 1  # blank lines take memory too
             length += characters
             if part.closes:
                 length += SEPARATOR_LENGTH
+                documents += 1
             if size >= corpus.BLOCK:
                 yield group
                 group, size = [], 0
+        tally.documents += documents
+        if not documents:
+            tally.skip_file("files without text", path)
         # nshepperd/gpt-2 load_dataset.py compares the length without the last separator.
         if length - SEPARATOR_LENGTH >= options.combine:
             group.append(None)
@@ -197,7 +202,7 @@ def _groups(
         yield group
 
 
-def _checked_parts(
+def _parts_of(
     path: Path,
     encoder: Encoder | None,
     options: TextOptions,
@@ -205,7 +210,7 @@ def _checked_parts(
     tally: Tally,
     chat_template: Path | None,
 ) -> Iterator[Part]:
-    """Yield the parts of a file of text, and count its documents.
+    """Yield the parts of a file of text.
 
     Raises:
         UserError: they cannot be read, or not in the way that --loss and --template say.
@@ -215,19 +220,18 @@ def _checked_parts(
             f"{path} is text, but the model folder has no vocabulary to read it with. Copy "
             "the vocabulary files into it, or use an encoded .npz or .npy"
         )
+    parts = corpus.parts_of(path, encoder.CUT, options, progress, tally)
     is_masked = options.loss == "completion"
-    before = tally.documents
-    for part in corpus.parts_of(path, encoder.CUT, options, progress, tally):
+    if not (is_masked or records.is_records(packed.names_of(path)[0])):
+        yield from parts  # the many parts of plain text need no look at each
+        return
+    for part in parts:
         if part.is_dialogue:
             if part.is_turn and (chat_template or encoder.end is None):
                 raise _no_template(path, chat_template)
         elif is_masked:
             raise UserError(f"{path} has texts without a prompt. {NO_PROMPT}")
-        if part.closes:
-            tally.documents += 1
         yield part
-    if tally.documents == before:
-        tally.skip_file("files without text", path)
 
 
 def _in_order(
