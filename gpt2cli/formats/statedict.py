@@ -178,9 +178,9 @@ def _config_of(
                 )
     stated = [values[name] for name in fields["n_head"] if name in values]
     if not stated and n_head is None:
-        known = f"{where} has no {fields['n_head'][0]}" if values else f"no {where}"
+        known = f"{where} has no {fields['n_head'][0]}" if values else f"there is no {where}"
         raise UserError(
-            f"the number of attention heads cannot be read from the weights, and there is {known}: "
+            f"the number of attention heads cannot be read from the weights, and {known}: "
             "give --config FILE or --n_head NUMBER"
         )
     epsilon = LN_EPSILON if format == "uer" else values.get("layer_norm_epsilon", LN_EPSILON)

@@ -299,10 +299,9 @@ def check_path(path: str | Path) -> None:
     found = re.search(r"[\[\]\\\ud800-\udfff]", str(path))
     if found:
         name = str(path).encode("utf-8", "backslashreplace").decode()
-        char = found[0] if found[0].isprintable() else ascii(found[0])
+        chars = {"[": "[ or ]", "]": "[ or ]", "\\": "\\"}.get(found[0], ascii(found[0]))
         raise UserError(
-            f"TensorFlow cannot read a checkpoint from a path with {char}: choose a name other "
-            f"than {name}"
+            f"TensorFlow cannot read paths with {chars}: choose a name other than {name}"
         )
 
 

@@ -217,10 +217,10 @@ def parts_of(
     if options.uer_compat:
         yield from _uer_lines(blocks, cut)
         return
-    for part, _ in _split(blocks, cut, by_line=options.lines):
+    by_line = options.lines
+    for part, _ in _split(blocks, cut, by_line):
         # a part of a line is not blank: CUT never cuts within leading spaces
-        is_blank = part.opens and part.closes and not part.text.strip()
-        if not (options.lines and is_blank):
+        if not by_line or part.text.strip() or not (part.opens and part.closes):
             yield part
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import TextOptions
-from gpt2cli.text import corpus, inputs, marks, stored
+from gpt2cli.text import corpus, inputs, marks, packed, records, stored
 from gpt2cli.text.batches import Tokens
 from gpt2cli.text.corpus import ENCODED, Progress
 from gpt2cli.text.documents import Part
@@ -169,7 +169,6 @@ def _groups(
     group: list[Part | None] = []
     size = 0  # characters in the group
     length = 0  # characters in the chunk, with its separators
-    is_masked = options.loss == "completion"
     for path in paths:
         if path.suffix.lower() in ENCODED:
             if group or length:
@@ -178,29 +177,20 @@ def _groups(
             yield from stored.read(path, n_vocab)
             progress(path.stat().st_size)
             continue
-        if encoder is None:
-            raise UserError(
-                f"{path} is text, but the model folder has no vocabulary to read it with. Copy "
-                "the vocabulary files into it, or use an encoded .npz or .npy"
-            )
-        before = tally.documents
-        for part in corpus.parts_of(path, encoder.CUT, options, progress, tally):
-            if part.is_dialogue:
-                if part.is_turn and (chat_template or encoder.end is None):
-                    raise _no_template(path, chat_template)
-            elif is_masked:
-                raise UserError(f"{path} has text without a prompt. {NO_PROMPT}")
+        documents = 0
+        for part in _parts_of(path, encoder, options, progress, tally, chat_template):
             group.append(part)
             characters = len(part.text)
             size += characters + 1  # blank lines take memory too
             length += characters
             if part.closes:
                 length += SEPARATOR_LENGTH
-                tally.documents += 1
+                documents += 1
             if size >= corpus.BLOCK:
                 yield group
                 group, size = [], 0
-        if tally.documents == before:
+        tally.documents += documents
+        if not documents:
             tally.skip_file("files without text", path)
         # nshepperd/gpt-2 load_dataset.py compares the length without the last separator.
         if length - SEPARATOR_LENGTH >= options.combine:
@@ -210,6 +200,38 @@ def _groups(
         group.append(None)
     if group:
         yield group
+
+
+def _parts_of(
+    path: Path,
+    encoder: Encoder | None,
+    options: TextOptions,
+    progress: Progress,
+    tally: Tally,
+    chat_template: Path | None,
+) -> Iterator[Part]:
+    """Yield the parts of a file of text.
+
+    Raises:
+        UserError: they cannot be read, or not in the way that --loss and --template say.
+    """
+    if encoder is None:
+        raise UserError(
+            f"{path} is text, but the model folder has no vocabulary to read it with. Copy "
+            "the vocabulary files into it, or use an encoded .npz or .npy"
+        )
+    parts = corpus.parts_of(path, encoder.CUT, options, progress, tally)
+    is_masked = options.loss == "completion"
+    if not (is_masked or records.is_records(packed.names_of(path)[0])):
+        yield from parts  # the many parts of plain text need no look at each
+        return
+    for part in parts:
+        if part.is_dialogue:
+            if part.is_turn and (chat_template or encoder.end is None):
+                raise _no_template(path, chat_template)
+        elif is_masked:
+            raise UserError(f"{path} has texts without a prompt. {NO_PROMPT}")
+        yield part
 
 
 def _in_order(

@@ -585,3 +585,9 @@ def test_a_prompt_whose_ids_are_known_is_not_encoded_again(tiny, monkeypatch):
     expected = tiny.generate("The import", length=5, seed=1)
     monkeypatch.setattr(tiny.encoder, "encode", None)
     assert list(tiny.answers([(0, "The import", ids)], options)) == expected
+
+
+def test_a_tiny_top_p_is_not_rounded_to_0_which_keeps_all_tokens():
+    rules = [sampling.Rules(top_p=p) for p in (1e-50, 0.0, 0.9)]
+    found = xla_rules.tensors_of(rules, logprobs=False, n_vocab=5).top_p
+    assert found[0] > 0 and found[1] == 0 and found[2] == np.float32(0.9)

@@ -28,10 +28,16 @@ from gpt2cli.training import hosts as cluster
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor")
 SHORT = [
     # one device splits a batch in two parts, and rounds each as the two devices do
-    {"precision": "bfloat16", "parts": 2, "clip_norm": 0.5, "on_nonfinite": "skip"},
-    {"loss": "completion"},
+    {
+        "precision": "bfloat16",
+        "parts": 2,
+        "clip_norm": 0.5,
+        "on_nonfinite": "skip",
+        "loss": "completion",
+    },
 ]
 LONG = [
+    {"loss": "completion"},
     {"dropout": 0.1, "memory_saving_gradients": True},
     {"accumulate_gradients": 2, "clip_norm": 0.5, "on_nonfinite": "skip", "optimizer": "adafactor"},
     *({"optimizer": name} for name in OPTIMIZERS),

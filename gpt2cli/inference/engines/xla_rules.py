@@ -343,6 +343,8 @@ def tensors_of(rules: Sequence[sampling.Rules], logprobs: bool, n_vocab: int) ->
     """
     dtypes = {name: spec.dtype.as_numpy_dtype for name, spec in RULES_SPEC._asdict().items()}
     own = {n: np.array([getattr(row, n) for row in rules], dtypes[n]) for n in Rules._fields[:6]}
+    # 0 keeps all tokens, so a tiny P must not be rounded to 0
+    own["top_p"][[row.top_p > 0 for row in rules]] += np.finfo(np.float32).tiny
     bias = np.zeros(n_vocab, np.float32)
     bias[list(rules[0].banned)] = -np.inf
     ends = np.zeros(n_vocab, bool)
