@@ -53,7 +53,7 @@ class BPE(Tokenizer):
             lacking = ", ".join(f"0x{BYTE_OF[c]:02x}" for c in BYTE_OF if c not in vocab)
             raise UserError(
                 f"{described.path} lacks tokens for the bytes {lacking:.60}; a byte-level BPE has "
-                "all 256. Train it with initial_alphabet, or fetch it again"
+                "all 256. Train it with initial_alphabet, or download it again"
             )
         ranked = list(dict.fromkeys(single + described.merged))
         self.unknown = None  # whatever the files name: no text needs it

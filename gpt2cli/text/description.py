@@ -40,7 +40,7 @@ class Description:
         start: the token that a sample from nothing begins with, as the vocabulary spells it.
         end: the token that follows a document, likewise.
         ends: ids that end a sample.
-        notes: a sentence for each thing in the files that is not obeyed.
+        notes: a sentence for each thing in the files that is ignored.
     """
 
     path: Path

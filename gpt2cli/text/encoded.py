@@ -230,7 +230,7 @@ def _parts_of(
             if part.is_turn and (chat_template or encoder.end is None):
                 raise _no_template(path, chat_template)
         elif is_masked:
-            raise UserError(f"{path} has texts without a prompt. {NO_PROMPT}")
+            raise UserError(f"{path} has text without a prompt. {NO_PROMPT}")
         yield part
 
 

@@ -43,7 +43,9 @@ def _load(content: bytes, path: Path) -> Any:
     try:
         return package.SentencePieceProcessor(model_proto=content)
     except RuntimeError:
-        raise UserError(f"{path} is damaged or not a SentencePiece model. Fetch it again") from None
+        raise UserError(
+            f"{path} is damaged or not a SentencePiece model. Download it again"
+        ) from None
 
 
 class SentencePiece(Tokenizer):

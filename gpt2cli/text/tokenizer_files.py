@@ -66,7 +66,7 @@ def describe(
         made_for: transformers' class of the tokenizer, where tokenizer_config.json names none.
 
     Raises:
-        UserError: files are missing or damaged, or ask for a tokenizer that gpt2cli does not have.
+        UserError: files are missing or damaged, or ask for a tokenizer that is not supported.
     """
     return _Reader(folder, n_vocab, made_for).described()
 
@@ -78,6 +78,13 @@ class _Reader:
         self.folder, self.path = folder, folder.path
         sizes = folder.sizes
         self.hparams = {} if sizes is None else sizes.extra
+        for key in ("start_token", "end_token"):
+            token = self.hparams.get(key)
+            if token is not None and not isinstance(token, str):
+                shown = json.dumps(token)
+                raise UserError(
+                    f"{folder.sizes_path}: {key} must be a token or null, got {shown:.60}"
+                )
         self.config = self._object(CONFIG)
         named = (self.config.get("tokenizer_class"), made_for, self.hparams.get("tokenizer_class"))
         self.made_for = next((name for name in named if name is not None), None)
@@ -97,13 +104,15 @@ class _Reader:
         """Return the Description; see `describe` for the errors."""
         for option, harmless in NOT_OBEYED.items():
             if option in self.config and self.config[option] not in harmless:
-                self.notes.append(f"{option} in {CONFIG} is not obeyed")
+                self.notes.append(f"{option} in {CONFIG} is ignored")
         is_whole = self.folder.has(JSON)
         path, values = self._tokenizer_json() if is_whole else self._from_vocabulary()
         found = Description(path, values)
         try:
             if found.kind not in MODELS:
-                raise UserError(f"{path}: its model is {found.kind}, which gpt2cli does not have")
+                raise UserError(
+                    f"{path}: its model is {found.kind}, which gpt2cli does not support"
+                )
             if is_whole:
                 vocabulary_files.check_ids(found.vocab, path)
             values["added_tokens"] = self._added_tokens(found)
@@ -114,7 +123,7 @@ class _Reader:
                 self._note_class(found)
             cleans = self.config.get("clean_up_tokenization_spaces") is True
             if cleans and found.kind != "WordPiece" and not found.is_byte_level:
-                self.notes.append(f"clean_up_tokenization_spaces in {CONFIG} is not obeyed")
+                self.notes.append(f"clean_up_tokenization_spaces in {CONFIG} is ignored")
             start, end, ends = self._ends(found)
         except (
             LookupError,
@@ -125,7 +134,7 @@ class _Reader:
             StopIteration,
         ) as error:
             reason = error if type(error) is ValueError else repr(error)
-            raise UserError(f"{path} does not have the tokenizers format ({reason})") from None
+            raise UserError(f"{path} is not a valid tokenizer.json ({reason})") from None
         is_plain = not is_whole and not self.config.get("add_prefix_space")
         notes = tuple(dict.fromkeys(self.notes))
         return replace(found, is_plain=is_plain, start=start, end=end, ends=ends, notes=notes)
@@ -146,9 +155,9 @@ class _Reader:
         values = files.parse_object(self.folder.read(JSON), path)
         model = values.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
-            raise UserError(f"{path} does not have the tokenizers format: it has no vocabulary")
+            raise UserError(f"{path} is not a valid tokenizer.json: it has no vocabulary")
         if wrong := misshapen(values):
-            raise UserError(f"{path} does not have the tokenizers format: {wrong} has another type")
+            raise UserError(f"{path} is not a valid tokenizer.json: {wrong} has another type")
         try:
             splitters = leaves(values.get("pre_tokenizer") or {}, "pretokenizers")
             self._set_prefix(splitters)
@@ -158,10 +167,10 @@ class _Reader:
                 if self.named.setdefault("pad_token", pad) == pad:
                     self.special.all.append((pad, PLAIN))
         except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} does not have the tokenizers format ({error!r})") from None
+            raise UserError(f"{path} is not a valid tokenizer.json ({error!r})") from None
         if model.get("dropout"):
             model["dropout"] = None
-            self.notes.append(f"dropout in {JSON} is not obeyed: a text always gives the same ids")
+            self.notes.append(f"dropout in {JSON} is ignored: a text always gives the same ids")
         if values.get("decoder") is None:  # transformers would write spaces between the tokens
             kinds = [part.get("type") for part in splitters]
             values["decoder"] = vocabulary_files.decoder_of(model, kinds)
@@ -179,7 +188,9 @@ class _Reader:
             if is_of_class or self.made_for is None:
                 part["add_prefix_space"] = given is True
             elif part.get("add_prefix_space", True) != given:
-                self.notes.append(f"add_prefix_space in {CONFIG} is not obeyed: {JSON} decides")
+                self.notes.append(
+                    f"add_prefix_space in {CONFIG} is ignored: {JSON} takes precedence"
+                )
 
     def _normalize(self, parts: list[dict[str, Any]]) -> None:
         """Apply BertTokenizer's options to the normalizer of a tokenizer.json."""
@@ -190,7 +201,7 @@ class _Reader:
             lowers = field == "lowercase" and any(p.get("type") == "Lowercase" for p in parts)
             done = bool(bert and bert[0].get(field)) or lowers
             if self.config.get(option) and not done:
-                self.notes.append(f"{option} in {CONFIG} is not obeyed: {JSON} decides")
+                self.notes.append(f"{option} in {CONFIG} is ignored: {JSON} takes precedence")
 
     def _note_class(self, found: Description) -> None:
         """Note where transformers would not run the tokenizer.json as it is."""
@@ -204,11 +215,11 @@ class _Reader:
         name = "GPT2Tokenizer" if self.made_for is None else self.made_for
         if fields:
             self.notes.append(
-                f"{JSON} decides; transformers 5 reads it as {name}, without its "
+                f"{JSON} takes precedence; transformers 5 reads it as {name}, without its "
                 f"{', '.join(fields)}"
             )
         elif self.made_for not in (None, *CLASSES):
-            self.notes.append(f"tokenizer_class {name!r:.60} is not obeyed: {JSON} decides")
+            self.notes.append(f"tokenizer_class {name!r:.60} is ignored: {JSON} takes precedence")
 
     def _from_vocabulary(self) -> tuple[Path, dict[str, Any]]:
         """Read encoder.json and vocab.bpe, vocab.json and merges.txt, or vocab.txt.
@@ -238,7 +249,7 @@ class _Reader:
         is_list = kind == ("vocab.txt",)
         if self.made_for in (GPT2_CLASSES if is_list else BERT_CLASSES):
             self.notes.append(
-                f"tokenizer_class {self.made_for!r} is not obeyed: it does not read {kind[0]}"
+                f"tokenizer_class {self.made_for!r} is ignored: it does not read {kind[0]}"
             )
             self.made_for = None
             self.special = SpecialTokens.read(
@@ -381,7 +392,7 @@ class _Reader:
             raise ValueError("its post-processor has tokens that its vocabulary lacks")
         for option, ids in (("add_bos_token", before), ("add_eos_token", after)):
             if self.config.get(option) is True and not ids:
-                self.notes.append(f"{option} in {CONFIG} is not obeyed: {JSON} decides")
+                self.notes.append(f"{option} in {CONFIG} is ignored: {JSON} takes precedence")
 
     def _ends(self, found: Description) -> tuple[str | None, str | None, tuple[int, ...]]:
         """Return the start token, the end token and the ids that end a sample."""

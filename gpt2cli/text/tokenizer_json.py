@@ -103,5 +103,5 @@ def _built(described: Description, values: dict[str, Any]) -> tokenizers.Tokeniz
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise UserError(
-            f"{described.path} does not have the tokenizers format ({str(error)[:200]})"
+            f"{described.path} is not a valid tokenizer.json ({str(error)[:200]})"
         ) from None

@@ -39,7 +39,9 @@ def read_merges(
             continue
         parts = line.split(" ")
         if len(parts) != 2 or not SYMBOLS.issuperset(parts[0] + parts[1]):
-            raise UserError(f"{path} line {number} is not two tokens: {line!r:.60}. Fetch it again")
+            raise UserError(
+                f"{path} line {number} is not two tokens: {line!r:.60}. Download it again"
+            )
         for token in (*parts, parts[0] + parts[1]):
             if token not in vocab:
                 raise UserError(
@@ -128,6 +130,6 @@ def _lines(folder: ModelFolder, name: str) -> list[str]:
         line = text[: text.index("\0")].count("\n") + 1
         raise UserError(
             f"{folder.place(name)} line {line} contains a NUL byte: it is damaged, or UTF-16 "
-            "without a byte order mark. Save it as UTF-8, or fetch it again"
+            "without a byte order mark. Save it as UTF-8, or download it again"
         )
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]

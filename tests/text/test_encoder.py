@@ -363,6 +363,15 @@ def test_lower_casing_is_kept_with_the_model(tmp_path):
     assert encoder.load(tmp_path).encode("Hello") == [tokens.index("hello")]
 
 
+@pytest.mark.parametrize("extra", [{"start_token": ["a"]}, {"end_token": {"a": 1}}])
+def test_an_odd_special_token_in_hparams_is_one_line(tmp_path, extra):
+    save_bpe(tmp_path)
+    sizes = ModelConfig(n_vocab=500, n_ctx=8, n_embd=8, n_head=2, n_layer=1, extra=extra)
+    (tmp_path / "hparams.json").write_text(sizes.to_json())
+    with pytest.raises(UserError, match=r"hparams.json: \w+_token must be a token or null"):
+        encoder.load(tmp_path)
+
+
 def test_a_folder_without_a_vocabulary_is_reported_with_its_absolute_path(tmp_path):
     assert not encoder.exists(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}.*none of them"):

@@ -74,7 +74,7 @@ def test_special_tokens_get_the_ids_and_flags_of_transformers(
          {"tokenizer_class": "BertTokenizer"}, "without its post_processor"),
         ({"tokenizer.json": BPE}, {"tokenizer_class": "RobertaTokenizer"}, "tokenizer_class"),
         ({"tokenizer.json": {**BPE, "model": {**BPE["model"], "dropout": 0.1}}},
-         {"tokenizer_class": "PreTrainedTokenizerFast"}, "dropout in tokenizer.json is not obeyed"),
+         {"tokenizer_class": "PreTrainedTokenizerFast"}, "dropout in tokenizer.json is ignored"),
         (GPT2, {"tokenizer_class": "BertTokenizer"}, "it does not read vocab.json"),
         ({"vocab.txt": LIST}, {"tokenizer_class": "GPT2Tokenizer"}, "it does not read vocab.txt"),
         ({**GPT2, "added_tokens.json": {"<n>": FIRST + 5}}, {}, "transformers 5 gives it"),
