@@ -27,6 +27,7 @@ _WEIGHTS = re.compile(rf"model-{_NUMBER}\.index")
 _PARTS = re.compile(
     rf"(?:model|optimizer)-{_NUMBER}\.(?:index|meta|data-\d+-of-\d+)|state-{_NUMBER}\.json", re.A
 )
+LONGEST_NAME = 255 - len(".data-00000-of-00001")  # bytes, on all usual file systems
 _HALF_DONE = re.compile(  # files.replacing and checkpoint.write_all
     r".+\.\d+-[0-9a-f]{6}\.part|\.(model|optimizer)-\d+\.\d+\.part\..*", re.A
 )
@@ -169,11 +170,21 @@ def _newest_first(folder: str | Path) -> list[int]:
 
 
 def named(folder: str | Path) -> str | None:
-    """Return the checkpoint that the file `checkpoint` names, without its folder, or None."""
+    """Return the checkpoint that the file `checkpoint` names, without its folder, or None.
+
+    Raises:
+        UserError: no file can have such a name.
+    """
     path = Path(folder) / "checkpoint"
     text = files.read_bytes(path).decode("utf-8", "replace") if path.is_file() else ""
     found = re.search(r'^model_checkpoint_path: *"(.*)"', text, re.M)
-    return Path(found[1]).name if found else None
+    name = Path(found[1]).name if found else None
+    if name and len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"{path} names a checkpoint of {len(name):,} characters, so it is damaged. Remove it, "
+            "or name a checkpoint by its path"
+        )
+    return name
 
 
 def is_ours(folder: str | Path, step: int) -> bool:

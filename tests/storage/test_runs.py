@@ -230,3 +230,9 @@ def test_names_in_sums_lead_to_no_other_folder(model):
     assert {path.name for path in copy.iterdir()} == names
     assert "outside" not in (copy / folders.SUMS).read_text()
     assert outside.read_text() == "outside"
+
+
+def test_a_checkpoint_name_that_no_file_can_have_is_one_error(tmp_path):
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "' + "a" * 5000 + '"')
+    with pytest.raises(UserError, match=r"checkpoint names a checkpoint of 5,000 characters"):
+        folders.find_checkpoint(tmp_path)
