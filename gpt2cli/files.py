@@ -25,17 +25,25 @@ SPARE = 2**20  # bytes that must stay free on a disk after a large file is writt
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, mode: str = "wb", **open_options: Any) -> Iterator[IO[Any]]:
+def replacing(
+    path: str | Path, mode: str = "wb", through: bool = False, **open_options: Any
+) -> Iterator[IO[Any]]:
     """Open `path` for writing so that a reader sees either the old file or the whole new one.
 
     The file is written beside `path` and renamed when the block ends; if the block raises, the old
-    file stays. A link keeps leading to its target, which is replaced. A device, a pipe or a socket
-    cannot be replaced and is written into.
+    file stays. A link is replaced, not followed: it may lead to another's file.
+
+    Args:
+        path: the file.
+        mode: as in open.
+        through: for a path that the user named: replace the target of a link, and write into a
+            device, a pipe or a socket.
+        open_options: more arguments of open.
 
     Raises:
         UserError: the folder cannot be created or written to, or the disk is full.
     """
-    if is_special(path):
+    if through and is_special(path):
         try:
             with open(path, mode, **open_options) as file:
                 yield file
@@ -44,7 +52,7 @@ def replacing(path: str | Path, mode: str = "wb", **open_options: Any) -> Iterat
         except OSError as error:
             raise cannot_write(path, error) from error
         return
-    path = Path(target_of(path))
+    path = Path(target_of(path) if through else path)
     part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -621,6 +621,17 @@ def test_output_is_written_through_links_and_pipes(cli, workdir):
     assert cli(*words, "--out", ".").returncode == 1
 
 
+def test_a_link_among_the_files_of_a_folder_is_replaced_not_followed(tmp_path):
+    """A model's files may be links into a store that other folders share."""
+    (tmp_path / "store").write_text("PRECIOUS")
+    (tmp_path / "model").mkdir()
+    for name in ("hparams.json", "vocab.bpe"):
+        (tmp_path / "model" / name).symlink_to(tmp_path / "store")
+    folders.copy_description(ROOT / "models" / "tiny", tmp_path / "model")
+    assert (tmp_path / "store").read_text() == "PRECIOUS"
+    assert encoder.load(tmp_path / "model").n_vocab == 2048
+
+
 def test_a_lock_that_is_a_link_is_rejected(cli, workdir):
     Path("precious").write_text("PRECIOUS")
     Path("checkpoint/r").mkdir(parents=True)

@@ -237,7 +237,7 @@ def _write(samples: Iterator[Sample], options: SampleOptions, path: Path | None)
     with contextlib.ExitStack() as stack:
         outputs = [] if options.out is not None else [sys.stdout]
         if path is not None:
-            file = files.replacing(path, "w", encoding="utf-8", errors="replace")
+            file = files.replacing(path, "w", through=True, encoding="utf-8", errors="replace")
             outputs.insert(0, stack.enter_context(file))
         try:
             for sample in samples:

@@ -71,7 +71,7 @@ class Vocabulary:
         return self.described.kind == "WordPiece"
 
     def notes(self) -> Iterator[str]:
-        """Yield a sentence for each thing that works in another way than in transformers."""
+        """Yield a sentence for each difference from transformers."""
         yield from self.described.notes
         if self.options.get("tokenizer") == "tokenizers":
             yield "its tokenizer differs from GPT-2's and BERT's; the tokenizers library runs it"
@@ -80,7 +80,7 @@ class Vocabulary:
         if after and not self.described.is_plain:
             yield (
                 f"its tokenizer puts {' '.join(after)} after a text; gpt2cli does so after a "
-                "document, but not after a prompt, which has to continue"
+                "document, but not after a prompt, because the model must continue it"
             )
 
     def with_added(self, texts: Sequence[str], path: Path) -> "Vocabulary":
@@ -195,10 +195,10 @@ def _folder_of(path: Path) -> ModelFolder:
 
 
 def _with_ids(described: Description, home: Path) -> Description:
-    """Return a tokenizer with the start and end tokens that transformers' `generate` obeys.
+    """Return a tokenizer with the start and end tokens that transformers' `generate` uses.
 
-    generation_config.json counts, then config.json; the tokenizer only where they are silent. Ids
-    that are not in the vocabulary mean nothing.
+    They come from generation_config.json, or else from config.json, or else from the tokenizer. Ids
+    that are not in the vocabulary are ignored.
     """
     given: dict[str, tuple[Any, str]] = {}
     for name in ("config.json", "generation_config.json"):
@@ -213,7 +213,7 @@ def _with_ids(described: Description, home: Path) -> Description:
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         known[key] = [index for index in ids if type(index) is int and index in token_of]
         notes += [
-            f"{key} {index!r:.40} in {name} is not an id of the vocabulary, so it means nothing"
+            f"{key} {index!r:.40} in {name} is not an id of the vocabulary, so it is ignored"
             for index in ids
             if index not in known[key]
         ]

@@ -296,7 +296,7 @@ def copy_vocabulary(source: str | Path | ModelFolder, folder: Path) -> None:
 
 def check_path(path: str | Path) -> None:
     """Reject (UserError) a path from which TensorFlow could not read a checkpoint again."""
-    found = re.search(r"[\[\]\\\ud800-\udfff]", str(path))
+    found = re.search(r"[\[\]\\\ud800-\udfff]", Path(path).as_posix())  # Windows separates by \
     if found:
         name = str(path).encode("utf-8", "backslashreplace").decode()
         chars = {"[": "[ or ]", "]": "[ or ]", "\\": "\\"}.get(found[0], ascii(found[0]))

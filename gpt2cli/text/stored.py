@@ -39,7 +39,7 @@ def save_npz(path: str | Path, parts: Iterable[Ids]) -> None:
     """
     dtype: np.dtype | None = None  # of the chunk
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(files.replacing(path))
+        file = stack.enter_context(files.replacing(path, through=True))
         chunk = stack.enter_context(
             tempfile.SpooledTemporaryFile(SPOOL, dir=str(Path(path).parent))
         )
@@ -103,7 +103,7 @@ def save_npy(path: str | Path, parts: Iterable[Ids], dtype: np.dtype) -> None:
         UserError: the file cannot be written.
     """
     total = 0
-    with files.replacing(path, "w+b") as file:
+    with files.replacing(path, "w+b", through=True) as file:
         # NumPy pads the header so that a longer shape fits into the same place.
         np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
         start = file.tell()
