@@ -68,6 +68,8 @@ setup(
         ],
         # make serve-proof: the page in a browser, requests made from the OpenAPI document
         "browser": ["playwright>=1.45", "schemathesis>=4,<5"],
+        # make lock, audit, sbom: versions and checksums, known vulnerabilities, licenses
+        "supply": ["uv>=0.9", "pip-audit>=2.9", "cyclonedx-bom>=7", "pip-licenses>=5"],
         "fuzz": ["atheris>=2.3"],  # make fuzz: noise that looks for new paths through the parsers
     },
     entry_points={"console_scripts": ["gpt2cli=gpt2cli.cli:main"]},
