@@ -101,10 +101,10 @@ def fetch_model(base: str, name: str, folder: Path) -> None:
 
 
 def open_checkpoint(folder: Path) -> None:
-    """Check that the weights open and fit hparams.json; UserError if not."""
+    """Check that the weights fit hparams.json and their own checksums; UserError if not."""
     from gpt2cli.storage import checkpoint  # imports TensorFlow, which nothing else here needs
 
-    say("opening the checkpoint")
+    say("reading the weights")
     (folder / folders.SUMS).unlink(missing_ok=True)  # the files may be newer
     try:
         checkpoint.verify(folder)

@@ -803,6 +803,7 @@ def test_the_module_does_not_import_tensorflow():
         "hparams.json",
         "model.ckpt.index",
         DATA,
+        "one byte",
     ],
 )
 def test_a_real_checkpoint_opens_and_a_damaged_one_is_rejected(mirror, waits, tmp_path, damage):
@@ -816,6 +817,10 @@ def test_a_real_checkpoint_opens_and_a_damaged_one_is_rejected(mirror, waits, tm
         hparams = json.loads(mirror.contents[f"/models/own/{damage}"])
         changed = json.dumps(hparams | {"n_embd": 12}).encode()
         mirror.contents[f"/models/own/{damage}"] = changed
+    elif damage == "one byte":
+        content = bytearray(mirror.contents[f"/models/own/{DATA}"])
+        content[len(content) // 2] ^= 1
+        mirror.contents[f"/models/own/{DATA}"] = bytes(content)
     elif damage:
         content = mirror.contents[f"/models/own/{damage}"]
         mirror.contents[f"/models/own/{damage}"] = content[: len(content) // 2]
