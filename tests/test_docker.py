@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -225,6 +226,25 @@ def test_every_dependency_is_locked_and_has_a_wheel(name, machine, tmp_path):
     assert done.returncode == 0, done.stderr
     chosen = dict(re.findall(r"^ \+ (\S+)==(\S+)$", done.stderr, re.M))
     assert {name: Version(version) for name, version in chosen.items()} == installed(name, machine)
+
+
+@pytest.mark.slow
+def test_the_same_sources_make_the_same_wheel(tmp_path):
+    wheels = []
+    for second in (1, 2):
+        folder = tmp_path / str(second)
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "gpt2cli"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            folder.mkdir(exist_ok=True)
+            copy(ROOT / name, folder / name)
+        for path in folder.rglob("*"):
+            os.utime(path, (1_700_000_000 + 100 * second,) * 2)
+        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."]
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+        subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
+        (wheel,) = folder.glob("*.whl")
+        wheels.append(wheel.read_bytes())
+    assert wheels[0] == wheels[1]
 
 
 @pytest.mark.slow
