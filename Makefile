@@ -27,6 +27,34 @@ lint:  ## check the code with ruff
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# setup.py's ranges -> one version and the checksums of its files. Releases younger than a week are
+# left out: most malicious ones are found within days.
+LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/bin/uv pip compile --quiet --universal \
+    --python-version 3.11 --generate-hashes --upgrade --exclude-newer "1 week" --extra serve setup.py
+
+lock:  ## choose the versions of the Docker images again: requirements/
+	bin/install supply
+	$(LOCK) requirements/cpu.in --override requirements/cpu.in --output-file requirements/cpu.txt
+	$(LOCK) --extra gpu --constraint requirements/cpu.txt --output-file requirements/gpu.txt
+
+audit:  ## look for known vulnerabilities in the packages of the Docker images
+	bin/install supply
+	.venv/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes \
+	    -r requirements/cpu.txt -r requirements/gpu.txt
+
+PACKAGES = cpu
+
+sbom:  ## list the packages of an image and their licenses in build/; PACKAGES=gpu for Dockerfile.gpu
+	bin/install supply
+	.venv/bin/uv venv --quiet --clear --python .venv/bin/python build/packages
+	.venv/bin/uv pip install --quiet --python build/packages --only-binary :all: --require-hashes \
+	    -r requirements/$(PACKAGES).txt
+	.venv/bin/cyclonedx-py environment --output-reproducible build/packages \
+	    --output-file build/sbom-$(PACKAGES).json
+	.venv/bin/pip-licenses --python build/packages/bin/python --order license --format markdown \
+	    | sed '/^|  /d' > build/licenses-$(PACKAGES).md
+	@echo build/sbom-$(PACKAGES).json build/licenses-$(PACKAGES).md
+
 bench:  ## measure speed and memory of a random 124M model beside other programs; ARGS="--rounds 1"
 	bin/install
 	.venv/bin/python benchmarks/run.py $(ARGS)
@@ -35,4 +63,4 @@ tiny:  ## train models/tiny again from scratch; about 15 minutes
 	bin/install
 	.venv/bin/python models/make_tiny.py
 
-.PHONY: help install test test-all trust serve-proof fuzz lint bench tiny
+.PHONY: help install test test-all trust serve-proof fuzz lint lock audit sbom bench tiny

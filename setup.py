@@ -11,7 +11,7 @@ SERVE = [
     "uvicorn>=0.34,<0.55",
     "h11>=0.16",  # HTTP/1.1; older ones let one request be smuggled in another
     "pydantic>=2.8,<3",  # checks requests and writes their JSON schema; tried: 2.8 and 2.14
-    "jinja2>=3.1",  # the page, with everything escaped
+    "jinja2>=3.1.6",  # the page, with everything escaped
     "prometheus-client>=0.20",  # /metrics
 ]
 
@@ -40,8 +40,11 @@ setup(
         "numpy>=1.26",  # arrays of ids, random numbers of samples
         "regex>=2023.12",  # where a long text may be cut before it is encoded
         "fire>=0.7,<0.8",  # command lines; pinned, its parsing hook is called experimental
-        "tqdm>=4.66",  # progress bars
-        "requests>=2.31",  # download
+        "tqdm>=4.66.3",  # progress bars
+        # download; older ones may send a password in .netrc to another host (CVE-2024-47081)
+        "requests>=2.32.4",
+        # requests' connections; older ones unpack a small answer to gigabytes (CVE-2026-21441)
+        "urllib3>=2.6.3",
         "huggingface-hub>=0.26",  # download hf:OWNER/NAME: what is there, who may; tokenizers' too
         "safetensors>=0.4.3",  # convert: Hugging Face's weights
         "tiktoken>=0.9",  # byte-pair encoding, four times faster than any other
@@ -51,12 +54,13 @@ setup(
         "serve": SERVE,
         "data": DATA,
         "torch": ["torch>=2.6"],  # convert: weights in a .bin of PyTorch's
-        "sentencepiece": ["sentencepiece>=0.2"],  # tokenizers in a spiece.model, such as rinna's
+        # tokenizers in a spiece.model, such as rinna's; a file can crash older ones (CVE-2026-1260)
+        "sentencepiece": ["sentencepiece>=0.2.1"],
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [
             *SERVE,
             *DATA,
-            "sentencepiece>=0.2",  # the tests train small models with it
+            "sentencepiece>=0.2.1",  # the tests train small models with it
             "openai>=1.50",  # `serve`, as its users' programs talk to it
             "httpx>=0.27",  # `serve`, as nobody should talk to it
             "pytest>=8",
@@ -68,6 +72,8 @@ setup(
         ],
         # make serve-proof: the page in a browser, requests made from the OpenAPI document
         "browser": ["playwright>=1.45", "schemathesis>=4,<5"],
+        # make lock, audit, sbom: versions and checksums, known vulnerabilities, licenses
+        "supply": ["uv>=0.9", "pip-audit>=2.9", "cyclonedx-bom>=7", "pip-licenses>=5"],
         "fuzz": ["atheris>=2.3"],  # make fuzz: noise that looks for new paths through the parsers
     },
     entry_points={"console_scripts": ["gpt2cli=gpt2cli.cli:main"]},

@@ -100,7 +100,7 @@ def download_released(model: str, url: str | None, models: Path) -> Path:
         )
     folder = models / name
     found = manifest.read(folder)
-    if not found.get("opened") or released.intact_names(folder, found) != set(released.FILES):
+    if not found.get("opened") or released.intact_names(folder, found, name) != set(released.FILES):
         with files.filling(folder, "download"):
             released.fetch_model(url or released.BUCKET, name, folder)
             released.open_checkpoint(folder)

@@ -11,7 +11,7 @@ import requests
 from gpt2cli import files
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
-from gpt2cli.model.sizes import ALIASES, RELEASED, ModelConfig
+from gpt2cli.model.sizes import ALIASES, PRESETS, RELEASED, ModelConfig
 from gpt2cli.remote import manifest, transfer
 from gpt2cli.storage import folders
 
@@ -26,11 +26,34 @@ FILES = (
 )
 OPTIONAL = ("model.ckpt.meta",)  # the TF1 graph; nothing here reads it
 
-# OpenAI's encoder, the same for every released size.
-SHA256 = {
+# OpenAI's hparams.json of each model.
+SIZES = {
+    name: ModelConfig(n_vocab=50257, n_ctx=1024, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
+    for name, (n_layer, n_head, n_embd) in PRESETS.items()
+    if name in RELEASED
+}
+
+# SHA-256 of OpenAI's files that public sources state. hparams.json is compared by its values.
+# The encoder, the same for every size: openai/tiktoken tiktoken_ext/openai_public.py.
+ENCODER = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+# 124M: MontrealAI/AGI-Alpha-Agent-v0 scripts/download_openai_gpt2.py has all seven. Others have
+# the same: for the weights, nathanhoulamy/securebench docs/benchmark-conversions/TerminalBench/
+# gpt2-codegolf.md; for the others, the files in finaivip/gpt-2-withdata models/117M.
+SHA256: dict[str, dict[str, str]] = {name: ENCODER for name in RELEASED} | {
+    "124M": ENCODER
+    | {
+        "model.ckpt.meta": "4668c448fa11531fd6700460487f73e82d3272960cea942252f8744bf225c77b",
+        "model.ckpt.data-00000-of-00001": (
+            "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"
+        ),
+        "model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
+        "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
+    }
+}
+NOT_OPENAIS = "OpenAI's file (a model of your own needs another name)"
 
 MAX_JSON = 1 << 26  # bytes; OpenAI's encoder.json has 1 MB
 
@@ -58,7 +81,7 @@ def fetch_model(base: str, name: str, folder: Path) -> None:
         except ValueError as error:
             raise UserError(f"--url {base!r} is not a valid URL: {error}") from None
         found = manifest.read(folder)
-        records, intact = found["files"], intact_names(folder, found)
+        records, intact = found["files"], intact_names(folder, found, name)
         done = {n: records[n] for n in FILES if n in intact and found.get("url") == url}
         present = f" ({len(done)} of {len(FILES)} files are present)" if done else ""
         say(f"downloading {url} to {folder}{present}")
@@ -78,10 +101,10 @@ def fetch_model(base: str, name: str, folder: Path) -> None:
 
 
 def open_checkpoint(folder: Path) -> None:
-    """Check that the weights open and fit hparams.json; UserError if not."""
+    """Check that the weights fit hparams.json and their own checksums; UserError if not."""
     from gpt2cli.storage import checkpoint  # imports TensorFlow, which nothing else here needs
 
-    say("opening the checkpoint")
+    say("reading the weights")
     (folder / folders.SUMS).unlink(missing_ok=True)  # the files may be newer
     try:
         checkpoint.verify(folder)
@@ -96,8 +119,9 @@ def open_checkpoint(folder: Path) -> None:
 def content_fault(path: Path, model: str) -> str | None:
     """Return a description of the fault in a file of a model; None if there is none."""
     name = path.name.removesuffix(".part")
-    if model in RELEASED and name in SHA256 and files.digest(path) != SHA256[name]:
-        return "its sha256 differs from OpenAI's file"
+    known = SHA256.get(model, {}).get(name)
+    if known and files.digest(path) != known:
+        return f"its SHA-256 is not that of {NOT_OPENAIS}"
     if name == "checkpoint":
         with open(path, "rb") as file:
             is_state = b"model_checkpoint_path" in file.read(4096)
@@ -107,18 +131,26 @@ def content_fault(path: Path, model: str) -> str | None:
     try:
         text = files.read_text(path) if path.stat().st_size <= MAX_JSON else ""
         values = json.loads(text)
+        if not isinstance(values, dict):
+            return "it is not a JSON object"
         if name == "hparams.json":
-            ModelConfig.from_json(text)
-        return None if isinstance(values, dict) else "it is not a JSON object"
+            config = ModelConfig.from_json(text)
+            if config != SIZES.get(model, config):
+                return f"its sizes are not those of {NOT_OPENAIS}"
+        return None
     except (UserError, ValueError, RecursionError) as error:
         return f"it cannot be read ({error})"
 
 
-def intact_names(folder: Path, found: dict[str, Any]) -> set[str]:
-    """Return the names of the files that are as the manifest records them."""
+def intact_names(folder: Path, found: dict[str, Any], model: str) -> set[str]:
+    """Return the names of the files that are as the manifest records them, and without fault."""
     records = {name: found["files"][name] for name in FILES if name in found["files"]}
     return {
         name
         for name, record in records.items()
-        if (record is None and name in OPTIONAL) or manifest.is_as_recorded(folder / name, record)
+        if (record is None and name in OPTIONAL)
+        or (
+            manifest.is_as_recorded(folder / name, record)
+            and not content_fault(folder / name, model)
+        )
     }

@@ -103,8 +103,13 @@ def _few(names: Iterable[str]) -> str:
 
 
 def verify(folder: Path) -> None:
-    """Compare the names and shapes of a folder's checkpoint with its hparams.json (UserError)."""
-    open_checked(folders.open_model(folder))
+    """Compare a folder's weights with its hparams.json and their checksums (UserError).
+
+    A checkpoint's index has the CRC-32C of every weight, which TensorFlow compares when it reads.
+    """
+    config, stored = open_weights(folders.open_model(folder))
+    for name, shape in weight_shapes(config).items():
+        stored(name, shape)
 
 
 def load(

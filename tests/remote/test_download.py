@@ -23,6 +23,7 @@ from gpt2cli import console
 from gpt2cli.commands import download
 from gpt2cli.commands.download import DownloadOptions
 from gpt2cli.errors import UserError
+from gpt2cli.model.sizes import RELEASED, ModelConfig
 from gpt2cli.remote import released, transfer
 
 CHECKPOINT = GOLDEN / "gpt2-openai" / "a-l2-h4-e16-c96"
@@ -568,25 +569,104 @@ def test_a_checkpoint_that_does_not_open_is_not_called_complete(fetch, opened, m
 def test_the_older_names_fetch_into_the_newer_folders(
     fetch, mirror, tmp_path, monkeypatch, older, newer
 ):
-    sums = {name: hashlib.sha256(MODEL[name]).hexdigest() for name in released.SHA256}
-    monkeypatch.setattr(released, "SHA256", sums)
+    make_openais(monkeypatch, newer)
     mirror.contents = {f"/models/{newer}/{name}": content for name, content in MODEL.items()}
     fetch(older)
     assert_whole(folder_of(tmp_path, newer))
     assert not folder_of(tmp_path, older).exists()
 
 
-def test_a_released_model_must_have_openais_encoder(fetch, mirror, tmp_path):
-    mirror.contents = {f"/models/124M/{name}": content for name, content in MODEL.items()}
-    with pytest.raises(UserError, match=r"encoder.json: its sha256 differs from OpenAI's file"):
+def make_openais(monkeypatch, name):
+    """Make MODEL the files that `name` must have."""
+    sums = {file: hashlib.sha256(content).hexdigest() for file, content in MODEL.items()}
+    del sums["hparams.json"]  # compared by its values
+    sizes = {name: ModelConfig.from_json(MODEL["hparams.json"])}
+    monkeypatch.setattr(released, "SHA256", {name: sums})
+    monkeypatch.setattr(released, "SIZES", sizes)
+
+
+def signed(content):
+    """Headers that agree with a body."""
+    md5 = hashlib.md5(content)
+    return {"ETag": f'"{md5.hexdigest()}"', "Content-MD5": base64.b64encode(md5.digest()).decode()}
+
+
+def changed(name):
+    """A file of MODEL with one byte changed, still of its kind."""
+    old, new = {"encoder.json": (b"1", b"2"), "hparams.json": (b'"n_head": 2', b'"n_head": 1')}.get(
+        name, (MODEL[name][-1:], bytes([MODEL[name][-1] ^ 1]))
+    )
+    assert old in MODEL[name]
+    return MODEL[name].replace(old, new)
+
+
+@pytest.mark.parametrize("name", MODEL)
+def test_a_changed_file_is_rejected_although_the_headers_of_the_mirror_agree(
+    fetch, mirror, monkeypatch, tmp_path, name
+):
+    make_openais(monkeypatch, "124M")
+    mirror.contents = {f"/models/124M/{file}": content for file, content in MODEL.items()}
+    mirror.contents[f"/models/124M/{name}"] = changed(name)
+    mirror.headers[name] = signed(changed(name))
+    with pytest.raises(UserError, match=f"{name}: its .* not th.* of OpenAI's file"):
         fetch("124M")
-    assert not (folder_of(tmp_path, "124M") / "encoder.json").exists()
+    folder = folder_of(tmp_path, "124M")
+    assert not (folder / name).exists() and not list(folder.glob("*.part"))
+    mirror.contents[f"/models/124M/{name}"] = MODEL[name]
+    del mirror.headers[name]
+    assert_whole(fetch("124M"))
+
+
+def test_a_model_of_ones_own_on_a_mirror_may_have_any_content(fetch, mirror, monkeypatch):
+    make_openais(monkeypatch, "124M")
+    mirror.contents[f"/models/own/{DATA}"] = changed(DATA)
+    assert (fetch("own") / DATA).read_bytes() == changed(DATA)
+
+
+def test_changed_files_of_an_earlier_download_are_fetched_again(
+    fetch, mirror, monkeypatch, tmp_path, capsys
+):
+    mirror.contents = {f"/models/124M/{file}": content for file, content in MODEL.items()}
+    mirror.contents[f"/models/124M/{DATA}"] = changed(DATA)
+    with monkeypatch.context() as patch:  # a version that knew no checksum
+        patch.setattr(released, "SHA256", {})
+        patch.setattr(released, "SIZES", {})
+        folder = fetch("124M")
+    make_openais(monkeypatch, "124M")
+    mirror.contents[f"/models/124M/{DATA}"] = MODEL[DATA]
+    assert_whole(fetch("124M"))
+    assert (folder / f"{DATA}.old").read_bytes() == changed(DATA)
+    assert f"{DATA}.old" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_model_has_openais_sizes(tmp_path, name):
+    path = tmp_path / "hparams.json"
+    path.write_text(released.SIZES[name].to_json())
+    assert released.content_fault(path, name) is None
+    for change in ({"n_head": 1}, {"activation": "relu"}, {"end_token": "x"}):
+        path.write_text(json.dumps(json.loads(released.SIZES[name].to_json()) | change))
+        assert "its sizes are not those of OpenAI's" in released.content_fault(path, name)
+        assert released.content_fault(path, "own") is None
+
+
+def test_every_released_model_must_have_openais_encoder(fetch, mirror, tmp_path):
+    for model in RELEASED:
+        mirror.contents = {f"/models/{model}/{name}": content for name, content in MODEL.items()}
+        with pytest.raises(UserError, match="encoder.json: its SHA-256 is not that of OpenAI's"):
+            fetch(model)
+        assert not (folder_of(tmp_path, model) / "encoder.json").exists()
 
 
 def test_the_checksums_match_the_real_files(gpt2_vocabulary):
-    assert released.SHA256
-    for name, sha256 in released.SHA256.items():
-        assert hashlib.sha256((gpt2_vocabulary / name).read_bytes()).hexdigest() == sha256
+    assert set(released.SHA256) == set(RELEASED)
+    assert set(released.SHA256["124M"]) == set(released.FILES) - {"hparams.json"}
+    for name in RELEASED:
+        for file in ("encoder.json", "vocab.bpe"):
+            digest = hashlib.sha256((gpt2_vocabulary / file).read_bytes()).hexdigest()
+            assert digest == released.SHA256[name][file]
+    state = b'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
+    assert hashlib.sha256(state).hexdigest() == released.SHA256["124M"]["checkpoint"]
 
 
 def test_an_unknown_name_lists_the_names(tmp_path, opened):
@@ -723,6 +803,7 @@ def test_the_module_does_not_import_tensorflow():
         "hparams.json",
         "model.ckpt.index",
         DATA,
+        "one byte",
     ],
 )
 def test_a_real_checkpoint_opens_and_a_damaged_one_is_rejected(mirror, waits, tmp_path, damage):
@@ -736,6 +817,10 @@ def test_a_real_checkpoint_opens_and_a_damaged_one_is_rejected(mirror, waits, tm
         hparams = json.loads(mirror.contents[f"/models/own/{damage}"])
         changed = json.dumps(hparams | {"n_embd": 12}).encode()
         mirror.contents[f"/models/own/{damage}"] = changed
+    elif damage == "one byte":
+        content = bytearray(mirror.contents[f"/models/own/{DATA}"])
+        content[len(content) // 2] ^= 1
+        mirror.contents[f"/models/own/{DATA}"] = bytes(content)
     elif damage:
         content = mirror.contents[f"/models/own/{damage}"]
         mirror.contents[f"/models/own/{damage}"] = content[: len(content) // 2]
