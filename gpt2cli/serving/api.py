@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 # pydantic requires the TypedDict of typing_extensions before Python 3.12; 3.10 has no NotRequired
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035
 
-from gpt2cli import __version__
+from gpt2cli import __version__, console
 from gpt2cli.errors import UserError
 from gpt2cli.options import GenerateOptions
 
@@ -72,6 +72,10 @@ class RequestError(Exception):
     code: str | None = None  # a word for programs to test
     headers: Mapping[str, str] | None = None  # of the response
 
+    def __post_init__(self) -> None:
+        self.message = _visible(self.message)
+        self.param = None if self.param is None else _visible(self.param)
+
     def __str__(self) -> str:
         return self.message
 
@@ -82,6 +86,11 @@ class RequestError(Exception):
         return {
             "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         }
+
+
+def _visible(text: str) -> str:
+    """Return a text that may repeat what a client sent, without control characters."""
+    return console.visible(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -159,9 +168,19 @@ class CompletionRequest(BaseModel):
             RequestError: the body is not a JSON object, or a field is wrong.
         """
         try:
-            values = _without_surrogates(json.loads(body.decode("utf-8"), parse_constant=_reject))
-        except (ValueError, RecursionError) as error:
-            raise RequestError(400, f"the body is not valid JSON: {error}") from None
+            text = body.decode("utf-8")
+            values = json.loads(text, parse_constant=_reject, object_pairs_hook=_object)
+            if "\\u" in text:  # only an escape can be half of a surrogate pair
+                json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = repr(error.object[error.start])
+            message = f"the body has half a surrogate pair, {half}, which is not a character"
+            raise RequestError(400, message) from None
+        except RecursionError:
+            raise RequestError(400, "the body's JSON is nested too deeply") from None
+        except ValueError as error:
+            reason = str(error).partition(";")[0]  # Python's advice to its programmers
+            raise RequestError(400, f"the body is not valid JSON: {reason}") from None
         if not isinstance(values, dict):
             raise RequestError(400, "the body must be a JSON object")
         return cls.checked(values)
@@ -229,15 +248,14 @@ class CompletionRequest(BaseModel):
         return [self.prompt]
 
 
-def _without_surrogates(value: Any) -> Any:
-    """Replace half surrogate pairs in a JSON value by U+FFFD: UTF-8 cannot encode them."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_without_surrogates(item) for item in value]
-    if isinstance(value, dict):
-        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
-    return value
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raises RequestError if two of its fields have one name."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RequestError(400, f"the field {name:.50} is given twice", name[:50])
+        found[name] = value
+    return found
 
 
 def _reject(name: str) -> None:

@@ -7,18 +7,25 @@ its H11Protocol. setup.py pins uvicorn to the versions this was tested with.
 from __future__ import annotations
 
 import asyncio
+import http
+import json
+import logging
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gpt2cli.serving import log
+from gpt2cli.serving.api import RequestError
 
 if TYPE_CHECKING:
     from gpt2cli.commands.serve import ServeOptions
 
-OVERFULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
-    b"content-length: 0\r\n\r\n"
-)
+LOG = logging.getLogger(__name__)
+BETWEEN_LINES = 60.0  # seconds between two lines that say that there are too many open files
 
 
 def make_server(app: Any, options: ServeOptions) -> uvicorn.Server:
@@ -54,8 +61,30 @@ def connection_class(max_connections: int, idle: float) -> type[H11Protocol]:
             super().connection_made(transport)
             self._start_timer()
             if len(self.connections) > max_connections:
-                transport.write(OVERFULL)
-                transport.close()
+                message = f"{max_connections} connections are open; try again later"
+                headers = {"retry-after": "1"}
+                self._close(RequestError(503, message, code="connections_full", headers=headers))
+
+        def send_400_response(self, msg: str) -> None:
+            """Answer bytes that are not HTTP; called while the error is handled."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                error = sys.exc_info()[1]
+                status = getattr(error, "error_status_hint", 400)
+                self._close(RequestError(status, f"this is not valid HTTP/1.1: {error!s:.100}"))
+            self.transport.close()  # also if a response has begun, or the request was answered
+
+        def _close(self, error: RequestError) -> None:
+            """Answer with an error and close the connection; no application sees the request."""
+            if self.cycle is not None:  # it was reading the request's body
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            name = log.new_id()
+            self.transport.write(_error_bytes(error, name))
+            self.transport.close()
+            log.write(self.client, "connection", error.status, str(error), name)
+
+        def _should_upgrade(self) -> bool:
+            return False  # to ignore an Upgrade is right, and uvicorn would log two lines
 
         def data_received(self, data: bytes) -> None:
             # uvicorn stops the timer at the first byte; this waits for a complete head
@@ -90,3 +119,40 @@ def connection_class(max_connections: int, idle: float) -> type[H11Protocol]:
             self._stalled = None
 
     return Connection
+
+
+def _error_bytes(error: RequestError, name: str) -> bytes:
+    """Return a whole HTTP response, for a connection that reaches no application."""
+    body = json.dumps(error.as_json()).encode()
+    headers = [
+        *((key.encode(), value.encode()) for key, value in (error.headers or {}).items()),
+        *log.headers_of(name),
+        (b"connection", b"close"),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+    ]
+    lines = [b"HTTP/1.1 %d %s" % (error.status, http.HTTPStatus(error.status).phrase.encode())]
+    lines += [key + b": " + value for key, value in headers]
+    return b"\r\n".join([*lines, b"", body])
+
+
+def report_exhaustion(loop: asyncio.AbstractEventLoop) -> None:
+    """Make a loop log one line if no file can be opened for a connection.
+
+    asyncio tries again every second, up to 2,048 times at once, and would log each as a traceback.
+    """
+    silent_until = 0.0
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal silent_until
+        if context.get("message") != "socket.accept() out of system resource":
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= silent_until:
+            silent_until = time.monotonic() + BETWEEN_LINES
+            LOG.warning(
+                "%s: new connections wait until others close. Allow more with ulimit -n, or fewer "
+                "connections with --max_connections",
+                context["exception"].strerror,
+            )
+
+    loop.set_exception_handler(handle)

@@ -387,7 +387,7 @@ def test_a_name_that_a_web_page_could_point_here_is_rejected(tiny):
     def status(address, host, path="/v1/models"):
         return httpx.get(f"{address}{path}", headers={"host": host}).status_code
 
-    with serving(tiny, allow_host=("books.example",)) as (address, _):
+    with serving(tiny, allowed_hosts=("books.example",)) as (address, _):
         port = address.rpartition(":")[2]
         for host in (
             f"127.0.0.1:{port}",
@@ -400,7 +400,7 @@ def test_a_name_that_a_web_page_could_point_here_is_rejected(tiny):
         for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "1.2.3.4.x"):
             assert status(address, host) == status(address, host, "/") == 403, host
         error = httpx.get(f"{address}/", headers={"host": "evil.example"}).json()["error"]
-        assert "the host name evil.example; see --allow_host" in error["message"]
+        assert "the host name evil.example; see --allowed_hosts" in error["message"]
     with serving(tiny, api_key="sesame") as (address, _):
         assert status(address, "evil.example", "/health") == 200
     with serving(tiny, host="0.0.0.0") as (address, _):
