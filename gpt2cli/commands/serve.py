@@ -210,10 +210,11 @@ def _check_key(key: str, name: str) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address; raises UserError if that is impossible."""
     try:
-        family, kind, *_, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind)
+        # asyncio sends at once (TCP_NODELAY) only if the socket names its protocol
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, UnicodeError) as error:  # UnicodeError: no host can have such a name

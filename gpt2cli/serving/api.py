@@ -25,14 +25,16 @@ INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 MAX_LOGPROBS = 5  # OpenAI's limit
 MAX_STOPS = 16  # strings in `stop`; each is searched for after every token
+MAX_PROMPTS = 2048  # of a request; --max_n has a lower limit as a rule
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 StreamOption = Literal["include_usage", "include_obfuscation"]
 
 # fail_fast: a long list with wrong items makes one error, not one for each item.
 NOT_EMPTY = Field(min_length=1, fail_fast=True)
-Texts = Annotated[list[str], NOT_EMPTY]
+SOME = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+Texts = Annotated[list[str], SOME]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], NOT_EMPTY]
-Prompt = str | Texts | TokenIds | Annotated[list[TokenIds], NOT_EMPTY]
+Prompt = str | Texts | TokenIds | Annotated[list[TokenIds], SOME]
 
 # Messages for fields that pydantic's own errors describe badly.
 UNSUPPORTED = ("best_of", "presence_penalty", "frequency_penalty", "logit_bias", "suffix")
@@ -40,7 +42,7 @@ MESSAGES = {name: f"{name} is not supported by this server; leave it out" for na
 MESSAGES |= {
     "prompt": (
         "prompt must be a string, a list of strings, a list of token ids, or a list of such lists; "
-        "lists must not be empty"
+        f"lists must not be empty or have more than {MAX_PROMPTS:,} prompts"
     ),
     "stop": f"stop must be a string or a list of up to {MAX_STOPS}, each of 1 to 1,000 characters",
     "stream_options": 'stream_options must be an object such as {"include_usage": true}',

@@ -10,6 +10,7 @@ import asyncio
 import http
 import json
 import logging
+import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -25,24 +26,46 @@ if TYPE_CHECKING:
     from gpt2cli.commands.serve import ServeOptions
 
 LOG = logging.getLogger(__name__)
+GROUP = 16  # connections that are accepted at once
+WAITING = 2048  # connections that the system may keep until then; uvicorn's own number
 BETWEEN_LINES = 60.0  # seconds between two lines that say that there are too many open files
 
 
-def make_server(app: Any, options: ServeOptions) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's server; it accepts connections in small groups.
+
+    A group that is over the limit is closed before the next ones need open files of their own.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. The system keeps more connections waiting than a group has."""
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(WAITING)
+
+
+def make_server(app: Any, options: ServeOptions) -> Server:
     """Return the server of an ASGI app; set its `should_exit` to finish all requests and stop."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=connection_class(options.max_connections, options.max_idle),
-            ws="none",
-            proxy_headers=False,  # the server cannot know which proxies to trust
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=options.max_idle,  # type: ignore[arg-type]  # a float works
-            timeout_graceful_shutdown=int(options.max_time) + 1,
-        )
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",  # what report_exhaustion was written for
+        backlog=GROUP,
+        http=connection_class(options.max_connections, options.max_idle),
+        ws="none",
+        proxy_headers=False,  # the server cannot know which proxies to trust
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=options.max_idle,  # type: ignore[arg-type]  # a float works
+        timeout_graceful_shutdown=int(options.max_time) + 1,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    return Server(config)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether uvicorn's line is not one of ours in other words."""
+    return record.msg != "Invalid HTTP request received."
 
 
 def connection_class(max_connections: int, idle: float) -> type[H11Protocol]:
@@ -70,7 +93,8 @@ def connection_class(max_connections: int, idle: float) -> type[H11Protocol]:
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 error = sys.exc_info()[1]
                 status = getattr(error, "error_status_hint", 400)
-                self._close(RequestError(status, f"this is not valid HTTP/1.1: {error!s:.100}"))
+                reason = str(error).partition(": bytearray(")[0]  # not the bytes themselves
+                self._close(RequestError(status, f"this is not valid HTTP/1.1: {reason}"))
             self.transport.close()  # also if a response has begun, or the request was answered
 
         def _close(self, error: RequestError) -> None:
@@ -139,7 +163,7 @@ def _error_bytes(error: RequestError, name: str) -> bytes:
 def report_exhaustion(loop: asyncio.AbstractEventLoop) -> None:
     """Make a loop log one line if no file can be opened for a connection.
 
-    asyncio tries again every second, up to 2,048 times at once, and would log each as a traceback.
+    asyncio tries again every second, a whole group at once, and would log each as a traceback.
     """
     silent_until = 0.0
 

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from gpt2cli.serving.service import Service
 
 WEB = Path(__file__).parent / "web"
-PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(WEB), autoescape=True)
+# In memory, so that no request needs to open a file.
+PAGES = jinja2.Environment(
+    loader=jinja2.DictLoader({path.name: path.read_text("utf-8") for path in WEB.glob("*.html")}),
+    autoescape=True,
+)
+STATIC = {path.name: path.read_bytes() for path in (WEB / "static").iterdir()}
+KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 # Headers of every response: the page needs nothing from other sites and may send nothing to them.
 POLICY = (

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import prometheus_client
@@ -18,8 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2cli.serving import api, connections, log, page
@@ -46,7 +46,7 @@ def make_app(service: Service) -> ASGIApp:
             Route("/metrics", metrics),
             Route("/openapi.json", openapi),
             Route("/docs", docs),
-            Mount("/static", StaticFiles(directory=page.WEB / "static")),
+            Route("/static/{name}", static),
         ],
         lifespan=_lifespan,
         exception_handlers={
@@ -152,7 +152,7 @@ def _not_found(request: Request, error: HTTPException) -> JSONResponse:
     method, path = request.method, f"{request.scope['path']:.100}"
     text = f"no route for {method} {path}"
     if methods := (error.headers or {}).get("Allow"):
-        text = f"{path} accepts {methods}, not {method}"
+        text = f"{path} accepts {', '.join(sorted(methods.split(', ')))}, not {method}"
     elif path.startswith("/v1/"):
         text += ": this server has a base model, which only continues text: POST /v1/completions"
     elif f"/v1{path}" in ("/v1/completions", "/v1/models", "/v1/chat/completions"):
@@ -292,6 +292,14 @@ async def docs(request: Request) -> Response:
     """GET /docs: the API as a page."""
     fields = CompletionRequest.model_json_schema()["properties"]
     return HTMLResponse(page.render(_service(request), "docs.html", fields=fields))
+
+
+async def static(request: Request) -> Response:
+    """GET /static/NAME: a file of the page."""
+    name = request.path_params["name"]
+    if name not in page.STATIC:
+        raise HTTPException(404)
+    return Response(page.STATIC[name], media_type=page.KINDS[PurePath(name).suffix])
 
 
 async def home(request: Request) -> Response:
