@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import re
@@ -151,6 +152,9 @@ def run(options: ServeOptions) -> None:
         model.network.read_apart()
         model.warm(options.max_batch)
         model.longest_token  # noqa: B018, counted here, not while the first request waits
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # else a large request makes Python look through all of TensorFlow's objects
         return model, newest.checkpoint.name
 
     def leave() -> None:
@@ -159,7 +163,7 @@ def run(options: ServeOptions) -> None:
     log = logging.getLogger("gpt2cli")  # the parent of every module's
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
-    options = _fitted(options)
+    options = fitted(options)
     shared = service.Service(options, load, leave)
     served = connections.make_server(routes.make_app(shared), options)
     host, port = listener.getsockname()[:2]
@@ -225,7 +229,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _fitted(options: ServeOptions) -> ServeOptions:
+def fitted(options: ServeOptions) -> ServeOptions:
     """Return the options with as many connections as this process may have."""
     most = fit_connections(options.max_connections)
     if most < options.max_connections:

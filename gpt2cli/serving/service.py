@@ -189,7 +189,7 @@ class Service:
         for prompt in request.prompts():
             self.check_length(model, prompt)
         if sum(self.counts()) + count > self._places():
-            raise self._full()
+            raise self._full(count)
         self._prepared += count
         try:
             answer = await self.in_time(self._prepare(model, request, streams))
@@ -199,7 +199,7 @@ class Service:
             try:
                 self.scheduler.submit(answer.job)
             except scheduler.Full:
-                raise self._full() from None
+                raise self._full(count) from None
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         return answer
 
@@ -238,11 +238,12 @@ class Service:
         """Return the number of samples that may run or wait."""
         return self.options.max_batch + self.options.max_queue
 
-    def _full(self) -> RequestError:
+    def _full(self, count: int) -> RequestError:
         (running, waiting), seconds = self.counts(), self.scheduler.seconds_until_room()
         message = (
-            f"{running} samples are running and {waiting} are waiting; this server accepts "
-            f"{self._places()} in all. Try again in {console.counted(seconds, 'second')}"
+            f"no room for {console.counted(count, 'more sample')}: {running} running and "
+            f"{waiting} waiting, and this server's limit is {self._places()}. Try again in "
+            f"{console.counted(seconds, 'second')}"
         )
         headers = {"retry-after": str(seconds)}
         return RequestError(503, message, code="queue_full", headers=headers)
