@@ -352,6 +352,7 @@ class Health(TypedDict):
 STATUSES = {
     400: "a field is wrong; param names it",
     401: "the API key is missing or wrong",
+    403: "the request comes from another website's page, or names an unknown host",
     404: "no such model",
     408: "the request body did not arrive in time",
     413: "the request body is too large",
@@ -383,7 +384,7 @@ def openapi_document(has_key: bool = False) -> dict[str, Any]:
     types = (CompletionRequest, Completion, Error, Health, Model, ModelList)
     adapters = [(one.__name__, "validation", TypeAdapter(one)) for one in types]
     _, schemas = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")  # type: ignore
-    keys = [401] if has_key else []
+    keys = [401, 403] if has_key else [403]
     every = [status for status in STATUSES if status != 401 or has_key]
     body = {"required": True, "content": _content("CompletionRequest")}
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -397,7 +398,7 @@ def openapi_document(has_key: bool = False) -> dict[str, Any]:
     model = _operation(
         "retrieveModel", "Describe a model", "Model", [404, *keys], parameters=[name]
     )
-    health = _operation("getHealth", "Report whether the server is ready", "Health", [503])
+    health = _operation("getHealth", "Report whether the server is ready", "Health", [403, 503])
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "gpt2cli serve", "version": __version__},

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import prometheus_client
 from starlette.applications import Starlette
@@ -24,12 +24,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2cli.serving import api, connections, log, page
 from gpt2cli.serving.api import CompletionRequest, RequestError
-from gpt2cli.serving.service import LARGE, T
 from gpt2cli.serving.sites import Sites
 
 if TYPE_CHECKING:
     from gpt2cli.serving.service import Answer, Service
 
+T = TypeVar("T")
 CLOSE = {"connection": "close"}
 GONE = 499  # the client disconnected; never sent, nginx logs the same number
 
@@ -218,8 +218,6 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
 async def _parsed(request: Request, parse: Callable[[bytes], T]) -> T:
     """Read a request's body and parse it; a large one does not hold up other requests."""
     body, service = await _body(request), _service(request)
-    if len(body) <= LARGE:
-        return parse(body)
     work = service.in_time(service.in_thread(len(body), parse, body))
     return await _unless_gone(request, work)
 

@@ -539,7 +539,7 @@ def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
 
 
 def test_each_limit_has_its_own_status(tiny, log, monkeypatch):
-    limits = dict(max_batch=2, max_queue=1, max_n=3, max_body=1000, max_idle=0.4)
+    limits = dict(max_batch=2, max_queue=1, max_n=3, max_body=1000, max_idle=1)
     limits |= dict(api_key="sesame", max_prompt=5, log_prompts=True)
     with serving(tiny, **limits) as (address, made):
         key = {"authorization": "Bearer sesame"}
@@ -576,11 +576,15 @@ def test_each_limit_has_its_own_status(tiny, log, monkeypatch):
 
         long = dict(prompt=SECRET[:6], max_tokens=tiny.config.n_ctx)
         slow_down(made, monkeypatch)
-        made.options = dataclasses.replace(made.options, max_time=0.6)
+        made.options = dataclasses.replace(made.options, max_time=1)
+        go_on, report = threading.Event(), made.scheduler._report
+        held = lambda grown: go_on.wait(60) and report(grown)  # noqa: E731
+        monkeypatch.setattr(made.scheduler, "_report", held)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             first = pool.submit(post, **long, n=3)
             wait_until(lambda: made.counts() == (2, 1))
             full = post(prompt="x")
+            go_on.set()
             assert full.status_code == 503 and int(full.headers["retry-after"]) > 0
             error = full.json()["error"]
             assert error["code"] == "queue_full"
