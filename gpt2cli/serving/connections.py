@@ -68,81 +68,85 @@ def _is_news(record: logging.LogRecord) -> bool:
     return record.msg != "Invalid HTTP request received."
 
 
-def connection_class(max_connections: int, idle: float) -> type[H11Protocol]:
-    """Return uvicorn's HTTP/1.1 protocol with limits.
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with limits.
 
-    Args:
+    Attributes:
         max_connections: open connections; further ones get a 503.
         idle: seconds a client may take to send a request's head, counted from the start of the
             connection or from the last response, and seconds it may stop reading a response.
     """
 
-    class Connection(H11Protocol):
-        _stalled: asyncio.TimerHandle | None = None
+    max_connections: int
+    idle: float
+    _stalled: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._start_timer()
-            if len(self.connections) > max_connections:
-                message = f"{max_connections} connections are open; try again later"
-                headers = {"retry-after": "1"}
-                self._close(RequestError(503, message, code="connections_full", headers=headers))
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+        if len(self.connections) > self.max_connections:
+            message = f"{self.max_connections} connections are open; try again later"
+            headers = {"retry-after": "1"}
+            self._close(RequestError(503, message, code="connections_full", headers=headers))
 
-        def send_400_response(self, msg: str) -> None:
-            """Answer bytes that are not HTTP; called while the error is handled."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                error = sys.exc_info()[1]
-                status = getattr(error, "error_status_hint", 400)
-                reason = str(error).partition(": bytearray(")[0]  # not the bytes themselves
-                self._close(RequestError(status, f"this is not valid HTTP/1.1: {reason}"))
-            self.transport.close()  # also if a response has begun, or the request was answered
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP; called while the error is handled."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            error = sys.exc_info()[1]
+            status = getattr(error, "error_status_hint", 400)
+            reason = str(error).partition(": bytearray(")[0]  # not the bytes themselves
+            self._close(RequestError(status, f"this is not valid HTTP/1.1: {reason}"))
+        self.transport.close()  # also if a response has begun, or the request was answered
 
-        def _close(self, error: RequestError) -> None:
-            """Answer with an error and close the connection; no application sees the request."""
-            if self.cycle is not None:  # it was reading the request's body
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            name = log.new_id()
-            self.transport.write(_error_bytes(error, name))
-            self.transport.close()
-            log.write(self.client, "connection", error.status, str(error), name)
+    def _close(self, error: RequestError) -> None:
+        """Answer with an error and close the connection; no application sees the request."""
+        if self.cycle is not None:  # it was reading the request's body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        name = log.new_id()
+        self.transport.write(_error_bytes(error, name))
+        self.transport.close()
+        log.write(self.client, "connection", error.status, str(error), name)
 
-        def _should_upgrade(self) -> bool:
-            return False  # to ignore an Upgrade is right, and uvicorn would log two lines
+    def _should_upgrade(self) -> bool:
+        return False  # to ignore an Upgrade is right, and uvicorn would log two lines
 
-        def data_received(self, data: bytes) -> None:
-            # uvicorn stops the timer at the first byte; this waits for a complete head
-            self.conn.receive_data(data)
-            self.handle_events()
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._unset_keepalive_if_required()
-            else:
-                self._start_timer()
-
-        def _start_timer(self) -> None:
-            if self.timeout_keep_alive_task is None and not self.transport.is_closing():
-                late = self.timeout_keep_alive_handler
-                self.timeout_keep_alive_task = self.loop.call_later(idle, late)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
+    def data_received(self, data: bytes) -> None:
+        # uvicorn stops the timer at the first byte; this waits for a complete head
+        self.conn.receive_data(data)
+        self.handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
             self._unset_keepalive_if_required()
-            self._cancel_stalled()
+        else:
+            self._start_timer()
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._stalled = self._stalled or self.loop.call_later(idle, self.transport.abort)
+    def _start_timer(self) -> None:
+        if self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            late = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.idle, late)
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._cancel_stalled()
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._cancel_stalled()
 
-        def _cancel_stalled(self) -> None:
-            if self._stalled:
-                self._stalled.cancel()
-            self._stalled = None
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self._stalled or self.loop.call_later(self.idle, self.transport.abort)
 
-    return Connection
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel_stalled()
+
+    def _cancel_stalled(self) -> None:
+        if self._stalled:
+            self._stalled.cancel()
+        self._stalled = None
+
+
+def connection_class(max_connections: int, idle: float) -> type[Connection]:
+    """Return the Connection with these limits; uvicorn makes the connections."""
+    return type("Limited", (Connection,), {"max_connections": max_connections, "idle": idle})
 
 
 def _error_bytes(error: RequestError, name: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import os
 import random
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import ROOT
-from test_serve import serving, wait_until
+from test_serve import get_status, serving, wait_until
 
 KEY = "sesame"
 LOADED = "serving model.ckpt"
@@ -126,16 +127,26 @@ def test_mixed_requests_get_what_they_ask_for(tiny, caplog):
     assert "Traceback" not in caplog.text
 
 
+@contextlib.contextmanager
+def started(*words, files=4096):
+    """Run the command with a limit of open files; yield the process and its port."""
+    command = [sys.executable, "-m", "gpt2cli", "serve", "--model_name", "tiny", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2CLI_API_KEY": KEY}
+    limited = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "-", *command, *words]
+    with open("log", "w") as log:
+        one = subprocess.Popen(limited, env=environment, stderr=log)
+    try:
+        wait_until(lambda: LOADED in Path("log").read_text())
+        yield one, int(re.search(r"http://127.0.0.1:(\d+)", Path("log").read_text())[1])
+    finally:
+        one.kill()
+        one.wait()
+
+
 @pytest.mark.slow
 def test_five_thousand_requests_leave_nothing_behind(workdir):
     """Run the command; print its memory after each 250 requests."""
-    command = [sys.executable, "-m", "gpt2cli", "serve", "--model_name", "tiny", "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2CLI_API_KEY": KEY}
-    with open("log", "w") as log:
-        one = subprocess.Popen([*command, "--max_queue", "500"], env=environment, stderr=log)
-    try:
-        wait_until(lambda: LOADED in Path("log").read_text())
-        port = int(re.search(r"http://127.0.0.1:(\d+)", Path("log").read_text())[1])
+    with started("--max_queue", "500") as (one, port):
         files, kinds, memory = set(), collections.Counter(), []
         for part in range(20):
             kinds += hammer(port, range(250 * part, 250 * (part + 1)))
@@ -157,9 +168,6 @@ def test_five_thousand_requests_leave_nothing_behind(workdir):
         assert httpx.post(url, json=sent, headers=headers).status_code == 200
         one.terminate()
         assert one.wait(60) == 0
-    finally:
-        one.kill()
-        one.wait()
     text = Path("log").read_text()
     assert "Traceback" not in text and KEY not in text
     assert len(text.splitlines()) < 5200
@@ -175,3 +183,18 @@ def resident(process):
     """Return the memory of a process in megabytes."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1000
+
+
+@pytest.mark.slow
+def test_more_connections_than_open_files_are_survived(workdir):
+    with started(files=64) as (_, port):
+        assert "--max_connections is lowered from 1000 to 32" in Path("log").read_text()
+        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        wait_until(lambda: "32 connections are open" in Path("log").read_text())
+        time.sleep(3)  # asyncio tries again every second
+        for one in held:
+            one.close()
+        wait_until(lambda: get_status(f"http://127.0.0.1:{port}/health") == 200)
+    text = Path("log").read_text()
+    assert "Traceback" not in text and text.count("Too many open files") <= 1
+    assert len(text.splitlines()) < 300
