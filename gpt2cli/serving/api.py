@@ -379,6 +379,12 @@ def _operation(
 
 
 @functools.cache
+def request_schema() -> dict[str, Any]:
+    """Return the JSON schema of a CompletionRequest."""
+    return CompletionRequest.model_json_schema()
+
+
+@functools.cache
 def openapi_document(has_key: bool = False) -> dict[str, Any]:
     """Return the API's OpenAPI document; with has_key, it says that an API key is required."""
     types = (CompletionRequest, Completion, Error, Health, Model, ModelList)

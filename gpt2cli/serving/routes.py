@@ -288,7 +288,7 @@ async def openapi(request: Request) -> Response:
 
 async def docs(request: Request) -> Response:
     """GET /docs: the API as a page."""
-    fields = CompletionRequest.model_json_schema()["properties"]
+    fields = api.request_schema()["properties"]
     return HTMLResponse(page.render(_service(request), "docs.html", fields=fields))
 
 
