@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import re
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from gpt2cli.inference.generator import LanguageModel
 
 LOG = logging.getLogger(__name__)
+KEY = re.compile(r"[!-~]+")  # what an HTTP header can carry as one word
+HOST = re.compile(r"[\w.-]+|\[?[\da-fA-F.]*:[\da-fA-F:.]*:[\da-fA-F:.]*\]?", re.ASCII)
+ORIGIN = re.compile(r"[a-z][a-z\d+.-]*://[^\s/?#@]+", re.ASCII | re.IGNORECASE)
+RESERVED = 128  # open files besides connections: the model, a reload of it, static files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +40,12 @@ class ServeOptions(CheckpointOptions):
         port: port to listen on; 0 picks a free one and prints it.
         api_key: require this key (Authorization: Bearer KEY). Prefer the environment variable
             GPT2CLI_API_KEY, which other users of the machine cannot see.
-        allow_host: host name to accept besides localhost, such as the one of a proxy. Without an
-            API key, a server on a loopback address rejects requests for any other name (403),
-            because a web page could use such a name to reach it.
+        allowed_hosts: host name to answer for besides localhost and --host, such as the one of a
+            proxy; others are rejected (403). With an API key and without this flag, every name is
+            accepted.
+        allowed_origins: website whose pages may use the server, such as https://books.example
+            (CORS); * allows all and needs an API key. Without this flag, only the server's own page
+            may.
         log_prompts: include prompts in the log.
 
     Limits:
@@ -50,7 +58,7 @@ class ServeOptions(CheckpointOptions):
         max_time: seconds for a request, including its time in the queue (504).
         max_idle: seconds a client may stay silent before its connection is closed (408 in the
             middle of a request).
-        max_connections: simultaneous connections (503).
+        max_connections: simultaneous connections (503). Lowered to fit the limit of open files.
 
     Environment:
         GPT2CLI_API_KEY: API key that requests must send; see --api_key.
@@ -63,7 +71,8 @@ class ServeOptions(CheckpointOptions):
     host: str = "127.0.0.1"
     port: int = 5000
     api_key: str | None = None
-    allow_host: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     log_prompts: bool = False
     max_batch: int = 16
     max_queue: int = 64
@@ -90,8 +99,20 @@ class ServeOptions(CheckpointOptions):
             max_connections=(1, 100_000),
         )
         self._check_source()
-        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
-            raise UsageError("--api_key must consist of printable ASCII characters without spaces")
+        if self.api_key is not None:
+            _check_key(self.api_key, "--api_key")
+        for host in self.allowed_hosts:
+            if not HOST.fullmatch(host):
+                raise UsageError(
+                    f"--allowed_hosts {host} is not a host name: give the name alone, such as "
+                    "books.example, without http:// and without a port"
+                )
+        for origin in self.allowed_origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise UsageError(
+                    f"--allowed_origins {origin} is not an origin: give scheme, name and, if it is "
+                    "not the usual one, port, such as https://books.example, without a path"
+                )
 
 
 def run(options: ServeOptions) -> None:
@@ -110,13 +131,7 @@ def run(options: ServeOptions) -> None:
             f"serve needs the package {error.name}, which is not installed. Install all it needs "
             'with: pip install ".[serve]" (or bin/install serve in a clone)'
         ) from None
-    if options.api_key is None and "GPT2CLI_API_KEY" in os.environ:
-        if not os.environ["GPT2CLI_API_KEY"]:
-            raise UserError(
-                "GPT2CLI_API_KEY is set but empty: set it to the key that requests must send, or "
-                "unset it to serve without one"
-            )
-        options = dataclasses.replace(options, api_key=os.environ["GPT2CLI_API_KEY"])
+    options = with_key(options)
     folder = folders.open_source(options)
     if not encoder.exists(folder.path):
         raise UserError(f"{folder.path} has no vocabulary; serve needs one to read and write text")
@@ -126,7 +141,7 @@ def run(options: ServeOptions) -> None:
 
     from gpt2cli import tensorflow  # slow to import: after all cheap checks
     from gpt2cli.inference import generator
-    from gpt2cli.serving import service
+    from gpt2cli.serving import service, sites
 
     tensorflow.keep_no_memory()
 
@@ -136,36 +151,74 @@ def run(options: ServeOptions) -> None:
         model = generator.load_model(newest, options.precision)
         model.network.read_apart()
         model.warm(options.max_batch)
+        model.longest_token  # noqa: B018, counted here, not while the first request waits
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # else a large request makes Python look through all of TensorFlow's objects
         return model, newest.checkpoint.name
 
     def leave() -> None:
         served.should_exit = True
 
-    shared = service.Service(options, load, leave)
-    allow_connections(options.max_connections)
-    served = connections.make_server(routes.make_app(shared), options)
     log = logging.getLogger("gpt2cli")  # the parent of every module's
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
+    options = fitted(options)
+    shared = service.Service(options, load, leave)
+    served = connections.make_server(routes.make_app(shared), options)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     LOG.info(
         "loading %s with %s", folder.checkpoint, tensorflow.describe_devices(options.precision)
     )
     LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
+    if not (options.api_key or sites.is_loopback(listener.getsockname()[0])):
+        LOG.warning(
+            "no API key is set: everyone who can reach this address can use the server. To require "
+            "one, set GPT2CLI_API_KEY"
+        )
     with _terminated():
         served.run(sockets=[listener])
     if shared.failure:
         raise shared.failure
 
 
+def with_key(options: ServeOptions) -> ServeOptions:
+    """Return the options with the API key of the environment, unless they have one.
+
+    Raises:
+        UserError: that key cannot be sent, or a flag is unsafe without a key.
+    """
+    if options.api_key is None and "GPT2CLI_API_KEY" in os.environ:
+        key = os.environ["GPT2CLI_API_KEY"]
+        if not key:
+            raise UserError(
+                "GPT2CLI_API_KEY is set but empty: set it to the key that requests must send, or "
+                "unset it to serve without one"
+            )
+        _check_key(key, "GPT2CLI_API_KEY")
+        options = dataclasses.replace(options, api_key=key)
+    if "*" in options.allowed_origins and options.api_key is None:
+        raise UserError(
+            "--allowed_origins * needs an API key, because without one the pages of every website "
+            "could use this server: set GPT2CLI_API_KEY, or name the websites"
+        )
+    return options
+
+
+def _check_key(key: str, name: str) -> None:
+    if not KEY.fullmatch(key):
+        raise UsageError(f"{name} must consist of printable ASCII characters without spaces")
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address; raises UserError if that is impossible."""
     try:
-        family, kind, *_, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind)
+        # asyncio sends at once (TCP_NODELAY) only if the socket names its protocol
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, UnicodeError) as error:  # UnicodeError: no host can have such a name
@@ -176,16 +229,34 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def allow_connections(count: int) -> None:
-    """Raise this process' limit of open files to hold this many connections, if permitted."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
+def fitted(options: ServeOptions) -> ServeOptions:
+    """Return the options with as many connections as this process may have."""
+    most = fit_connections(options.max_connections)
+    if most < options.max_connections:
+        LOG.warning(
+            "--max_connections is lowered from %d to %d, because this process may open only a "
+            "limited number of files. Raise that limit with ulimit -n",
+            options.max_connections,
+            most,
+        )
+    return dataclasses.replace(options, max_connections=most)
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        needed = count + 256
-        if soft != resource.RLIM_INFINITY and soft < needed:
-            most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+def fit_connections(wanted: int) -> int:
+    """Return how many connections this process may hold; raise its limit of open files for them."""
+    try:
+        import resource
+    except ImportError:  # not on Unix
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + RESERVED
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    with contextlib.suppress(ValueError, OSError):  # macOS rejects what it calls permitted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return min(wanted, max(1, soft - min(RESERVED, soft // 2)))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 # pydantic requires the TypedDict of typing_extensions before Python 3.12; 3.10 has no NotRequired
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035
 
-from gpt2cli import __version__
+from gpt2cli import __version__, console
 from gpt2cli.errors import UserError
 from gpt2cli.options import GenerateOptions
 
@@ -25,14 +25,16 @@ INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 MAX_LOGPROBS = 5  # OpenAI's limit
 MAX_STOPS = 16  # strings in `stop`; each is searched for after every token
+MAX_PROMPTS = 2048  # of a request; --max_n has a lower limit as a rule
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 StreamOption = Literal["include_usage", "include_obfuscation"]
 
 # fail_fast: a long list with wrong items makes one error, not one for each item.
 NOT_EMPTY = Field(min_length=1, fail_fast=True)
-Texts = Annotated[list[str], NOT_EMPTY]
+SOME = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+Texts = Annotated[list[str], SOME]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], NOT_EMPTY]
-Prompt = str | Texts | TokenIds | Annotated[list[TokenIds], NOT_EMPTY]
+Prompt = str | Texts | TokenIds | Annotated[list[TokenIds], SOME]
 
 # Messages for fields that pydantic's own errors describe badly.
 UNSUPPORTED = ("best_of", "presence_penalty", "frequency_penalty", "logit_bias", "suffix")
@@ -40,7 +42,7 @@ MESSAGES = {name: f"{name} is not supported by this server; leave it out" for na
 MESSAGES |= {
     "prompt": (
         "prompt must be a string, a list of strings, a list of token ids, or a list of such lists; "
-        "lists must not be empty"
+        f"lists must not be empty or have more than {MAX_PROMPTS:,} prompts"
     ),
     "stop": f"stop must be a string or a list of up to {MAX_STOPS}, each of 1 to 1,000 characters",
     "stream_options": 'stream_options must be an object such as {"include_usage": true}',
@@ -72,6 +74,10 @@ class RequestError(Exception):
     code: str | None = None  # a word for programs to test
     headers: Mapping[str, str] | None = None  # of the response
 
+    def __post_init__(self) -> None:
+        self.message = _visible(self.message)
+        self.param = None if self.param is None else _visible(self.param)
+
     def __str__(self) -> str:
         return self.message
 
@@ -82,6 +88,11 @@ class RequestError(Exception):
         return {
             "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         }
+
+
+def _visible(text: str) -> str:
+    """Return a text that may repeat what a client sent, without control characters."""
+    return console.visible(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -159,9 +170,19 @@ class CompletionRequest(BaseModel):
             RequestError: the body is not a JSON object, or a field is wrong.
         """
         try:
-            values = _without_surrogates(json.loads(body.decode("utf-8"), parse_constant=_reject))
-        except (ValueError, RecursionError) as error:
-            raise RequestError(400, f"the body is not valid JSON: {error}") from None
+            text = body.decode("utf-8")
+            values = json.loads(text, parse_constant=_reject, object_pairs_hook=_object)
+            if "\\u" in text:  # only an escape can be half of a surrogate pair
+                json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = repr(error.object[error.start])
+            message = f"the body has half a surrogate pair, {half}, which is not a character"
+            raise RequestError(400, message) from None
+        except RecursionError:
+            raise RequestError(400, "the body's JSON is nested too deeply") from None
+        except ValueError as error:
+            reason = str(error).partition(";")[0]  # Python's advice to its programmers
+            raise RequestError(400, f"the body is not valid JSON: {reason}") from None
         if not isinstance(values, dict):
             raise RequestError(400, "the body must be a JSON object")
         return cls.checked(values)
@@ -229,15 +250,14 @@ class CompletionRequest(BaseModel):
         return [self.prompt]
 
 
-def _without_surrogates(value: Any) -> Any:
-    """Replace half surrogate pairs in a JSON value by U+FFFD: UTF-8 cannot encode them."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_without_surrogates(item) for item in value]
-    if isinstance(value, dict):
-        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
-    return value
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raises RequestError if two of its fields have one name."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RequestError(400, f"the field {name:.50} is given twice", name[:50])
+        found[name] = value
+    return found
 
 
 def _reject(name: str) -> None:
@@ -332,6 +352,7 @@ class Health(TypedDict):
 STATUSES = {
     400: "a field is wrong; param names it",
     401: "the API key is missing or wrong",
+    403: "the request comes from another website's page, or names an unknown host",
     404: "no such model",
     408: "the request body did not arrive in time",
     413: "the request body is too large",
@@ -358,12 +379,18 @@ def _operation(
 
 
 @functools.cache
+def request_schema() -> dict[str, Any]:
+    """Return the JSON schema of a CompletionRequest."""
+    return CompletionRequest.model_json_schema()
+
+
+@functools.cache
 def openapi_document(has_key: bool = False) -> dict[str, Any]:
     """Return the API's OpenAPI document; with has_key, it says that an API key is required."""
     types = (CompletionRequest, Completion, Error, Health, Model, ModelList)
     adapters = [(one.__name__, "validation", TypeAdapter(one)) for one in types]
     _, schemas = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")  # type: ignore
-    keys = [401] if has_key else []
+    keys = [401, 403] if has_key else [403]
     every = [status for status in STATUSES if status != 401 or has_key]
     body = {"required": True, "content": _content("CompletionRequest")}
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -377,7 +404,7 @@ def openapi_document(has_key: bool = False) -> dict[str, Any]:
     model = _operation(
         "retrieveModel", "Describe a model", "Model", [404, *keys], parameters=[name]
     )
-    health = _operation("getHealth", "Report whether the server is ready", "Health", [503])
+    health = _operation("getHealth", "Report whether the server is ready", "Health", [403, 503])
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "gpt2cli serve", "version": __version__},

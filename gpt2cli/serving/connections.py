@@ -7,86 +7,180 @@ its H11Protocol. setup.py pins uvicorn to the versions this was tested with.
 from __future__ import annotations
 
 import asyncio
+import http
+import json
+import logging
+import socket
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gpt2cli.serving import log
+from gpt2cli.serving.api import RequestError
 
 if TYPE_CHECKING:
     from gpt2cli.commands.serve import ServeOptions
 
-OVERFULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
-    b"content-length: 0\r\n\r\n"
-)
+LOG = logging.getLogger(__name__)
+GROUP = 16  # connections that are accepted at once
+WAITING = 2048  # connections that the system may keep until then; uvicorn's own number
+BETWEEN_LINES = 60.0  # seconds between two lines that say that there are too many open files
 
 
-def make_server(app: Any, options: ServeOptions) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's server; it accepts connections in small groups.
+
+    A group that is over the limit is closed before the next ones need open files of their own.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. The system keeps more connections waiting than a group has."""
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(WAITING)
+
+
+def make_server(app: Any, options: ServeOptions) -> Server:
     """Return the server of an ASGI app; set its `should_exit` to finish all requests and stop."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=connection_class(options.max_connections, options.max_idle),
-            ws="none",
-            proxy_headers=False,  # the server cannot know which proxies to trust
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=options.max_idle,  # type: ignore[arg-type]  # a float works
-            timeout_graceful_shutdown=int(options.max_time) + 1,
-        )
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",  # what report_exhaustion was written for
+        backlog=GROUP,
+        http=connection_class(options.max_connections, options.max_idle),
+        ws="none",
+        proxy_headers=False,  # the server cannot know which proxies to trust
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=options.max_idle,  # type: ignore[arg-type]  # a float works
+        timeout_graceful_shutdown=int(options.max_time) + 1,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    return Server(config)
 
 
-def connection_class(max_connections: int, idle: float) -> type[H11Protocol]:
-    """Return uvicorn's HTTP/1.1 protocol with limits.
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether uvicorn's line is not one of ours in other words."""
+    return record.msg != "Invalid HTTP request received."
 
-    Args:
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with limits.
+
+    Attributes:
         max_connections: open connections; further ones get a 503.
         idle: seconds a client may take to send a request's head, counted from the start of the
             connection or from the last response, and seconds it may stop reading a response.
     """
 
-    class Connection(H11Protocol):
-        _stalled: asyncio.TimerHandle | None = None
+    max_connections: int
+    idle: float
+    _stalled: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._start_timer()
-            if len(self.connections) > max_connections:
-                transport.write(OVERFULL)
-                transport.close()
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+        if len(self.connections) > self.max_connections:
+            message = f"{self.max_connections} connections are open; try again later"
+            headers = {"retry-after": "1"}
+            self._close(RequestError(503, message, code="connections_full", headers=headers))
 
-        def data_received(self, data: bytes) -> None:
-            # uvicorn stops the timer at the first byte; this waits for a complete head
-            self.conn.receive_data(data)
-            self.handle_events()
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._unset_keepalive_if_required()
-            else:
-                self._start_timer()
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP; called while the error is handled."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            error = sys.exc_info()[1]
+            status = getattr(error, "error_status_hint", 400)
+            reason = str(error).partition(": bytearray(")[0]  # not the bytes themselves
+            self._close(RequestError(status, f"this is not valid HTTP/1.1: {reason}"))
+        self.transport.close()  # also if a response has begun, or the request was answered
 
-        def _start_timer(self) -> None:
-            if self.timeout_keep_alive_task is None and not self.transport.is_closing():
-                late = self.timeout_keep_alive_handler
-                self.timeout_keep_alive_task = self.loop.call_later(idle, late)
+    def _close(self, error: RequestError) -> None:
+        """Answer with an error and close the connection; no application sees the request."""
+        if self.cycle is not None:  # it was reading the request's body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        name = log.new_id()
+        self.transport.write(_error_bytes(error, name))
+        self.transport.close()
+        log.write(self.client, "connection", error.status, str(error), name)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
+    def _should_upgrade(self) -> bool:
+        return False  # to ignore an Upgrade is right, and uvicorn would log two lines
+
+    def data_received(self, data: bytes) -> None:
+        # uvicorn stops the timer at the first byte; this waits for a complete head
+        self.conn.receive_data(data)
+        self.handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
             self._unset_keepalive_if_required()
-            self._cancel_stalled()
+        else:
+            self._start_timer()
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._stalled = self._stalled or self.loop.call_later(idle, self.transport.abort)
+    def _start_timer(self) -> None:
+        if self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            late = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.idle, late)
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._cancel_stalled()
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._cancel_stalled()
 
-        def _cancel_stalled(self) -> None:
-            if self._stalled:
-                self._stalled.cancel()
-            self._stalled = None
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self._stalled or self.loop.call_later(self.idle, self.transport.abort)
 
-    return Connection
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel_stalled()
+
+    def _cancel_stalled(self) -> None:
+        if self._stalled:
+            self._stalled.cancel()
+        self._stalled = None
+
+
+def connection_class(max_connections: int, idle: float) -> type[Connection]:
+    """Return the Connection with these limits; uvicorn makes the connections."""
+    return type("Limited", (Connection,), {"max_connections": max_connections, "idle": idle})
+
+
+def _error_bytes(error: RequestError, name: str) -> bytes:
+    """Return a whole HTTP response, for a connection that reaches no application."""
+    body = json.dumps(error.as_json()).encode()
+    headers = [
+        *((key.encode(), value.encode()) for key, value in (error.headers or {}).items()),
+        *log.headers_of(name),
+        (b"connection", b"close"),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+    ]
+    lines = [b"HTTP/1.1 %d %s" % (error.status, http.HTTPStatus(error.status).phrase.encode())]
+    lines += [key + b": " + value for key, value in headers]
+    return b"\r\n".join([*lines, b"", body])
+
+
+def report_exhaustion(loop: asyncio.AbstractEventLoop) -> None:
+    """Make a loop log one line if no file can be opened for a connection.
+
+    asyncio tries again every second, a whole group at once, and would log each as a traceback.
+    """
+    silent_until = 0.0
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal silent_until
+        if context.get("message") != "socket.accept() out of system resource":
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= silent_until:
+            silent_until = time.monotonic() + BETWEEN_LINES
+            LOG.warning(
+                "%s: new connections wait until others close. Allow more with ulimit -n, or fewer "
+                "connections with --max_connections",
+                context["exception"].strerror,
+            )
+
+    loop.set_exception_handler(handle)

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from gpt2cli.serving.service import Service
 
 WEB = Path(__file__).parent / "web"
-PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(WEB), autoescape=True)
+# In memory, so that no request needs to open a file.
+PAGES = jinja2.Environment(
+    loader=jinja2.DictLoader({path.name: path.read_text("utf-8") for path in WEB.glob("*.html")}),
+    autoescape=True,
+)
+STATIC = {path.name: path.read_bytes() for path in (WEB / "static").iterdir()}
+KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 # Headers of every response: the page needs nothing from other sites and may send nothing to them.
 POLICY = (
@@ -76,13 +82,16 @@ def read_form(body: bytes) -> dict[str, str]:
         raise RequestError(400, "the request is not a form in UTF-8") from None
     if "seed" not in pairs:
         raise RequestError(400, "the form's field seed, the text to continue, is missing", "seed")
-    fields = {name: values[-1] for name, values in pairs.items()}
-    unknown = next((name for name in fields if name not in (*FIELDS, *NOT_SENT_ON)), None)
+    unknown = next((name for name in pairs if name not in (*FIELDS, *NOT_SENT_ON)), None)
     if unknown is not None:
         known = ", ".join(FIELDS)
         raise RequestError(
             400, f"unknown field {unknown:.50}; the fields are {known}", unknown[:50]
         )
+    twice = next((name for name, values in pairs.items() if len(values) > 1), None)
+    if twice is not None:
+        raise RequestError(400, f"the field {twice} is given twice", twice)
+    fields = {name: values[0] for name, values in pairs.items()}
     # browsers send line ends as CRLF
     return fields | {"seed": fields["seed"].replace("\r\n", "\n")}
 
@@ -91,11 +100,3 @@ def request_of(form: Mapping[str, str]) -> CompletionRequest:
     """Return the request that a form makes; raises RequestError for a wrong value."""
     values = {name: form[field] for field, (name, _) in FIELDS.items() if form[field].strip()}
     return CompletionRequest.checked(values | {"prompt": form["seed"]}, strict=False)
-
-
-def is_from_this_site(headers: Mapping[str, str]) -> bool:
-    """Return whether a form came from this server's page, or from a program; browsers say which."""
-    if site := headers.get("sec-fetch-site"):
-        return site in ("same-origin", "none")
-    origin = headers.get("origin")  # without TLS, browsers send only this header
-    return origin is None or origin.partition("://")[2] == headers.get("host")

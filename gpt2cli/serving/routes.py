@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import prometheus_client
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpt2cli.serving import api, page
+from gpt2cli.serving import api, connections, log, page
 from gpt2cli.serving.api import CompletionRequest, RequestError
+from gpt2cli.serving.sites import Sites
 
 if TYPE_CHECKING:
     from gpt2cli.serving.service import Answer, Service
 
-LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 CLOSE = {"connection": "close"}
 GONE = 499  # the client disconnected; never sent, nginx logs the same number
 
@@ -45,7 +46,7 @@ def make_app(service: Service) -> ASGIApp:
             Route("/metrics", metrics),
             Route("/openapi.json", openapi),
             Route("/docs", docs),
-            Mount("/static", StaticFiles(directory=page.WEB / "static")),
+            Route("/static/{name}", static),
         ],
         lifespan=_lifespan,
         exception_handlers={
@@ -55,13 +56,27 @@ def make_app(service: Service) -> ASGIApp:
         },
     )
     app.state.service = service
-    return Logged(app, service)
+    app.router.redirect_slashes = False  # the target would be made of the client's Host
+    origins = Sites(service.options).origins
+    return Logged(_shared_with(app, origins) if origins else app, service)
+
+
+def _shared_with(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Let pages of other origins use an application (CORS); they send no cookies."""
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),  # OpenAI's client sends a dozen of its own
+        expose_headers=("x-request-id", "retry-after"),
+    )
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     service = app.state.service
     service.loop = asyncio.get_running_loop()
+    connections.report_exhaustion(service.loop)
 
     def load(again: bool) -> None:
         threading.Thread(target=service.load, args=[again], daemon=True).start()
@@ -74,47 +89,58 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 class Logged:
-    """The application; logs and counts each request, and adds security headers."""
+    """The application; checks, logs and counts each request, and adds headers to the response."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
+        self.app, self.service, self.sites = app, service, Sites(service.options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), GONE
+        began, status, headers = time.monotonic(), GONE, Headers(scope=scope)
+        name = log.new_id(headers.get("x-request-id"))
         scope.setdefault("state", {})
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], *page.SECURITY]}
+                message = {**message, "headers": [*message["headers"], *log.headers_of(name)]}
             await send(message)
 
         try:
-            self.service.check_host(Headers(scope=scope).get("host"))
+            _check_framing(scope["http_version"], headers)
+            self.sites.check(scope["method"], headers, (scope.get("server") or [None])[0])
             await self.app(scope, receive, sending)
-        except RequestError as error:  # of check_host; the application answers its own
+        except RequestError as error:  # of the checks; the application answers its own
             await _error(error)(scope, receive, sending)
         finally:
-            self._log(scope, status, time.monotonic() - began)
+            self._log(scope, status, time.monotonic() - began, name)
 
-    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+    def _log(self, scope: Scope, status: int, seconds: float, name: str) -> None:
         path, answer = scope["path"], scope["state"].get("answer")
         routes = ("/", "/v1/completions", "/v1/models", "/docs", "/openapi.json")
         self.service.metrics.requests.labels(path if path in routes else "other", status).inc()
         if path in ("/health", "/metrics") and status == 200:
             return  # requested every few seconds
-        client = (scope.get("client") or ["-"])[0]
-        line = f"{time.strftime('%F %T')} {client!a} {scope['method']} {path[:200]!a} {status}"
+        rest = f"{seconds:.2f} s"
         if answer:
-            line += f" {answer.prompt_tokens}+{answer.generated()} tokens"
-        line += f" {seconds:.2f} s"
+            rest = f"{answer.prompt_tokens}+{answer.generated()} tokens {rest}"
         if answer and self.service.options.log_prompts:
-            line += f" {[row.text.prompt for row in answer.rows[:: answer.request.n]]!a}"
-        LOG.info(line)
+            rest += f" {[row.text.prompt for row in answer.rows[:: answer.request.n]]!a}"
+        request = f"{scope['method']} {path[:200]!a}"
+        log.write(scope.get("client"), request, status, rest, name)
+
+
+def _check_framing(version: str, headers: Headers) -> None:
+    """Raise RequestError if a proxy in front of this server may see the body end elsewhere.
+
+    RFC 9112, section 6.1: such a request may smuggle another one past the proxy.
+    """
+    if "transfer-encoding" in headers and ("content-length" in headers or version == "1.0"):
+        also = "HTTP/1.0" if version == "1.0" else "Content-Length"
+        raise RequestError(400, f"Transfer-Encoding does not go with {also}", headers=CLOSE)
 
 
 def _error(error: RequestError) -> JSONResponse:
@@ -123,8 +149,15 @@ def _error(error: RequestError) -> JSONResponse:
 
 def _not_found(request: Request, error: HTTPException) -> JSONResponse:
     """Answer a wrong path or method in the API's form."""
-    text = f"no route for {request.method} {request.scope['path']:.100}; see /docs"
-    return _error(RequestError(error.status_code, text, headers=error.headers))
+    method, path = request.method, f"{request.scope['path']:.100}"
+    text = f"no route for {method} {path}"
+    if methods := (error.headers or {}).get("Allow"):
+        text = f"{path} accepts {', '.join(sorted(methods.split(', ')))}, not {method}"
+    elif path.startswith("/v1/"):
+        text += ": this server has a base model, which only continues text: POST /v1/completions"
+    elif f"/v1{path}" in ("/v1/completions", "/v1/models", "/v1/chat/completions"):
+        text += ": the API's routes begin with /v1, such as POST /v1/completions"
+    return _error(RequestError(error.status_code, f"{text}; see /docs", headers=error.headers))
 
 
 def _service(request: Request) -> Service:
@@ -182,6 +215,13 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
             task.cancel()
 
 
+async def _parsed(request: Request, parse: Callable[[bytes], T]) -> T:
+    """Read a request's body and parse it; a large one does not hold up other requests."""
+    body, service = await _body(request), _service(request)
+    work = service.in_time(service.in_thread(len(body), parse, body))
+    return await _unless_gone(request, work)
+
+
 async def _begin(request: Request, wanted: CompletionRequest, streams: bool) -> Answer:
     """Start answering a request; see Service.begin."""
     answer = await _unless_gone(request, _service(request).begin(wanted, streams))
@@ -204,7 +244,7 @@ async def complete(request: Request) -> Response:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # other sites' pages cannot send this type without asking
         raise RequestError(415, "send the request as JSON, with Content-Type: application/json")
-    wanted = CompletionRequest.parse(await _body(request))
+    wanted = await _parsed(request, CompletionRequest.parse)
     if not wanted.stream:
         return JSONResponse(await _whole(request, wanted))
     answer = await _begin(request, wanted, True)
@@ -248,8 +288,16 @@ async def openapi(request: Request) -> Response:
 
 async def docs(request: Request) -> Response:
     """GET /docs: the API as a page."""
-    fields = CompletionRequest.model_json_schema()["properties"]
+    fields = api.request_schema()["properties"]
     return HTMLResponse(page.render(_service(request), "docs.html", fields=fields))
+
+
+async def static(request: Request) -> Response:
+    """GET /static/NAME: a file of the page."""
+    name = request.path_params["name"]
+    if name not in page.STATIC:
+        raise HTTPException(404)
+    return Response(page.STATIC[name], media_type=page.KINDS[PurePath(name).suffix])
 
 
 async def home(request: Request) -> Response:
@@ -259,9 +307,7 @@ async def home(request: Request) -> Response:
     if request.method != "POST":
         return HTMLResponse(page.render(service, "page.html", form=form))
     try:
-        if not page.is_from_this_site(request.headers):
-            raise RequestError(403, "only this server's own page may send this form")
-        form |= page.read_form(await _body(request))
+        form |= await _parsed(request, page.read_form)
         service.check_key(form.get("key", ""))
         found = await _whole(request, page.request_of(form))
     except RequestError as error:

@@ -18,11 +18,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Full(Exception):
-    """The queue is full; `seconds` estimates when there will be room."""
-
-    def __init__(self, seconds: int) -> None:
-        super().__init__("the queue is full")
-        self.seconds = seconds
+    """The queue is full."""
 
 
 class Piece(NamedTuple):
@@ -123,7 +119,7 @@ class Scheduler:
         with self._change:
             total = len(self._waiting) + len(self._running) + len(job.rows)
             if total > self.width + self.queue:
-                raise Full(max(1, round(self._pace * len(self._waiting) / self.width)))
+                raise Full
             self._waiting.extend((job, number) for number in range(len(job.rows)))
             self._change.notify()
 
@@ -141,6 +137,11 @@ class Scheduler:
         """Return the number of texts in the batch, and of those that wait."""
         with self._change:
             return len(self._running), len(self._waiting)
+
+    def seconds_until_room(self) -> int:
+        """Return an estimate of the seconds after which the queue has room."""
+        with self._change:
+            return max(1, round(self._pace * len(self._waiting) / self.width))
 
     def close(self) -> None:
         """Finish everything that was submitted, then end the thread."""

@@ -9,18 +9,17 @@ import asyncio
 import contextlib
 import functools
 import hmac
-import ipaddress
 import json
 import logging
-import re
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import prometheus_client
 
+from gpt2cli import console
 from gpt2cli.errors import UserError
 from gpt2cli.inference.generator import LanguageModel
 from gpt2cli.inference.rows import Row
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from gpt2cli.commands.serve import ServeOptions
 
 LOG = logging.getLogger(__name__)
+LARGE = 20_000  # bytes of a request, or characters of its prompts: about 5 milliseconds of work
+T = TypeVar("T")
 
 
 class Metrics:
@@ -88,10 +89,12 @@ class Service:
         self._again = False
         self._prepared = 0  # samples whose prompts are being encoded, not yet in the queue
         self._scores = asyncio.Semaphore(1)  # scoring a whole prompt takes hundreds of megabytes
+        self._large = asyncio.Semaphore(1)  # see in_thread
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of samples running and waiting."""
-        return self.scheduler.counts()
+        """Return the number of samples running, and waiting; a prompt being encoded waits too."""
+        running, waiting = self.scheduler.counts()
+        return running, waiting + self._prepared
 
     def described(self) -> api.Model:
         """Return the model as the API lists it."""
@@ -136,27 +139,32 @@ class Service:
                 headers={"www-authenticate": "Bearer"},
             )
 
-    def check_host(self, header: str | None) -> None:
-        """Raise RequestError if a web page from elsewhere may have caused this Host header.
-
-        A page can point its own name to this machine (DNS rebinding), so without an API key a
-        server that listens on a loopback address answers only for addresses and known names.
-        """
-        options = self.options
-        if header is None or options.api_key or not _is_address(options.host, loopback=True):
-            return
-        name = header.rpartition(":")[0] if re.search(r":\d*\Z", header) else header
-        name = name.strip("[]").lower().rstrip(".")
-        known = ("localhost", options.host.lower(), *map(str.lower, options.allow_host))
-        if not (_is_address(name) or name in known):
-            message = f"this server does not accept the host name {name:.100}; see --allow_host"
-            raise RequestError(403, message)
-
     def check_model(self, name: str) -> None:
         """Raise RequestError unless this is the model being served."""
         if name != self.name:
             message = f"no model {name:.100} here; this server has {self.name}"
             raise RequestError(404, message, "model", "model_not_found")
+
+    async def in_time(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return a coroutine's result; raises RequestError if it takes longer than --max_time."""
+        try:
+            return await asyncio.wait_for(work, self.options.max_time)
+        except asyncio.TimeoutError:  # noqa: UP041, in Python 3.10 it is not the builtin one
+            raise self.late() from None
+
+    async def in_thread(self, size: int, function: Callable[..., T], *values: Any) -> T:
+        """Return a function's result; it works in a thread, while the server answers others.
+
+        Python runs one thread at a time. So that small requests get their turn, large ones are
+        worked on one after the other.
+
+        Args:
+            size: characters, bytes or tokens to read.
+            function: what to call.
+            values: its arguments.
+        """
+        async with self._large if size > LARGE else contextlib.nullcontext():
+            return await asyncio.to_thread(function, *values)
 
     async def begin(self, request: CompletionRequest, streams: bool) -> Answer:
         """Put a request into the queue and return its Answer.
@@ -178,21 +186,20 @@ class Service:
         if request.max_tokens > longest:
             message = f"max_tokens {request.max_tokens} exceeds this server's limit of {longest}"
             raise RequestError(400, message, "max_tokens")
-        if sum(self.counts()) + self._prepared + count > self._places():
-            raise self._full(1)
+        for prompt in request.prompts():
+            self.check_length(model, prompt)
+        if sum(self.counts()) + count > self._places():
+            raise self._full(count)
         self._prepared += count
         try:
-            work = self._prepare(model, request, streams)
-            answer = await asyncio.wait_for(work, options.max_time)
-        except asyncio.TimeoutError:  # noqa: UP041, in Python 3.10 it is not the builtin one
-            raise self.late() from None
+            answer = await self.in_time(self._prepare(model, request, streams))
         finally:
             self._prepared -= count
         if request.max_tokens:
             try:
                 self.scheduler.submit(answer.job)
-            except scheduler.Full as full:
-                raise self._full(full.seconds) from None
+            except scheduler.Full:
+                raise self._full(count) from None
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         return answer
 
@@ -200,7 +207,8 @@ class Service:
         self, model: LanguageModel, request: CompletionRequest, streams: bool
     ) -> Answer:
         """Encode a request's prompts and, for echo with logprobs, score them."""
-        answer = await asyncio.to_thread(Answer, self, model, request, streams)
+        size = sum(len(prompt or "") for prompt in request.prompts())
+        answer = await self.in_thread(size, Answer, self, model, request, streams)
         if request.echo and request.logprobs is not None:
             for row in answer.rows[:: request.n]:
                 prompt = row.tokens[: row.prompt_length]
@@ -212,12 +220,31 @@ class Service:
                 answer.scores.append(found)
         return answer
 
+    def check_length(self, model: LanguageModel, prompt: Prompt) -> None:
+        """Raise RequestError for a prompt that is too long, also for text that is not yet encoded.
+
+        A megabyte of text is not worth the seconds that it takes to encode.
+        """
+        most = self.options.max_prompt or model.config.n_ctx
+        unit, limit = "tokens", most
+        if isinstance(prompt, str):
+            unit, limit = "characters", most * model.longest_token
+        if prompt is not None and len(prompt) > limit:
+            has = f"the prompt has {len(prompt):,} {unit}"
+            message = f"{has}; this server accepts up to {most:,} tokens"
+            raise RequestError(400, message, "prompt", "context_length_exceeded")
+
     def _places(self) -> int:
         """Return the number of samples that may run or wait."""
         return self.options.max_batch + self.options.max_queue
 
-    def _full(self, seconds: int) -> RequestError:
-        message = f"{sum(self.counts())} samples are running or waiting; try again later"
+    def _full(self, count: int) -> RequestError:
+        (running, waiting), seconds = self.counts(), self.scheduler.seconds_until_room()
+        message = (
+            f"no room for {console.counted(count, 'more sample')}: {running} running and "
+            f"{waiting} waiting, and this server's limit is {self._places()}. Try again in "
+            f"{console.counted(seconds, 'second')}"
+        )
         headers = {"retry-after": str(seconds)}
         return RequestError(503, message, code="queue_full", headers=headers)
 
@@ -225,17 +252,6 @@ class Service:
         """Return the error of a request that took too long."""
         limit = f"this server's limit of {self.options.max_time:g} seconds"
         return RequestError(504, f"the request exceeded {limit}", code="timeout")
-
-
-def _is_address(host: str, loopback: bool = False) -> bool:
-    """Return whether a host is an IP address; with loopback, one that only this machine reaches."""
-    if host.lower() == "localhost":
-        return loopback
-    try:
-        found = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return found.is_loopback or not loopback
 
 
 class Answer:
@@ -261,21 +277,11 @@ class Answer:
         self.asked = time.monotonic()
         settings = request.settings()
         seed = new_seed() if request.seed is None else request.seed % 2**63
-        most = service.options.max_prompt or model.config.n_ctx
         self.rows: list[Row] = []
         for prompt in request.prompts():
             try:
-                if isinstance(prompt, str) and len(prompt) > most * model.longest_token:
-                    # a megabyte of spaces is not worth the seconds that it takes to encode
-                    message = (
-                        f"the prompt has {len(prompt):,} characters, too many for the {most:,} "
-                        "tokens that this server accepts"
-                    )
-                    raise RequestError(400, message, "prompt", "context_length_exceeded")
                 ids = model.check_prompt(prompt, settings.special == "token")
-                if len(ids) > most:
-                    message = f"the prompt has {len(ids)} tokens; this server accepts up to {most}"
-                    raise RequestError(400, message, "prompt", "context_length_exceeded")
+                service.check_length(model, ids)
                 self.rows += [
                     model.begin(index, prompt, settings, seed, ids) for index in range(request.n)
                 ]
@@ -416,6 +422,7 @@ class Answer:
         for number, (echo, row) in enumerate(zip(self.echoes, self.rows, strict=True)):
             shown = echo + row.text.so_far if self.request.max_tokens else echo
             choices.append(self._choice(number, shown, True, 0, row.generated))
+            await asyncio.sleep(0)  # thousands of logprobs must not hold up other requests
         return self.as_json(choices, usage=self.usage())
 
     async def events(self) -> AsyncIterator[str]:

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import errno
 import gc
 import html
 import http.client
@@ -26,6 +28,7 @@ import openai
 import oracle
 import pytest
 from conftest import ROOT, compiled
+from pydantic import ValidationError
 
 from gpt2cli.commands.serve import ServeOptions
 from gpt2cli.errors import UserError
@@ -198,15 +201,6 @@ def test_a_stream_has_all_logprobs_when_a_character_is_split_or_text_is_held_bac
     assert any(token.startswith("bytes:") for token in found["tokens"]) or "stop" in fields
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(address):
-    for fields in ({"model": "\ud800"}, {"\ud800": 1}, {"prompt": "a\ud800", "echo": True}):
-        body = json.dumps({"max_tokens": 3, **fields})
-        headers = {"content-type": "application/json"}
-        found = httpx.post(f"{address}/v1/completions", content=body, headers=headers)
-        assert found.status_code == (200 if "echo" in fields else 404 if "model" in fields else 400)
-    assert found.json()["choices"][0]["text"].startswith("a\ufffd")
-
-
 def test_the_echo_of_an_empty_prompt_has_no_token(client):
     words = dict(model="tiny", prompt="", max_tokens=2, logprobs=1, echo=True, seed=1)
     (choice,) = client.completions.create(**words).choices
@@ -375,51 +369,14 @@ def test_null_means_the_default_and_an_integer_is_a_number(address):
     assert complete(address, **nothing).json()["usage"]["completion_tokens"] <= 16
 
 
-def test_a_long_list_with_one_wrong_item_makes_one_error():
-    body = json.dumps({"prompt": ["a"] * 200_000 + [1]}).encode()
-    began = time.monotonic()
-    with pytest.raises(RequestError, match="prompt must be"):
-        CompletionRequest.parse(body)
-    assert time.monotonic() - began < 1.5  # 0.2 seconds; an error for each item takes 3
-
-
-def test_a_name_that_a_web_page_could_point_here_is_rejected(tiny):
-    def status(address, host, path="/v1/models"):
-        return httpx.get(f"{address}{path}", headers={"host": host}).status_code
-
-    with serving(tiny, allow_host=("books.example",)) as (address, _):
-        port = address.rpartition(":")[2]
-        for host in (
-            f"127.0.0.1:{port}",
-            "localhost",
-            "[::1]:80",
-            "192.168.1.5",
-            "Books.example:80",
-        ):
-            assert status(address, host) == 200, host
-        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "1.2.3.4.x"):
-            assert status(address, host) == status(address, host, "/") == 403, host
-        error = httpx.get(f"{address}/", headers={"host": "evil.example"}).json()["error"]
-        assert "the host name evil.example; see --allow_host" in error["message"]
-    with serving(tiny, api_key="sesame") as (address, _):
-        assert status(address, "evil.example", "/health") == 200
-    with serving(tiny, host="0.0.0.0") as (address, _):
-        assert status(address, "books.lan") == 200
-
-
-def test_a_megabyte_of_spaces_is_rejected_at_once(tiny, address):
-    assert tiny.longest_token == max(len(tiny.encoder.bytes_of([t])) for t in range(2048)) > 10
-    began = time.monotonic()
-    found = complete(address, prompt=" " * 990_000, max_tokens=1)
-    assert found.status_code == 400 and time.monotonic() - began < 0.5
-    error = found.json()["error"]
-    assert error["code"] == "context_length_exceeded" and "990,000 characters" in error["message"]
-
-
-def test_an_empty_key_in_the_environment_is_rejected(cli, monkeypatch):
-    monkeypatch.setenv("GPT2CLI_API_KEY", "")
-    result = cli("serve", "--model_name", "tiny", "--models_dir", ROOT / "models", "--port", 0)
-    assert result.returncode == 1 and "GPT2CLI_API_KEY is set but empty" in result.stderr
+def test_a_long_list_with_wrong_items_makes_one_error():
+    for prompt in (["a"] + [1] * 2000, [1] + ["a"] * 200_000, [[1]] * 3000):
+        with pytest.raises(RequestError, match="prompt must be") as caught:
+            CompletionRequest.parse(json.dumps({"prompt": prompt}).encode())
+        assert caught.value.param == "prompt" and len(str(caught.value)) < 300
+    with pytest.raises(ValidationError) as found:
+        CompletionRequest.model_validate({"prompt": ["a"] + [1] * 2000})
+    assert found.value.error_count() < 10  # one for each type that a prompt may have
 
 
 def test_errors_have_openais_form(address, client):
@@ -583,7 +540,7 @@ def test_a_form_of_gpt_2_flask_api_is_answered(tiny, address):
 
 
 def test_each_limit_has_its_own_status(tiny, log, monkeypatch):
-    limits = dict(max_batch=2, max_queue=1, max_n=3, max_body=1000, max_time=0.6, max_idle=0.4)
+    limits = dict(max_batch=2, max_queue=1, max_n=3, max_body=1000, max_idle=1)
     limits |= dict(api_key="sesame", max_prompt=5, log_prompts=True)
     with serving(tiny, **limits) as (address, made):
         key = {"authorization": "Bearer sesame"}
@@ -620,12 +577,19 @@ def test_each_limit_has_its_own_status(tiny, log, monkeypatch):
 
         long = dict(prompt=SECRET[:6], max_tokens=tiny.config.n_ctx)
         slow_down(made, monkeypatch)
+        made.options = dataclasses.replace(made.options, max_time=1)
+        go_on, report = threading.Event(), made.scheduler._report
+        held = lambda grown: go_on.wait(60) and report(grown)  # noqa: E731
+        monkeypatch.setattr(made.scheduler, "_report", held)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             first = pool.submit(post, **long, n=3)
             wait_until(lambda: made.counts() == (2, 1))
             full = post(prompt="x")
+            go_on.set()
             assert full.status_code == 503 and int(full.headers["retry-after"]) > 0
-            assert full.json()["error"]["code"] == "queue_full"
+            error = full.json()["error"]
+            assert error["code"] == "queue_full"
+            assert "no room for 1 more sample: 2 running and 1 waiting" in error["message"]
             assert first.result().status_code == 504
         events = post(**long, stream=True).text.strip().split("\n\n")
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
@@ -645,7 +609,7 @@ def raw(address, method, path, headers, body):
 
 
 def test_the_log_contains_no_prompt(served, address, log):
-    complete(address, prompt=SECRET, max_tokens=3)
+    complete(address, prompt=SECRET, max_tokens=3, min_length=3)
     complete(address, prompt=SECRET, temperature=-1)
     httpx.post(address, data={"seed": SECRET})
     forged = {"x-forwarded-for": "6.6.6.6 \x1b[31m"}
@@ -657,13 +621,18 @@ def test_the_log_contains_no_prompt(served, address, log):
 
 def test_a_client_that_does_not_read_is_disconnected(served):
     address, made = served
-    before = len(os.listdir("/proc/self/fd"))
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
         connection.settimeout(0.5)
-        with contextlib.suppress(OSError):
+        found = None
+        try:
             for _ in range(20_000):  # a hundred megabytes of responses, more than buffers hold
                 connection.sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1)
+        except ConnectionError as error:  # the server did not wait for all of them
+            found = error.errno
+        except TimeoutError:
+            pass
+        reset = (socket.SOL_SOCKET, socket.SO_ERROR)
+        assert found or wait_until(lambda: connection.getsockopt(*reset)) == errno.ECONNRESET
     assert get_status(f"{address}/health") == 200
 
 
@@ -698,12 +667,12 @@ def test_connections_over_the_limit_get_a_503(tiny):
     with serving(tiny, max_connections=3) as (address, _):
         port = int(address.rpartition(":")[2])
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-        time.sleep(0.3)
-        found = httpx.get(f"{address}/health")
-        assert found.status_code == 503 and found.headers["retry-after"]
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            found = connection.makefile().read()
+        assert found.startswith("HTTP/1.1 503") and "retry-after: 1" in found
         for connection in held:
             connection.close()
-        wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+        wait_until(lambda: get_status(f"{address}/health") == 200)
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -921,7 +890,8 @@ def test_sighup_loads_a_new_checkpoint_and_sigterm_finishes_requests(process, wo
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="the examples need curl")
 @pytest.mark.parametrize("name", ["README.md", "docs/serving.md"])
-def test_the_requests_of_the_documents_are_answered(served, address, capsys, name):
+def test_the_requests_of_the_documents_are_answered(served, address, capsys, name, monkeypatch):
+    monkeypatch.setattr(served[1].model.encoder, "ends", ())  # no text ends by chance
     text = (ROOT / name).read_text(encoding="utf-8").replace("http://127.0.0.1:5000", address)
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```", text, re.M | re.S)
     curls = [block for kind, block in blocks if kind == "sh" and "curl" in block]
