@@ -17,6 +17,10 @@ class BusyError(UserError):
     """Another process is doing the same work, or stopped it: retrying later may succeed."""
 
 
+class NewerFormatError(UserError):
+    """A file of a later version of gpt2cli: it is not damaged, and must not be replaced."""
+
+
 @contextlib.contextmanager
 def names_without_dashes() -> Iterator[None]:
     """Name settings as Python does in the messages of errors: `top_p`, not `--top_p`."""

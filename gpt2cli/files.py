@@ -10,11 +10,12 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2cli.errors import BusyError, UserError
+from gpt2cli import __version__
+from gpt2cli.errors import BusyError, NewerFormatError, UserError
 
 try:
     import fcntl
@@ -22,6 +23,17 @@ except ImportError:  # on Windows two processes in one folder go unnoticed
     fcntl = None  # type: ignore[assignment]  # checked before use
 
 SPARE = 2**20  # bytes that must stay free on a disk after a large file is written
+
+# What to do now, by the reason for which a file cannot be written.
+ADVICE = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some space",
+    errno.EIO: "Check the disk",
+    errno.EFBIG: "Raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "Make the disk writable",
+    errno.EACCES: "Change the permissions",
+    errno.EPERM: "Change the permissions",
+}
 
 
 @contextlib.contextmanager
@@ -121,6 +133,9 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
+    except UserError as error:  # of a file in it: name the folder that the user knows
+        error.args = (str(error).replace(str(part), str(path)),)
+        raise
     finally:
         if os.path.lexists(old) and not os.path.lexists(path):  # interrupted in between
             os.rename(old, path)
@@ -136,8 +151,32 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 def cannot_write(path: str | Path, error: OSError) -> UserError:
     """Return the UserError for an OSError from writing `path`."""
     return UserError(
-        f"cannot write {path}: {error.strerror or error}. Free some space, or choose a folder you "
+        f"cannot write {path}: {error.strerror or error}. {advice(error)}, or choose a folder you "
         "can write to. The previous content is unchanged"
+    )
+
+
+def advice(error: OSError) -> str:
+    """Return what the user can do about a failed write: "Free some space"."""
+    return ADVICE.get(error.errno or 0, "Check the path")
+
+
+def check_format(record: Mapping[str, Any], known: int, where: str | Path) -> None:
+    """Reject (UserError) a record that a later version of gpt2cli wrote in another format.
+
+    Args:
+        record: a JSON object with its "format", 1 where it has none, and perhaps "gpt2cli", the
+            version that wrote it.
+        known: the latest format that this version reads.
+        where: the record's file.
+    """
+    found = record.get("format", 1)
+    if type(found) is int and found <= known:
+        return
+    raise NewerFormatError(
+        f"{where} has format {found!r:.20} and was written by gpt2cli "
+        f"{record.get('gpt2cli', 'of another version')!s:.20}. This is gpt2cli {__version__}, "
+        f"which reads formats up to {known}. Install that version, or use another folder"
     )
 
 

@@ -45,6 +45,10 @@ def new_network(sizes):
 @pytest.fixture
 def mini(workdir):
     """Make models/mini, which has one layer, and a text."""
+    return make_mini(workdir)
+
+
+def make_mini(workdir):
     folder = workdir / "models" / "mini"
     folders.copy_vocabulary(folders.open_folder("models/tiny"), folder)
     checkpoint.save(new_network(SIZES), folder)
@@ -421,10 +425,6 @@ def check_kills(cli, folder, rounds, capsys):
     assert_same("checkpoint/killed", "checkpoint/whole")
     assert not [p.name for p in (folder / "checkpoint/killed").iterdir() if ".part" in p.name]
     return step
-
-
-def test_a_killed_run_resumes_as_if_nothing_had_happened(cli, mini, capsys):
-    check_kills(cli, mini, 1, capsys)
 
 
 @pytest.mark.slow

@@ -74,6 +74,8 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     job["weights"] = files.digest(f"{folder.checkpoint}.index")
     job["processes"] = count
     usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in job}
+    usual["format"] = 1  # of our first versions
+    job["format"] = lines_file.FORMAT
     with lines_file.gathered(Path(options.out), job, usual, new_seed(), parts) as lines:
         options = dataclasses.replace(options, seed=lines.job["seed"])
         _report(options, folder, vocabulary, samples)

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2cli import files
+from gpt2cli import __version__, files
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
+
+FORMAT = 1  # of a note and its lines; one that earlier versions must not resume gets the next
 
 
 class Lines:
@@ -67,7 +69,8 @@ def gathered(
 
     Raises:
         BusyError: another process writes it.
-        UserError: it cannot be written, or another number of processes began it.
+        UserError: it cannot be written, or another number of processes or a later version began
+            it.
     """
     part, note, lock = _beside(path)
     with files.locked(lock, "sample", target=path):
@@ -76,6 +79,8 @@ def gathered(
             with contextlib.suppress(UserError):  # damaged: the lines may be of any job
                 before = usual | files.read_object(note)
                 before["processes"] = before.get("processes") or 1
+            files.check_format(before, FORMAT, note)
+            before.pop("gpt2cli", None)
         is_drawn = job["seed"] is None
         known = job | {"seed": before.get("seed")} if is_drawn else job
         if before != known:
@@ -98,7 +103,7 @@ def gathered(
                     own_note.unlink(missing_ok=True)
             known = job | {"seed": seed} if is_drawn else job
             with files.replacing(note, "w", encoding="utf-8") as file:
-                json.dump(known, file, indent=1)
+                json.dump({"gpt2cli": __version__, **known}, file, indent=1)
         with _explained(part):  # unbuffered: closing a buffer would try a failed write again
             file = open(part, "ab", buffering=0, opener=files.not_through_links)  # noqa: SIM115
         with file:
@@ -175,6 +180,6 @@ def _explained(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}. Free some space, then rerun the same "
-            "command to resume"
+            f"cannot write {path}: {error.strerror or error}. {files.advice(error)}, then rerun "
+            "the same command to resume"
         ) from error

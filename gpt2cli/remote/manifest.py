@@ -3,6 +3,8 @@
 url         the model on its server, or hf:OWNER/NAME; for the latter also revision and commit
 opened      whether the checkpoint was opened and checked
 files       file name -> bytes, sha256, etag; null for an optional file that the server lacks
+format      1; a format that earlier versions must not replace gets the next number
+gpt2cli     the version that wrote it
 """
 
 import contextlib
@@ -10,27 +12,32 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt2cli import files
+from gpt2cli import __version__, files
 from gpt2cli.errors import UserError
 
 MANIFEST = "download.json"
+FORMAT = 1
 
 Record = dict[str, Any]  # bytes, sha256, etag
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return download.json; without a usable one, a manifest without files."""
+    """Return download.json; without a usable one, a manifest without files.
+
+    Raises:
+        NewerFormatError: a later version wrote it in another format.
+    """
+    manifest: dict[str, Any] = {}
     with contextlib.suppress(UserError):
         manifest = files.read_object(folder / MANIFEST)
-        if isinstance(manifest.get("files"), dict):
-            return manifest
-    return {"files": {}}
+    files.check_format(manifest, FORMAT, folder / MANIFEST)
+    return manifest if isinstance(manifest.get("files"), dict) else {"files": {}}
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Write download.json; UserError if that fails."""
     with files.replacing(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
+        json.dump({**manifest, "format": FORMAT, "gpt2cli": __version__}, file, indent=2)
 
 
 def record_of(path: Path, etag: str | None) -> Record:

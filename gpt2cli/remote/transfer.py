@@ -21,10 +21,10 @@ from typing import Any
 import requests
 import urllib3
 
-from gpt2cli import files
+from gpt2cli import __version__, files
 from gpt2cli.console import progress, say
 from gpt2cli.errors import UserError
-from gpt2cli.remote.manifest import Record, record_of
+from gpt2cli.remote.manifest import FORMAT, Record, record_of
 
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 30.0  # seconds without a byte
@@ -241,7 +241,8 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
     ):
         bar.set_description(path.name)
         if not start:  # after the old .part is gone, which must never meet a newer note
-            note_path.write_text(json.dumps(note), encoding="utf-8")
+            record = {**note, "format": FORMAT, "gpt2cli": __version__}
+            note_path.write_text(json.dumps(record), encoding="utf-8")
         file.truncate(start)
         file.seek(start)
         for content in itertools.chain([first], chunks):
@@ -278,10 +279,16 @@ def part_of(path: Path) -> tuple[Path, Path]:
 
 
 def read_note(path: Path) -> Note:
-    """Return the note about an incomplete file; an empty one where it is missing or damaged."""
+    """Return the note about an incomplete file; an empty one where it is missing or damaged.
+
+    Raises:
+        NewerFormatError: a later version wrote it in another format.
+    """
+    note: Note = {}
     with contextlib.suppress(UserError):
-        return files.read_object(path)
-    return {}
+        note = files.read_object(path)
+    files.check_format(note, FORMAT, path)
+    return note
 
 
 def size_of(path: Path) -> int:

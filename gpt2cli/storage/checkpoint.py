@@ -205,13 +205,19 @@ def write_all(
     except OSError as error:
         raise files.cannot_write(prefix, error) from error
     except tf.errors.OpError as error:
-        # of "{{node}} path; No space left on device [Op:SaveV2]", keep the reason
-        reason = re.sub(r"^.*; |\{\{.*?\}\} ?| \[Op:\w+\]$", "", error.message.splitlines()[0])
-        raise files.cannot_write(prefix, OSError(0, reason)) from error
+        reason = reason_of(error)
+        numbers = {os.strerror(number): number for number in files.ADVICE}
+        raise files.cannot_write(prefix, OSError(numbers.get(reason, 0), reason)) from error
     finally:
         for part in parts.values():
-            for left in part.parent.glob(f"{glob.escape(part.name)}*"):
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # as on a disk that has become read-only
+                for left in part.parent.glob(f"{glob.escape(part.name)}*"):
+                    left.unlink(missing_ok=True)
+
+
+def reason_of(error: tf.errors.OpError) -> str:
+    """Return the reason in TensorFlow's "{{node}} path; No space left on device [Op:SaveV2]"."""
+    return re.sub(r"^.*; |\{\{.*?\}\} ?| \[Op:\w+\].*$", "", error.message.splitlines()[0])
 
 
 def _bytes_of(tensors: Mapping[str, Any]) -> int:
@@ -249,7 +255,20 @@ def save_run(
     Raises:
         UserError: see `write`.
     """
-    folder, step = Path(folder), state["step"]
+    try:
+        _save_run(Path(folder), network, optimizer_variables, state, source)
+    except OSError as error:
+        raise files.cannot_write(folder, error) from error
+
+
+def _save_run(
+    folder: Path,
+    network: GPT2,
+    optimizer_variables: Mapping[str, Any],
+    state: Mapping[str, Any],
+    source: Path | None,
+) -> None:
+    step = state["step"]
     before = runs.states(folder).values()
     state = {**state, "save": 1 + max((s.get("save", 0) for s in before), default=0)}
     # the weights last: they make it a checkpoint

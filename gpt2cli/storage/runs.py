@@ -14,11 +14,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2cli import files
+from gpt2cli import __version__, files
 from gpt2cli.console import say
-from gpt2cli.errors import UserError
+from gpt2cli.errors import NewerFormatError, UserError
 
 State = dict[str, Any]
+
+FORMAT = 1  # of a state; a format that earlier versions must not resume gets the next number
 
 SHARD = ".data-00000-of-00001"  # the data file of a checkpoint; we write one
 ENDINGS = (SHARD, ".index")
@@ -45,7 +47,7 @@ def write_state(folder: str | Path, state: Mapping[str, Any], digests: Mapping[s
 
     `digests` are the SHA-256 of these files, by name.
     """
-    state = {**state, "files": digests}
+    state = {**state, "format": FORMAT, "gpt2cli": __version__, "files": digests}
     with files.replacing(_state_path(folder, state["step"])) as file:
         sealed = {**state, "sha256": _seal(state)}
         file.write(json.dumps(sealed, indent=2).encode() + b"\n")
@@ -56,6 +58,7 @@ def read_state(folder: str | Path, step: int) -> State | None:
 
     Raises:
         UserError: it is damaged.
+        NewerFormatError: a later version wrote it in another format.
     """
     path = _state_path(folder, step)
     if not path.is_file():
@@ -63,6 +66,8 @@ def read_state(folder: str | Path, step: int) -> State | None:
     state = files.read_object(path)
     seal = state.pop("sha256", None)
     expected = _seal(state) if "files" in state else None  # our first runs had neither
+    if seal == expected and seal:
+        files.check_format(state, FORMAT, path)
     if seal != expected or state.get("step") != step or not _is_state(state):
         raise UserError(f"{path} is damaged")
     return state
@@ -84,6 +89,7 @@ def _is_state(state: State) -> bool:
         and _is_number(best.get("loss"))
         and isinstance(state.get("due", []), list)
         and isinstance(state.get("files", {}), dict)
+        and isinstance(state.get("flags", {}), dict)
     )
 
 
@@ -95,6 +101,9 @@ def fault(folder: str | Path, step: int, to_train: bool = True) -> str | None:
     """Describe the damage of a checkpoint; None if it is undamaged.
 
     With `to_train`, check the optimizer's state too, which is twice as large as the weights.
+
+    Raises:
+        NewerFormatError: a later version wrote its state in another format.
     """
     folder = Path(folder)
     for ending in ENDINGS:
@@ -102,6 +111,8 @@ def fault(folder: str | Path, step: int, to_train: bool = True) -> str | None:
             return f"{folder}/model-{step}{ending} is missing"
     try:
         state = read_state(folder, step)
+    except NewerFormatError:
+        raise
     except UserError as error:
         return str(error)
     if state is None:
@@ -143,11 +154,17 @@ def newest(folder: str | Path, to_train: bool = True) -> int:
 
 
 def states(folder: str | Path) -> dict[int, State]:
-    """Return step -> state of the checkpoints with a readable state, in the order of saving."""
+    """Return step -> state of the checkpoints with a readable state, in the order of saving.
+
+    Raises:
+        NewerFormatError: a later version wrote a state in another format.
+    """
     found: dict[int, State] = {}
     for step in steps(folder):
         try:
             state = read_state(folder, step)
+        except NewerFormatError:
+            raise
         except UserError:
             continue
         if state is not None:
@@ -264,7 +281,12 @@ def recover(folder: str | Path) -> None:
 
 
 def clear(folder: str | Path) -> None:
-    """Clean up after a killed writer. The caller must hold the run's lock."""
+    """Clean up after a killed writer. The caller must hold the run's lock.
+
+    Raises:
+        NewerFormatError: a later version wrote the run; nothing is changed.
+    """
+    states(folder)
     recover(folder)
     for path in Path(folder).iterdir():
         if _HALF_DONE.fullmatch(path.name) and path.is_file():

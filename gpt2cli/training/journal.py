@@ -14,6 +14,7 @@ from typing import Any
 from gpt2cli import files
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
+from gpt2cli.storage.checkpoint import reason_of
 from gpt2cli.tensorflow import tf
 
 
@@ -37,7 +38,8 @@ class Journal:
         self._holds = holds
         self._held = ""
         self._last = self._written = step
-        self._events = tf.summary.create_file_writer(str(folder))
+        self._events: Any = str(folder)  # not None, so that a failure is reported
+        self._with_events(self._open_events)
 
     def write(self, step: int, **values: float) -> None:
         """Record named numbers of a step; one that is not finite is null in log.jsonl."""
@@ -73,6 +75,9 @@ class Journal:
             return line.endswith("\n") and json.loads(line)["step"] <= self._step
         return False
 
+    def _open_events(self) -> None:
+        self._events = tf.summary.create_file_writer(self._events)
+
     def _write_events(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             tf.raw_ops.WriteScalarSummary(
@@ -90,9 +95,12 @@ class Journal:
             work()
         except tf.errors.OpError as error:
             self._events = None
-            reason = str(error).partition("\n")[0][:150]
-            say(f"TensorBoard events are no longer written: {reason}")
+            say(f"TensorBoard events are no longer written: {reason_of(error)[:150]}")
 
     def close(self) -> None:
-        """Flush the events."""
+        """Flush the events; report lines of log.jsonl that could not be written."""
         self._with_events(lambda: self._events.close())
+        if self._held and not self._holds:
+            self._write_lines()
+        if self._held:
+            say(f"{self.path} lacks the lines after step {self._written}: it cannot be written")

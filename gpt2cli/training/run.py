@@ -18,6 +18,7 @@ from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines.xla import XlaEngine
 from gpt2cli.inference.generator import LanguageModel
+from gpt2cli.model.sizes import ALIASES
 from gpt2cli.options import GenerateOptions, new_seed
 from gpt2cli.storage import checkpoint
 from gpt2cli.storage.folders import ModelFolder
@@ -29,7 +30,7 @@ from gpt2cli.training.journal import Journal
 from gpt2cli.training.memory import memory_line, memory_needed
 from gpt2cli.training.optimizers import learning_rate
 from gpt2cli.training.saves import Checkpoints
-from gpt2cli.training.state import Plan, State
+from gpt2cli.training.state import Plan, State, changes
 from gpt2cli.training.step import Step, Trainer
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run ends
 SIGPIPE = 13  # POSIX; Python on Windows has no such name
 RETRY = 60  # seconds after which a checkpoint that could not be written is tried again
+BLOCKS = 2**14  # of a text, whose checksum is in the state
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
 
 
@@ -104,6 +106,7 @@ class Run:
             checkpoint.load_slots(prefix, options.optimizer)
         ):
             self.say("the optimizer starts with the moments in the checkpoint")
+        self.compare(record, start.path.name if not resumed else None)
         self.checkpoints = Checkpoints(folder, prefix, self.state.step, resumed)
         self.batch: Batch | None = None  # the last that was learned from
         self.skipped = 0  # steps in a row
@@ -174,6 +177,7 @@ class Run:
             return text.sampler(options.sampling, length, seed, end, options.uer_compat)
 
         assert options.seed is not None
+        text = tokens.fingerprint(BLOCKS)
         if options.val_fraction:
             tokens, held_out = self.split(tokens, options, end)
         given, batches = options, sampler(tokens, options.seed)
@@ -198,7 +202,27 @@ class Run:
             rows=rows,
             batches=batches,
             held_out=sampler(held_out, VALIDATION_SEED) if held_out else None,
+            text=text,
         )
+
+    def compare(self, record: dict[str, Any], model: str | None) -> None:
+        """Report the flags that differ from those in a resumed run's state.
+
+        Args:
+            record: the state.
+            model: name of the model from which a new run starts; None for a resumed one.
+        """
+        named, before = self.plan.options.model_name, record.get("flags", {}).get("model")
+        self.plan = dataclasses.replace(self.plan, model=model or before)
+        if model is not None:
+            return
+        if named and before and ALIASES.get(named, named) != ALIASES.get(before, before):
+            self.say(
+                f"--model_name {named} is ignored: this run started from {before}. To start from "
+                "another model, choose another --run_name"
+            )
+        for line in changes(record, self.plan):
+            self.say(line)
 
     def split(
         self, tokens: Tokens, options: TrainOptions, end: int | None

@@ -88,7 +88,8 @@ class Checkpoints:
         self.follow()
         log.path = self.folder / log.path.name
         options, now = plan.options, time.time()
-        record, hours = state.record(options), options.keep_every_hours
+        state.kept_at = min(state.kept_at, now)  # the clock may have been wrong, and gone back
+        record, hours = state.record(plan), options.keep_every_hours
         if hours and now - state.kept_at >= hours * 3600:
             record |= {"permanent": True, "kept_at": now}
         checkpoint.save_run(self.folder, trainer.model, trainer.state(), record, self.source)

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt2cli.commands.train import TrainOptions
 
+# Flags that decide what a run learns. Its state records them, so that a resumed run can name those
+# that have changed.
+SHAPING = (
+    *("sampling", "noise", "batch_size", "accumulate_gradients", "precision", "optimizer"),
+    *("learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip_norm", "dropout"),
+    *("on_nonfinite", "only_train_transformer_layers", "val_batch_size", "val_batch_count"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -23,6 +31,8 @@ class Plan:
         rows: rows of a step, on all devices.
         batches: the sampler of batches to learn from.
         held_out: the sampler of batches to validate with, if any.
+        model: name of the model that the run started from, if it is known.
+        text: the fingerprint of the text to train on.
     """
 
     options: TrainOptions
@@ -31,6 +41,18 @@ class Plan:
     rows: int
     batches: Any
     held_out: Any
+    model: str | None = None
+    text: int = 0
+
+    def shape(self) -> dict[str, Any]:
+        """Return what decides what the run learns, as the state records it."""
+        options = self.options
+        shape = {name: getattr(options, name) for name in SHAPING}
+        if options.lr_schedule != "constant":  # the rate falls towards the last step
+            shape["steps"] = options.steps
+        devices = self.rows // (options.batch_size * options.accumulate_gradients)
+        shape |= {"seed": options.seed, "seq_length": self.length, "devices": devices}
+        return shape | {"text": self.text, "model": self.model}
 
 
 @dataclasses.dataclass
@@ -71,12 +93,13 @@ class State:
             kept_at=record.get("kept_at", time.time()),
         )
 
-    def record(self, options: TrainOptions) -> dict[str, Any]:
+    def record(self, plan: Plan) -> dict[str, Any]:
         """Return the JSON object of the state file."""
-        fields = dataclasses.asdict(self)
+        fields, options = dataclasses.asdict(self), plan.options
         if self.validation_loss is None:
             del fields["validation_loss"]
-        return fields | {"seed": options.seed, "val_dataset": options.validates_with}
+        fields |= {"seed": options.seed, "val_dataset": options.validates_with}
+        return fields | {"flags": plan.shape()}
 
     def add_validation(self, loss: float) -> None:
         """Note the validation loss of this step."""
@@ -86,3 +109,32 @@ class State:
             self.best, self.worse = {"step": self.step, "loss": loss}, 0
         else:
             self.worse += 1
+
+
+def changes(record: dict[str, Any], plan: Plan) -> list[str]:
+    """Describe how the flags and the text of a resumed run differ from those in its state.
+
+    An earlier version recorded only the seed.
+    """
+    before = {"seed": record.get("seed"), **record.get("flags", {})}
+    now = plan.shape()
+    changed = [n for n in now if before.get(n) is not None and before[n] != now[n]]
+    words = [
+        f"--{name} {now[name]} (was {before[name]})"
+        for name in changed
+        if name not in ("devices", "text", "model")
+    ]
+    if "devices" in changed:
+        words.append(f"devices {now['devices']} (were {before['devices']})")
+    if "text" in changed:
+        words.append("another text in --dataset")
+    lines = [f"resumed with changes: {', '.join(words)}"] if words else []
+    is_larger = {"batch_size", "accumulate_gradients", "devices"} & set(changed)
+    if is_larger and plan.options.sampling != "random":
+        lines.append(f"the text continues as if each step so far had read {plan.rows} rows")
+    if "text" in changed and plan.options.val_fraction:
+        lines.append(
+            "--val_fraction: other documents are held out than before, so this run may have "
+            "trained on some that it now validates with"
+        )
+    return lines

@@ -317,9 +317,9 @@ class Trainer:
         ours = self.state()
         if {n: tuple(v.shape) for n, v in ours.items()} != {n: t.shape for n, t in tensors.items()}:
             raise UserError(
-                "the run's optimizer state was saved with another --optimizer or with other "
-                "trained weights. Resume with the same flags, or start a new run from its weights: "
-                "--restore_from checkpoint/RUN --run_name NEW"
+                "the run's optimizer state was saved with another --optimizer or another "
+                "--only_train_transformer_layers. Resume with the same flags, or start the "
+                "optimizer from scratch with --restore_from weights"
             )
         with self.replicas.strategy.scope():
             for name, value in tensors.items():
