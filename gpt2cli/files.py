@@ -12,7 +12,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,21 +32,20 @@ def replacing(
     path: str | Path,
     mode: str = "wb",
     through: bool = False,
-    access: int = 0o666,
+    access: int | None = None,
     **open_options: Any,
 ) -> Iterator[IO[Any]]:
     """Open `path` for writing so that a reader sees either the old file or the whole new one.
 
     The file is written beside `path` and renamed when the block ends; if the block raises, the old
-    file stays. A link is replaced, not followed: it may lead to another's file. The new file gets
-    the permissions of the old one.
+    file stays. A link is replaced, not followed: it may lead to another's file.
 
     Args:
         path: the file.
         mode: as in open.
         through: for a path that the user named: replace the target of a link, and write into a
             device, a pipe or a socket; binary content only when it is complete.
-        access: the permissions of a file that did not exist, before the umask.
+        access: the permissions of the file (default: those of the old file).
         open_options: more arguments of open.
 
     Raises:
@@ -62,12 +61,13 @@ def replacing(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         old = _permissions_of(path)
-        with open(part, mode, opener=_creating(access), **open_options) as file:
+        access = old if access is None else access
+        with open(part, mode, opener=_create, **open_options) as file:
+            if access is not None:
+                with contextlib.suppress(OSError):  # a disk without permissions
+                    os.chmod(part, access)
             yield file
             file.flush()
-            if old is not None:
-                with contextlib.suppress(OSError):  # a disk without permissions
-                    os.chmod(part, old)
             os.fsync(file.fileno())
         os.replace(part, path)
         sync_folder(path.parent)
@@ -120,9 +120,9 @@ def _permissions_of(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _creating(access: int) -> Callable[[str, int], int]:
-    """Return an `opener` of open for files that must not exist."""
-    return lambda path, flags: os.open(path, flags | os.O_EXCL, access)
+def _create(path: str, flags: int) -> int:
+    """Open a file that must not exist, as `opener` of open."""
+    return os.open(path, flags | os.O_EXCL, 0o666)
 
 
 def sync_folder(path: str | Path) -> None:

@@ -45,6 +45,7 @@ class Checkpoints:
         self.replaced: list[int] = [] if resumed else runs.steps(place.path)
         self.retry_at = math.inf
         self.lost: Path | None = None
+        self._first = place.path
         self._vocabulary = folders.vocabulary_of(start)  # its files may disappear as well
 
     @property
@@ -66,9 +67,9 @@ class Checkpoints:
         Raises:
             UserError: the new folder cannot be written.
         """
-        lost = self.folder
-        others = (lost.with_name(f"{lost.name}-{number}") for number in itertools.count(2))
-        new = next(p for p in itertools.chain([lost], others) if not os.path.lexists(p))
+        lost, first = self.folder, self._first
+        others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+        new = next(p for p in itertools.chain([first], others) if not os.path.lexists(p))
         with files.replacing_folder(new) as part:
             folders.write_description(part, config, self._vocabulary)
         self.place.hold(new)
