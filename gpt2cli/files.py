@@ -339,10 +339,14 @@ def filling(folder: str | Path, work: str) -> Iterator[None]:
     """Lock a folder as `locked` does; remove it again if nothing was written to it."""
     folder = Path(folder)
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    made: dict[Path, os.stat_result] = {}
     try:
         with locked(folder / ".lock", work):
+            made = {each: os.stat(each) for each in missing}
             yield
     finally:
         for empty in missing:
             with contextlib.suppress(OSError):  # not empty: the work succeeded
-                empty.rmdir()
+                # a folder that somebody else put there meanwhile stays
+                if empty not in made or os.path.samestat(os.stat(empty), made[empty]):
+                    empty.rmdir()

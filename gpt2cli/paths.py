@@ -126,7 +126,8 @@ def check_folder(path: str | Path, flag: str) -> Path:
             "Create that folder, or remove the link"
         )
     if found and not stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{path} is {kind_of(found.st_mode)}, not a folder. Name another folder")
+        kind = kind_of(found.st_mode)
+        raise UserError(f"cannot write {path}: it is {kind}, not a folder. Name another folder")
     target = Path(target_of(path.rstrip(os.sep) or path))
     check_access(target, path)
     return target
