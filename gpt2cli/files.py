@@ -3,18 +3,20 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2cli import __version__
+from gpt2cli import __version__, paths
 from gpt2cli.errors import BusyError, NewerFormatError, UserError
 
 try:
@@ -38,7 +40,11 @@ ADVICE = {
 
 @contextlib.contextmanager
 def replacing(
-    path: str | Path, mode: str = "wb", through: bool = False, **open_options: Any
+    path: str | Path,
+    mode: str = "wb",
+    through: bool = False,
+    access: int | None = None,
+    **open_options: Any,
 ) -> Iterator[IO[Any]]:
     """Open `path` for writing so that a reader sees either the old file or the whole new one.
 
@@ -49,26 +55,28 @@ def replacing(
         path: the file.
         mode: as in open.
         through: for a path that the user named: replace the target of a link, and write into a
-            device, a pipe or a socket.
+            device, a pipe or a socket; binary content only when it is complete.
+        access: the permissions of the file (default: those of the old file).
         open_options: more arguments of open.
 
     Raises:
-        UserError: the folder cannot be created or written to, or the disk is full.
+        UserError: the folder cannot be created or written to, the disk is full, or `path` is
+            neither a file nor a link.
     """
-    if through and is_special(path):
-        try:
-            with open(path, mode, **open_options) as file:
-                yield file
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise cannot_write(path, error) from error
+    if through and paths.is_stream(path):
+        with _writing_into(path, mode, **open_options) as file:
+            yield file
         return
-    path = Path(target_of(path) if through else path)
+    path = Path(paths.target_of(path) if through else path)
     part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, mode, **open_options) as file:
+        old = _permissions_of(path)
+        access = old if access is None else access
+        with open(part, mode, opener=_create, **open_options) as file:
+            if access is not None:
+                with contextlib.suppress(OSError):  # a disk without permissions
+                    os.chmod(part, access)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -83,24 +91,49 @@ def replacing(
             part.unlink()
 
 
-def not_through_links(path: str, flags: int) -> int:
-    """Open a file, as `opener` of open; OSError for a link, which may lead to another's file."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+@contextlib.contextmanager
+def _writing_into(path: str | Path, mode: str, **open_options: Any) -> Iterator[IO[Any]]:
+    """Open a stream for writing; binary content, whose format may seek, only when it is complete.
 
-
-def is_special(path: str | Path) -> bool:
-    """Return whether a path is a device, a pipe or a socket: something to write into."""
+    Raises:
+        UserError: it cannot be written to.
+    """
     try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+        if "b" not in mode:
+            with paths.open_stream(path, mode, **open_options) as stream:
+                yield stream
+            return
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            with paths.open_stream(path, "wb") as stream:
+                shutil.copyfileobj(file, stream)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error.strerror or error}") from error
 
 
-def target_of(path: str | Path) -> str:
-    """Return the path that a link leads to, or else the path; devices and pipes keep theirs."""
-    is_link = os.path.islink(path) and not is_special(path)
-    return os.path.realpath(path) if is_link else str(path)
+def _permissions_of(path: Path) -> int | None:
+    """Return the permissions of a file that will be replaced; None where there is none.
+
+    Raises:
+        UserError: it is neither a file nor a link.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is {paths.kind_of(mode)}, not a file. Remove it, or move it away")
+    return stat.S_IMODE(mode)
+
+
+def _create(path: str, flags: int) -> int:
+    """Open a file that must not exist, as `opener` of open."""
+    return os.open(path, flags | os.O_EXCL, 0o666)
 
 
 def sync_folder(path: str | Path) -> None:
@@ -232,6 +265,38 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return parse_object(read_bytes(path), path)
 
 
+def move_away(path: Path) -> Path:
+    """Rename a file to NAME.old, NAME.old-2, ..., whichever is free; return the new path."""
+    endings = itertools.chain([".old"], (f".old-{n}" for n in itertools.count(2)))
+    names = (path.with_name(path.name + ending) for ending in endings)
+    old = next(name for name in names if not os.path.lexists(name))
+    os.replace(path, old)
+    return old
+
+
+def read_own(path: str | Path, known: int) -> dict[str, Any]:
+    """Return the object in a JSON file that this program keeps for itself; {} where it is damaged.
+
+    Args:
+        path: the file.
+        known: the latest format that this version reads.
+
+    Raises:
+        UserError: others may have prepared it; see `paths.open_own`.
+        NewerFormatError: see `check_format`.
+    """
+    record: dict[str, Any] = {}
+    try:
+        with paths.open_own(path, "rb") as file:
+            content = file.read()
+    except OSError:
+        return {}
+    with contextlib.suppress(UserError):
+        record = parse_object(content, path)
+    check_format(record, known, path)
+    return record
+
+
 def digest(path: str | Path, algorithm: str = "sha256") -> str:
     """Return the hexadecimal checksum of a file; OSError if it cannot be read."""
     hasher = hashlib.new(algorithm, usedforsecurity=False)
@@ -258,7 +323,7 @@ def locked(path: str | Path, work: str, target: str | Path | None = None) -> Ite
     file = None
     while file is None:
         file = _open_lock(path, work, target or path.parent)
-    with file:
+    with file, _folder_of(path) as folder:
         with contextlib.suppress(OSError):  # the lock works on a full disk too
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -267,8 +332,24 @@ def locked(path: str | Path, work: str, target: str | Path | None = None) -> Ite
         try:
             yield
         finally:
+            place = path if folder is None else path.name
             with contextlib.suppress(OSError):
-                path.unlink()
+                found = os.stat(place, dir_fd=folder, follow_symlinks=False)
+                if os.path.samestat(found, os.fstat(file.fileno())):
+                    os.unlink(place, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _folder_of(path: Path) -> Iterator[int | None]:
+    """Open the folder of a file, to find it there under any name; None where that is impossible."""
+    if os.unlink not in os.supports_dir_fd:  # Windows
+        yield None
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def _open_lock(path: Path, work: str, target: str | Path) -> IO[str] | None:
@@ -276,12 +357,8 @@ def _open_lock(path: Path, work: str, target: str | Path) -> IO[str] | None:
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "a+", encoding="utf-8", opener=not_through_links))
+            file = stack.enter_context(paths.open_own(path, "a+", encoding="utf-8"))
         except OSError as error:
-            if path.is_symlink():
-                raise UserError(
-                    f"{path} is a link, and a lock must be a file. Remove the link"
-                ) from None
             raise cannot_write(path, error) from error
         try:
             if fcntl:
@@ -306,11 +383,15 @@ def _open_lock(path: Path, work: str, target: str | Path) -> IO[str] | None:
 def filling(folder: str | Path, work: str) -> Iterator[None]:
     """Lock a folder as `locked` does; remove it again if nothing was written to it."""
     folder = Path(folder)
-    missing = [parent for parent in folder.parents if not parent.exists()]
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    made: dict[Path, os.stat_result] = {}
     try:
         with locked(folder / ".lock", work):
+            made = {each: os.stat(each) for each in missing}
             yield
     finally:
-        for empty in (folder, *missing):
+        for empty in missing:
             with contextlib.suppress(OSError):  # not empty: the work succeeded
-                empty.rmdir()
+                # a folder that somebody else put there meanwhile stays
+                if empty not in made or os.path.samestat(os.stat(empty), made[empty]):
+                    empty.rmdir()

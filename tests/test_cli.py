@@ -236,7 +236,7 @@ NONSENSE = [
     ("evaluate", "--dataset", ""),
     ("train", "--dataset", ""),
     ("train", "d", "--val_dataset", "", "--val_every", "1"),
-    ("train", "d", "--run_name", "r[1]"),
+    ("train", "d", "--run_name", "r\\1"),
     ("encode", "a.txt", "b.npz", "--encoding", "undefined"),
     ("sample", "--prompt", "a", "--prompts", "b"),
     ("sample", "--run_name", "a", "--model_name", "b"),

@@ -25,11 +25,11 @@ from gpt2cli.inference.score import Score
 from gpt2cli.model.network import GPT2, random_weights, weight_shapes
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.storage.held import HeldFolder
 from gpt2cli.tensorflow import tf
 from gpt2cli.text import encoder
 from gpt2cli.text.batches import RandomWindows, Tokens
 from gpt2cli.training import journal
-from gpt2cli.training.saves import Checkpoints
 from gpt2cli.training.step import Step, Trainer
 
 SIZES = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
@@ -582,7 +582,7 @@ def test_an_event_file_that_cannot_be_written_does_not_end_a_run(tmp_path, monke
         raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
 
     monkeypatch.setattr(tf.raw_ops, "WriteScalarSummary", full)
-    written = journal.Journal(tmp_path, 0, {})
+    written = journal.Journal(HeldFolder(tmp_path), 0, {})
     for step in (1, 2):
         written.write(step, loss=1.0)
     written.close()
@@ -598,59 +598,7 @@ def test_a_damaged_log_does_not_end_a_run(cli, mini):
     assert [line["step"] for line in read_log("checkpoint/run1")] == [1, 2, 3]
 
 
-# Paths and streams that are not what they seem
-
-
-def test_output_is_written_through_links_and_pipes(cli, workdir):
-    words = ("sample", "--model_name", "tiny", "--prompt", "a", "--length", 2, "--seed", 1)
-    Path("target.txt").write_text("old")
-    Path("link.txt").symlink_to("target.txt")
-    os.mkfifo("pipe")
-    read: list[bytes] = []
-    thread = threading.Thread(target=lambda: read.append(Path("pipe").read_bytes()))
-    thread.start()
-    for more in (("--out", "link.txt"), ("--out", "pipe")):
-        result = cli(*words, *more)
-        assert result.returncode == 0, result.stderr
-    thread.join()
-    assert Path("link.txt").is_symlink() and Path("target.txt").read_bytes() == read[0] != b""
-    assert Path("pipe").is_fifo()
-    Path("target.txt").write_text("old")
-    assert cli(*words, "--out", "link.txt", "--format", "jsonl").returncode == 0
-    assert Path("link.txt").is_symlink() and json.loads(Path("target.txt").read_text())
-    assert cli(*words, "--out", ".").returncode == 1
-
-
-def test_a_link_among_the_files_of_a_folder_is_replaced_not_followed(tmp_path):
-    """A model's files may be links into a store that other folders share."""
-    (tmp_path / "store").write_text("PRECIOUS")
-    (tmp_path / "model").mkdir()
-    for name in ("hparams.json", "vocab.bpe"):
-        (tmp_path / "model" / name).symlink_to(tmp_path / "store")
-    folders.copy_description(ROOT / "models" / "tiny", tmp_path / "model")
-    assert (tmp_path / "store").read_text() == "PRECIOUS"
-    assert encoder.load(tmp_path / "model").n_vocab == 2048
-
-
-def test_a_lock_that_is_a_link_is_rejected(cli, workdir):
-    Path("precious").write_text("PRECIOUS")
-    Path("checkpoint/r").mkdir(parents=True)
-    Path("checkpoint/r/.lock").symlink_to("../../precious")
-    Path("t.txt").write_text(TEXT)
-    result = cli("train", "t.txt", "--model_name", "tiny", "--run_name", "r", "--steps", 1)
-    assert result.returncode == 1 and "checkpoint/r/.lock is a link" in result.stderr
-    assert Path("precious").read_text() == "PRECIOUS"
-
-
-@pytest.mark.parametrize("name", ["ba\\ck", "b[1]", "b\udcff"])
-def test_a_path_that_cannot_be_read_back_is_rejected_before_training(cli, workdir, name):
-    Path("t.txt").write_text(TEXT)
-    flags = ("--model_name", "tiny", "--checkpoint_dir", name, "--steps", 1)
-    result = cli("train", "t.txt", *flags)
-    assert result.returncode == 1 and "TensorFlow cannot read paths with" in result.stderr
-    result = cli("convert", "models/tiny", f"{name}/m")
-    assert result.returncode == 1 and "TensorFlow cannot read paths with" in result.stderr
-    assert not Path(name).exists()
+# Numbers and streams that are not what they seem; for paths see test_paths.py
 
 
 @pytest.mark.parametrize(
@@ -665,22 +613,6 @@ def test_a_path_that_cannot_be_read_back_is_rejected_before_training(cli, workdi
 def test_a_count_of_twenty_digits_is_a_usage_error(cli, words):
     result = cli(*words, "9" * 20)
     assert result.returncode == 2 and "must be at most 2147483647" in result.stderr
-
-
-def test_a_run_folder_that_is_renamed_keeps_getting_its_checkpoints(tmp_path):
-    saves = Checkpoints(tmp_path / "run", tmp_path / "model", 0, True)
-    saves.follow()  # the folder does not exist: nothing is known
-    (tmp_path / "run").mkdir()
-    saves = Checkpoints(tmp_path / "run", tmp_path / "model", 0, True)
-    saves.follow()
-    assert saves.folder == tmp_path / "run"
-    (tmp_path / "run").rename(tmp_path / "moved")
-    (tmp_path / "run").mkdir()  # another one in its place
-    saves.follow()
-    assert saves.folder == tmp_path / "moved"
-    (tmp_path / "moved").rmdir()
-    with pytest.raises(UserError, match=r"moved was moved or removed"):
-        saves.follow()
 
 
 @pytest.mark.parametrize(

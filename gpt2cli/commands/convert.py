@@ -113,4 +113,4 @@ def check_paths(options: ConvertOptions) -> None:
             raise UserError(f"--{flag}: nothing at {Path(named).absolute()}. Check the path")
     if options.config is not None and Path(options.config).is_dir():
         raise UserError(f"--config needs a JSON file, but {options.config} is a folder")
-    folders.check_destination(Path(options.dst), options.overwrite, src)
+    folders.check_destination(options.dst, options.overwrite, src)

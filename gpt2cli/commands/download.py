@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2cli import paths
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
@@ -78,15 +79,15 @@ def run(options: DownloadOptions) -> None:
         print(released.model_table())
         return
     if options.model.startswith("hf:"):
-        folder = download_hub(options.model, options.revision or "main", Path(options.models_dir))
+        folder = download_hub(options.model, options.revision or "main", options.models_dir)
     else:
-        folder = download_released(options.model, options.url, Path(options.models_dir))
+        folder = download_released(options.model, options.url, options.models_dir)
     command = ["gpt2cli", "sample", "--model_name", folder.name]
     command += ["--models_dir", options.models_dir] if options.models_dir != "models" else []
     say(f"{folder} is complete. Try: {shlex.join(command)}")
 
 
-def download_released(model: str, url: str | None, models: Path) -> Path:
+def download_released(model: str, url: str | None, models: str) -> Path:
     """Download one of OpenAI's models, or a mirror's model, to models/NAME; return that folder."""
     from gpt2cli import files
     from gpt2cli.model.sizes import ALIASES, RELEASED
@@ -98,16 +99,17 @@ def download_released(model: str, url: str | None, models: Path) -> Path:
             f"no released model {name!r}: choose {', '.join(RELEASED)}, "
             "or name a mirror that has it with --url"
         )
-    folder = models / name
+    folder = Path(models, name)
     found = manifest.read(folder)
     if not found.get("opened") or released.intact_names(folder, found, name) != set(released.FILES):
+        _check_folder(models, name)
         with files.filling(folder, "download"):
             released.fetch_model(url or released.BUCKET, name, folder)
             released.open_checkpoint(folder)
     return folder
 
 
-def download_hub(model: str, revision: str, models: Path) -> Path:
+def download_hub(model: str, revision: str, models: str) -> Path:
     """Download hf:OWNER/NAME and convert it to models/NAME; return that folder.
 
     The hub's files are fetched into models/.hf-OWNER--NAME, which is kept on failure so that the
@@ -119,10 +121,12 @@ def download_hub(model: str, revision: str, models: Path) -> Path:
     from gpt2cli.remote import hub, manifest
 
     name = model.removeprefix("hf:")
-    folder, hidden = models / name.split("/")[1], models / f".hf-{name.replace('/', '--')}"
+    folder, part = Path(models, name.split("/")[1]), f".hf-{name.replace('/', '--')}"
     if folder.exists():
         manifest.check_same(folder, model, revision)
         return folder
+    _check_folder(models, folder.name)
+    hidden = _check_folder(models, part)
     with files.filling(hidden, "download"):
         repository = hub.look_up(name, revision)
         say(f"downloading {repository.url} to {folder}")
@@ -150,4 +154,20 @@ def download_hub(model: str, revision: str, models: Path) -> Path:
 
         convert(source, folder, finish=record)
         shutil.rmtree(hidden, ignore_errors=True)
+    return folder
+
+
+def _check_folder(models: str, name: str) -> Path:
+    """Reject a folder that a model cannot be downloaded to or read from; return its path.
+
+    Raises:
+        UserError: see `paths.check_folder` and `folders.check_path`; or it is a link, into a folder
+            whose files would be replaced.
+    """
+    from gpt2cli.storage import folders
+
+    folder = paths.check_folder_in(models, name, "models_dir")
+    folders.check_path(folder)
+    if name.startswith(".") and folder.is_symlink():
+        raise UserError(f"{folder} is a link. Remove it, then run the same command again")
     return folder

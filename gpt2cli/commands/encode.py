@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2cli import paths
 from gpt2cli.console import counted, progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
@@ -62,6 +63,7 @@ def run(options: EncodeOptions) -> None:
     started = time.monotonic()
     folder = folders.open_folder(folders.source_dir(options))
     vocabulary = encoder.load(folder)
+    paths.check_file(options.out_npz, "out_npz")
     out = Path(options.out_npz)
     found = _inputs(options.in_text, out)
     report = Report(vocabulary, options.reads_lines, options.loss)
@@ -172,9 +174,10 @@ class Report:
         including = f" ({', '.join(parts)})" if parts else ""
         chunks = counted(self._chunks, "chunk")
         per_token = f", {size / self._tokens:.2f} bytes of text per token" if size else ""
+        written = "written" if paths.is_stream(out) else f"{out.stat().st_size:,} bytes written"
         lines = [
             f"{out}: {counted(self._tokens, 'token')}{including} in {chunks}{per_token}; "
-            f"{out.stat().st_size:,} bytes written in {seconds:.1f} s"
+            f"{written} in {seconds:.1f} s"
         ]
         if self._unknown:
             common = " ".join(char for char, _ in self._missing.most_common(10))

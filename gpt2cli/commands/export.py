@@ -50,9 +50,9 @@ def run(options: ExportOptions) -> None:
     from gpt2cli import files
     from gpt2cli.storage import folders
 
-    run_folder, dst = folders.run_dir(options.checkpoint_dir, options.run_name), Path(options.dst)
+    run_folder = folders.run_dir(options.checkpoint_dir, options.run_name)
     folder = folders.open_model(chosen(run_folder, options.step))
-    folders.check_destination(dst, options.overwrite, run_folder)
+    dst = folders.check_destination(options.dst, options.overwrite, run_folder)
 
     from gpt2cli.model.network import weight_shapes  # wrong input was rejected before this import
     from gpt2cli.storage import checkpoint

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from gpt2cli import paths
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
@@ -140,24 +141,23 @@ def run(options: SampleOptions) -> None:
     With --run_name and without --out they are also saved in samples/RUN_NAME/. With --format jsonl
     and one --out file, an earlier command that was stopped is resumed.
     """
-    from gpt2cli import files
     from gpt2cli.jobs import job, prompts
     from gpt2cli.storage import folders
     from gpt2cli.text import encoder
 
     options = resolved(options, os.environ)
+    _check_paths(options)
     if options.out is not None and os.path.islink(options.out):  # what belongs to it is beside it
-        options = dataclasses.replace(options, out=files.target_of(options.out))
+        options = dataclasses.replace(options, out=paths.target_of(options.out))
     if options.beams > 1 < options.batch_size:
         say("--batch_size has no effect with --beams: one prompt is searched at a time")
     folder = folders.open_source(options)
     texts = prompts.read(options.prompt, options.prompt_file, options.prompts, options)
-    for path in out_paths(options):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; --out takes the name of a file")
-    if options.is_job() and not files.is_special(options.out or ""):
+    if options.is_job() and not paths.is_stream(options.out or ""):
         job.run(options, folder, texts)
         return
+    if options.is_job() and options.processes > 1:
+        say(f"--processes has no effect: one process writes into {options.out}")
     vocabulary = encoder.of_model(folder)
 
     from gpt2cli import tensorflow  # only when the checks have passed
@@ -178,6 +178,18 @@ def run(options: SampleOptions) -> None:
     for number, path in enumerate(out_paths(options)):
         first = number * options.nsamples * len(encoded)
         _write(_samples(model, options, encoded, first), options, path)
+
+
+def _check_paths(options: SampleOptions) -> None:
+    """Reject outputs that cannot be written, before anything is read (UserError)."""
+    if options.out is not None:
+        paths.check_file(options.out, "out")
+        if options.nfiles > 1 and paths.is_stream(options.out):
+            raise UserError(f"--nfiles needs --out FILE, and {options.out} is not a file")
+        for path in out_paths(options):
+            paths.check_file(str(path), "out")
+    elif options.run_name is not None:
+        paths.check_folder_in(options.sample_dir, options.run_name, "sample_dir")
 
 
 def resolved(options: SampleOptions, environment: Mapping[str, str]) -> SampleOptions:
@@ -260,5 +272,5 @@ def free_path(folder: Path, options: SampleOptions, model_folder: ModelFolder) -
     step = model_folder.checkpoint.name.removeprefix("model-")
     name = f"sample-{step}-seed{options.seed}"
     suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-    paths = (folder / f"{name}{suffix}.{ending}" for suffix in suffixes)
-    return next(path for path in paths if not path.exists())
+    names = (folder / f"{name}{suffix}.{ending}" for suffix in suffixes)
+    return next(path for path in names if not os.path.lexists(path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
+from gpt2cli import paths
 from gpt2cli.console import say
 from gpt2cli.errors import BusyError, UsageError
 from gpt2cli.flags import check
@@ -224,6 +225,9 @@ def run(options: TrainOptions) -> Path:
     from gpt2cli.training import hosts, start
 
     run_folder = folders.run_dir(options.checkpoint_dir, options.run_name, must_exist=False)
+    paths.check_folder_in(options.checkpoint_dir, options.run_name, "checkpoint_dir")
+    if options.sample_every:
+        paths.check_folder_in(options.sample_dir, options.run_name, "sample_dir")
     folders.check_path(run_folder)
     cluster = hosts.of_strategy(options.strategy)
     with files.filling(run_folder, "train") if cluster.is_chief else contextlib.nullcontext():

@@ -12,6 +12,7 @@ from gpt2cli.console import progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import MAX_TOKENS, TextOptions, check_added
+from gpt2cli.paths import check_folder
 
 if TYPE_CHECKING:
     from regex import Pattern
@@ -78,9 +79,7 @@ def run(options: VocabOptions) -> None:
             f"--size must be at least {smallest} with --kind {options.kind}"
             f"{' and these added tokens' if options.add_token else ''}, got {options.size}"
         )
-    if not options.out:
-        raise UsageError("--out must name a folder, got ''")
-    folder = Path(options.out)
+    folder = check_folder(options.out, "out")
     _check_folder(folder, options.size, options.overwrite)
     cut = (encoder.BPE if options.kind == "bpe" else encoder.WordPiece).CUT
     found = inputs.find(options.in_text)

@@ -323,14 +323,13 @@ def convert(
         UserError: the format cannot represent the model, `dst` must not be written, no space, or
             the result is not the same model.
     """
-    dst = Path(os.path.abspath(dst))
     if to == "hf" and source.config.arch == "gpt2_ml":
         raise UserError(
             f"{source.path} cannot be converted for transformers, which has no class for GPT2_ML: "
             "its layer norms are in other places than in GPT-2. Leave out --to hf"
         )
-    folders.check_destination(dst, overwrite, source.path)
-    with files.replacing_folder(dst) as part:
+    target = folders.check_destination(dst, overwrite, source.path)
+    with files.replacing_folder(os.path.abspath(target)) as part:
         difference = _write_checked(source, part, to)
         finish(part)
     return difference

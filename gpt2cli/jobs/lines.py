@@ -5,14 +5,13 @@ that they belong to: the same job resumes, and the lines of a different one are 
 """
 
 import contextlib
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
-from gpt2cli import __version__, files
+from gpt2cli import __version__, files, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 
@@ -27,7 +26,7 @@ class Lines:
         found: of each line that an earlier run left, its "index" and whether it has an "error".
     """
 
-    def __init__(self, path: Path, job: dict[str, Any], file: BinaryIO) -> None:
+    def __init__(self, path: Path, job: dict[str, Any], file: IO[bytes]) -> None:
         self.job = job
         self.found: list[tuple[int | None, bool]] = []
         self._path = path
@@ -75,11 +74,10 @@ def gathered(
     part, note, lock = _beside(path)
     with files.locked(lock, "sample", target=path):
         before: dict[str, Any] = {}
-        if part.exists():
-            with contextlib.suppress(UserError):  # damaged: the lines may be of any job
-                before = usual | files.read_object(note)
-                before["processes"] = before.get("processes") or 1
-            files.check_format(before, FORMAT, note)
+        # without a note, or with a damaged one, the lines may be of any job
+        if os.path.lexists(part) and (noted := files.read_own(note, FORMAT)):
+            before = usual | noted
+            before["processes"] = before.get("processes") or 1
             before.pop("gpt2cli", None)
         is_drawn = job["seed"] is None
         known = job | {"seed": before.get("seed")} if is_drawn else job
@@ -105,7 +103,7 @@ def gathered(
             with files.replacing(note, "w", encoding="utf-8") as file:
                 json.dump({"gpt2cli": __version__, **known}, file, indent=1)
         with _explained(part):  # unbuffered: closing a buffer would try a failed write again
-            file = open(part, "ab", buffering=0, opener=files.not_through_links)  # noqa: SIM115
+            file = paths.open_own(part, "ab", buffering=0)
         with file:
             yield Lines(part, known, file)
             with _explained(part):
@@ -151,16 +149,13 @@ def _move_away(path: Path) -> None:
         if not path.stat().st_size:
             path.unlink()
             return
-        endings = itertools.chain([".old"], (f".old-{n}" for n in itertools.count(2)))
-        names = (path.with_name(path.name + ending) for ending in endings)
-        old = next(name for name in names if not name.exists())
-        os.replace(path, old)
+        old = files.move_away(path)
     say(f"{path} belongs to a different job; moved to {old}")
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield (object, bytes) of each line, up to the first that is damaged or not whole."""
-    with open(path, "rb") as lines:
+    with paths.open_own(path, "rb") as lines:
         for line in lines:
             try:
                 value = json.loads(line) if line.endswith(b"\n") else None

@@ -21,7 +21,7 @@ from typing import Any
 import requests
 import urllib3
 
-from gpt2cli import __version__, files
+from gpt2cli import __version__, files, paths
 from gpt2cli.console import progress, say
 from gpt2cli.errors import UserError
 from gpt2cli.remote.manifest import FORMAT, Record, record_of
@@ -129,7 +129,7 @@ def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
     """Fetch one file in one request and check it; a failure leaves a .part to resume."""
     url, path = wanted.url, wanted.path
     part, note_path = part_of(path)
-    note = read_note(note_path)
+    note = files.read_own(note_path, FORMAT)
     known = note.get("url") == url and note.get("validator") and note.get("bytes")
     # The last byte is requested again, so that a complete .part gets 206 as well, and not 416.
     start = max(size_of(part) - 1, 0) if known else 0
@@ -160,8 +160,8 @@ def put_in_place(wanted: Wanted, note: Note) -> Record:
         part.unlink()
         raise TryAgain(fault, tries=DAMAGED_TRIES)
     if path.exists():  # damaged, or the user's own fine-tuned weights: not ours to delete
-        os.replace(path, path.with_name(path.name + ".old"))
-        say(f"{path} differed from the server's file; the old file was moved to {path.name}.old")
+        old = files.move_away(path)
+        say(f"{path} differed from the server's file; the old file was moved to {old.name}")
     os.replace(part, path)
     note_path.unlink()
     return record_of(path, note["etag"])
@@ -236,13 +236,13 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
             "another --models_dir; downloaded bytes are kept"
         )
     with (
-        open(part, "r+b" if start else "wb", opener=files.not_through_links) as file,
+        paths.open_own(part, "r+b" if start else "wb") as file,
         progress(total, "B", done=start) as bar,
     ):
         bar.set_description(path.name)
         if not start:  # after the old .part is gone, which must never meet a newer note
-            record = {**note, "format": FORMAT, "gpt2cli": __version__}
-            note_path.write_text(json.dumps(record), encoding="utf-8")
+            with paths.open_own(note_path, "w", encoding="utf-8") as noted:
+                json.dump({**note, "format": FORMAT, "gpt2cli": __version__}, noted)
         file.truncate(start)
         file.seek(start)
         for content in itertools.chain([first], chunks):
@@ -276,19 +276,6 @@ def fault_of(path: Path, wanted: Wanted, note: Note) -> str | None:
 def part_of(path: Path) -> tuple[Path, Path]:
     """Return the paths of an incomplete file and of the note about it."""
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
-
-
-def read_note(path: Path) -> Note:
-    """Return the note about an incomplete file; an empty one where it is missing or damaged.
-
-    Raises:
-        NewerFormatError: a later version wrote it in another format.
-    """
-    note: Note = {}
-    with contextlib.suppress(UserError):
-        note = files.read_object(path)
-    files.check_format(note, FORMAT, path)
-    return note
 
 
 def size_of(path: Path) -> int:

@@ -15,6 +15,8 @@ import glob
 import math
 import os
 import re
+import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
     """
     config, described, prefix = folder.known_sizes(), folder.sizes_path, folder.checkpoint
     assert described is not None and prefix is not None
-    folders.check_path(prefix)
+    folders.check_path(prefix.parent, prefix.name)
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         found = reader.get_variable_to_shape_map()
@@ -86,6 +88,23 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
                 f"requires float32 {list(shape)}. Use the {described.name} of this checkpoint"
             )
     return reader, config
+
+
+def can_read_back(names: Iterable[str]) -> bool:
+    """Try whether TensorFlow reads a checkpoint whose path consists of these names.
+
+    It takes a path for a pattern and looks for files that match, which differs between versions.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        prefix = os.path.join(empty, *names)
+        os.makedirs(os.path.dirname(prefix))
+        try:
+            tf.raw_ops.SaveV2(
+                prefix=prefix, tensor_names=["x"], shape_and_slices=[""], tensors=[tf.constant(1.0)]
+            )
+            return bool(tf.train.load_checkpoint(prefix).get_tensor("x") == 1)
+        except (tf.errors.OpError, ValueError, RuntimeError, LookupError):
+            return False
 
 
 # A model's weights, as opposed to an optimizer's slots and counters in the same checkpoint.
@@ -177,7 +196,9 @@ def write_all(
     Raises:
         UserError: see `write`.
     """
-    parts = {p: p.with_name(f".{p.name}.{os.getpid()}.part") for p in checkpoints}
+    # TensorFlow follows a link at the path, so nobody may guess it
+    token = secrets.token_hex(8)
+    parts = {p: p.with_name(f".{p.name}.{os.getpid()}-{token}.part") for p in checkpoints}
     digests = {}
     try:
         for prefix in checkpoints:
@@ -239,7 +260,7 @@ def save_run(
     network: GPT2,
     optimizer_variables: Mapping[str, Any],
     state: Mapping[str, Any],
-    source: Path | None = None,
+    vocabulary: Mapping[str, bytes] | None = None,
 ) -> None:
     """Add the checkpoint of `state["step"]` to a run folder; the others stay.
 
@@ -250,13 +271,14 @@ def save_run(
         network: the network with its weights.
         optimizer_variables: name -> variable.
         state: JSON object from which training resumes; has "step".
-        source: the model folder whose sizes and vocabulary to copy; None if the run has them.
+        vocabulary: from `folders.vocabulary_of`, to write with the sizes into the folder; None if
+            the run has them.
 
     Raises:
         UserError: see `write`.
     """
     try:
-        _save_run(Path(folder), network, optimizer_variables, state, source)
+        _save_run(Path(folder), network, optimizer_variables, state, vocabulary)
     except OSError as error:
         raise files.cannot_write(folder, error) from error
 
@@ -266,7 +288,7 @@ def _save_run(
     network: GPT2,
     optimizer_variables: Mapping[str, Any],
     state: Mapping[str, Any],
-    source: Path | None,
+    vocabulary: Mapping[str, bytes] | None,
 ) -> None:
     step = state["step"]
     before = runs.states(folder).values()
@@ -275,8 +297,8 @@ def _save_run(
     saved = {f"optimizer-{step}": optimizer_variables, f"model-{step}": network.weights}
 
     def seal(digests: dict[str, str]) -> None:
-        if source is not None:
-            folders.copy_description(source, folder, network.config)
+        if vocabulary is not None:
+            folders.write_description(folder, network.config, vocabulary)
         runs.set_aside(folder, step)
         runs.write_state(folder, state, digests)
 

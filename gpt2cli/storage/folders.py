@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from gpt2cli import paths
 from gpt2cli.errors import UserError
 from gpt2cli.files import digest, read_bytes, read_object, read_text, replacing
 from gpt2cli.model.sizes import ALIASES, ModelConfig
@@ -18,6 +19,9 @@ from gpt2cli.storage import runs
 DEFAULT_MODEL = "124M"
 
 SUMS = "SHA256SUMS"
+
+# Names that TensorFlow reads in any version; all others are tried.
+ORDINARY = re.compile(r"[\w. +=,@-]{1,200}", re.A)
 
 # Files with a model's sizes; those after hparams.json are GPT2_ML's.
 CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json")
@@ -275,54 +279,89 @@ def copy_description(
         sizes: the ModelConfig to write; by default that of `source`.
     """
     opened = source if isinstance(source, ModelFolder) else open_folder(source)
-    text = (sizes or opened.known_sizes()).to_json()
+    write_description(folder, sizes or opened.known_sizes(), vocabulary_of(opened))
+
+
+def write_description(folder: Path, sizes: ModelConfig, vocabulary: Mapping[str, bytes]) -> None:
+    """Give `folder` these sizes and this vocabulary, in place of its own."""
     (folder / SUMS).unlink(missing_ok=True)  # another model's checksums must not be compared
-    copy_vocabulary(opened, folder)
+    _write_vocabulary(folder, vocabulary)
     with replacing(folder / "hparams.json") as file:  # last: it makes the folder a model's
-        file.write(text.encode())
+        file.write(sizes.to_json().encode())
     write_sums(folder)
 
 
 def copy_vocabulary(source: str | Path | ModelFolder, folder: Path) -> None:
     """Give `folder` the vocabulary files of `source`, in place of its own."""
     opened = source if isinstance(source, ModelFolder) else open_folder(source)
+    _write_vocabulary(folder, vocabulary_of(opened))
+
+
+def vocabulary_of(folder: ModelFolder) -> dict[str, bytes]:
+    """Return the content of a folder's vocabulary files by name."""
+    return {name: folder.read(name) for name in ENCODER_FILES if folder.has(name)}
+
+
+def _write_vocabulary(folder: Path, vocabulary: Mapping[str, bytes]) -> None:
     for name in ENCODER_FILES:
-        if opened.has(name):
+        if name in vocabulary:
             with replacing(folder / name) as file:
-                file.write(opened.read(name))
+                file.write(vocabulary[name])
         else:
             (folder / name).unlink(missing_ok=True)
 
 
-def check_path(path: str | Path) -> None:
-    """Reject (UserError) a path from which TensorFlow could not read a checkpoint again."""
-    found = re.search(r"[\[\]\\\ud800-\udfff]", Path(path).as_posix())  # Windows separates by \
-    if found:
-        name = str(path).encode("utf-8", "backslashreplace").decode()
-        chars = {"[": "[ or ]", "]": "[ or ]", "\\": "\\"}.get(found[0], ascii(found[0]))
+def can_be_read(folder: str | Path, prefix: str = "model") -> bool:
+    """Return whether TensorFlow can read a checkpoint from a folder of this name.
+
+    Unless all names in the path are ordinary ones, this is tried, in a temporary folder.
+
+    Args:
+        folder: it need not exist.
+        prefix: name of the checkpoint.
+    """
+    path = Path(folder, prefix)
+    names = [name for name in path.parts if name not in (path.anchor, os.pardir)]
+    if all(ORDINARY.fullmatch(name) for name in names):
+        return True
+    from gpt2cli.storage import checkpoint  # imports TensorFlow
+
+    return checkpoint.can_read_back(names)
+
+
+def check_path(folder: str | Path, prefix: str = "model") -> None:
+    """Reject (UserError) a folder of a name for which `can_be_read` is false."""
+    if not can_be_read(folder, prefix):
+        name = str(Path(folder)).encode("utf-8", "backslashreplace").decode()
         raise UserError(
-            f"TensorFlow cannot read paths with {chars}: choose a name other than {name}"
+            f"TensorFlow cannot read a checkpoint in {name}: it takes some characters of this path "
+            "for a pattern, or they are not UTF-8. Use another name"
         )
 
 
-def check_destination(dst: Path, overwrite: bool, *sources: Path) -> None:
+def check_destination(dst: str | Path, overwrite: bool, *sources: Path) -> Path:
     """Reject a folder that a new model must not be written to.
+
+    Returns:
+        The folder to write, which a link may lead to.
 
     Raises:
         UserError: `dst` exists and may not be replaced, is not a model folder, or is or contains
             one of the sources; or TensorFlow could not read it.
     """
-    check_path(dst)
+    target = paths.check_folder(dst, "dst")
+    check_path(target)
     for source in sources:
-        if dst.resolve() in (source.resolve(), *source.resolve().parents):
+        if target.resolve() in (source.resolve(), *source.resolve().parents):
             raise UserError(f"{dst} is or contains the source, {source}. Name another folder")
-    if not os.path.lexists(dst):
-        return
+    paths.check_access(target.parent, dst)
+    if not target.exists():
+        return target
     if not overwrite:
         raise UserError(f"{dst} exists. Name another folder, or replace it with --overwrite")
-    is_folder = dst.is_dir() and not dst.is_symlink()
-    if not (is_folder and _is_model_or_empty(dst)) or runs.steps(dst):
+    if not _is_model_or_empty(target) or runs.steps(target):
         raise UserError(f"{dst} is not a model folder, so it is not replaced. Name another folder")
+    return target
 
 
 def _is_model_or_empty(folder: Path) -> bool:

@@ -31,7 +31,7 @@ _PARTS = re.compile(
 )
 LONGEST_NAME = 255 - len(".data-00000-of-00001")  # bytes, on all usual file systems
 _HALF_DONE = re.compile(  # files.replacing and checkpoint.write_all
-    r".+\.\d+-[0-9a-f]{6}\.part|\.(model|optimizer)-\d+\.\d+\.part\..*", re.A
+    r".+\.\d+-[0-9a-f]{6}\.part|\.(model|optimizer)-\d+\.\d+(-[0-9a-f]+)?\.part\..*", re.A
 )
 _ASIDE = ".old-"  # prefix of a step's files while the step is written again
 

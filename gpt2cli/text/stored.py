@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from gpt2cli import files
+from gpt2cli import files, paths
 from gpt2cli.errors import UserError
 from gpt2cli.text import marks
 
@@ -40,9 +40,8 @@ def save_npz(path: str | Path, parts: Iterable[Ids]) -> None:
     dtype: np.dtype | None = None  # of the chunk
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(files.replacing(path, through=True))
-        chunk = stack.enter_context(
-            tempfile.SpooledTemporaryFile(SPOOL, dir=str(Path(path).parent))
-        )
+        beside = None if paths.is_stream(path) else os.path.dirname(paths.target_of(path)) or "."
+        chunk = stack.enter_context(tempfile.SpooledTemporaryFile(SPOOL, dir=beside))
         # The fastest level: encoding should not wait for the compressor.
         archive = stack.enter_context(
             zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1)

@@ -7,22 +7,25 @@ TensorFlow 2.21: tf.summary.scalar would need TensorBoard installed.
 import contextlib
 import json
 import math
+import secrets
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from gpt2cli import files
+from gpt2cli import files, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.storage.checkpoint import reason_of
+from gpt2cli.storage.held import HeldFolder
 from gpt2cli.tensorflow import tf
+
+LOG = "log.jsonl"
 
 
 class Journal:
     """The two files of a run folder, which grow line by line.
 
     Args:
-        folder: the run's folder.
+        place: the run's folder.
         step: the step at which the run starts. Lines of log.jsonl after it belong to another run,
             or to steps that are taken again; the first new line replaces them.
         always: further fields of every line of log.jsonl.
@@ -30,15 +33,17 @@ class Journal:
     """
 
     def __init__(
-        self, folder: str | Path, step: int, always: dict[str, Any], holds: bool = False
+        self, place: HeldFolder, step: int, always: dict[str, Any], holds: bool = False
     ) -> None:
-        self.path = Path(folder) / "log.jsonl"
+        self._place = place
         self._step: int | None = step
         self._always = always
         self._holds = holds
-        self._held = ""
+        self._held = self._reported = ""
         self._last = self._written = step
-        self._events: Any = str(folder)  # not None, so that a failure is reported
+        with contextlib.suppress(FileNotFoundError), self._open("rb"):
+            pass  # a log that is not ours is rejected before the first step
+        self._events: Any = ""  # not None, so that a failure is reported
         self._with_events(self._open_events)
 
     def write(self, step: int, **values: float) -> None:
@@ -57,17 +62,40 @@ class Journal:
             self._write_lines()
 
     def _write_lines(self) -> None:
+        if not self._place.find():
+            return  # the next save moves the run
+        is_new_try = self._step is not None
         try:
-            if self._step is not None and self.path.exists():
-                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
-                with files.replacing(self.path, "w", encoding="utf-8") as file:
-                    file.writelines(text for text in lines if self._stays(text))
+            if self._step is not None:
+                self._remove_lines()
             self._step = None
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(self._held)
+            with self._open("ab") as file:
+                file.write(self._held.encode())
             self._held, self._written = "", self._last
-        except (OSError, UserError):  # the next save reports a full disk
+        except (OSError, UserError) as error:  # the next save reports a full disk
             self._step = self._written  # the next try first removes half-written lines
+            if is_new_try and isinstance(error, UserError) and not error.__cause__:
+                self._report(str(error))
+
+    def _remove_lines(self) -> None:
+        """Remove the lines that do not stay from log.jsonl, if there is one."""
+        try:
+            with self._open("rb") as file:
+                text = file.read().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return
+        path = self._place.path / LOG
+        with files.replacing(path, "w", encoding="utf-8") as file:
+            file.writelines(line for line in text.splitlines(True) if self._stays(line))
+
+    def _open(self, mode: str) -> IO[Any]:
+        return paths.open_own(self._place.path / LOG, mode)
+
+    def _report(self, fault: str) -> None:
+        """Print a fault of log.jsonl once."""
+        if fault != self._reported:
+            say(f"gpt2cli: {fault}. Training continues; the lines are written when it is removed")
+        self._reported = fault
 
     def _stays(self, line: str) -> bool:
         """Whether a line is complete, and not after the step at which the run starts."""
@@ -76,7 +104,9 @@ class Journal:
         return False
 
     def _open_events(self) -> None:
-        self._events = tf.summary.create_file_writer(self._events)
+        # nobody else can know the name, and put a link there
+        suffix = f".{secrets.token_hex(8)}.v2"
+        self._events = tf.summary.create_file_writer(str(self._place.path), filename_suffix=suffix)
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -103,4 +133,5 @@ class Journal:
         if self._held and not self._holds:
             self._write_lines()
         if self._held:
-            say(f"{self.path} lacks the lines after step {self._written}: it cannot be written")
+            log = self._place.path / LOG
+            say(f"{log} lacks the lines after step {self._written}: it cannot be written")

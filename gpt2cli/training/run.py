@@ -22,6 +22,7 @@ from gpt2cli.model.sizes import ALIASES
 from gpt2cli.options import GenerateOptions, new_seed
 from gpt2cli.storage import checkpoint
 from gpt2cli.storage.folders import ModelFolder
+from gpt2cli.storage.held import HeldFolder
 from gpt2cli.tensorflow import describe_devices
 from gpt2cli.text.batches import Batch, Tokens
 from gpt2cli.text.encoder import Encoder
@@ -107,7 +108,8 @@ class Run:
         ):
             self.say("the optimizer starts with the moments in the checkpoint")
         self.compare(record, start.path.name if not resumed else None)
-        self.checkpoints = Checkpoints(folder, prefix, self.state.step, resumed)
+        place = HeldFolder(folder)
+        self.checkpoints = Checkpoints(place, start, self.state.step, resumed)
         self.batch: Batch | None = None  # the last that was learned from
         self.skipped = 0  # steps in a row
         self.journal = None
@@ -116,7 +118,7 @@ class Run:
             always = {"seq_length": self.plan.length}
             # a replaced run keeps its log as long as its checkpoints
             is_replacing = bool(self.checkpoints.replaced)
-            self.journal = Journal(folder, first, always, holds=is_replacing)
+            self.journal = Journal(place, first, always, holds=is_replacing)
 
     def read(
         self, options: TrainOptions, prefix: Path, resumed: bool
@@ -308,14 +310,18 @@ class Run:
         if not self.checkpoints.exist():
             self.say("stopped before the first step; nothing is saved")
             return
-        folder, options = self.checkpoints.folder, self.plan.options
-        words = [f"--run_name={folder.name}"]
-        if folder.parent.resolve() != Path(options.checkpoint_dir).resolve():  # it was moved
-            words.append(f"--checkpoint_dir={folder.parent}")
         self.say(
-            f"saved {folder} at step {step}; sample from it with: gpt2cli sample "
-            f"{shlex.join(words)}"
+            f"saved {self.checkpoints.folder} at step {step}; sample from it with: gpt2cli sample "
+            f"{self.flags()}"
         )
+
+    def flags(self) -> str:
+        """Return the flags that name the run's folder, which may have been moved."""
+        folder = self.checkpoints.folder
+        words = [f"--run_name={folder.name}"]
+        if folder.parent.resolve() != Path(self.plan.options.checkpoint_dir).resolve():
+            words.append(f"--checkpoint_dir={folder.parent}")
+        return shlex.join(words)
 
     def is_stopped(self) -> bool:
         """Whether to take no more steps; several hosts agreed on it in the step before."""
@@ -417,7 +423,7 @@ class Run:
             UserError: the weights have diverged, or the write failed and `is_last`.
         """
         step = self.state.step
-        if self.checkpoints.step == step:
+        if self.checkpoints.is_saved(step):
             return
         if self.journal is None:  # the chief writes
             self.checkpoints.step, self.checkpoints.replaced = step, []
@@ -440,6 +446,13 @@ class Run:
             say(
                 f"gpt2cli: {error}. Training continues; saving will be retried in {RETRY} seconds; "
                 f"{kept}"
+            )
+            return
+        if self.checkpoints.lost:
+            raise UserError(
+                f"{self.checkpoints.lost} was moved, removed or replaced during training. The run "
+                f"is saved in {self.checkpoints.folder} at step {step}, and training has stopped. "
+                f"To resume, run the same command with {self.flags()}"
             )
 
     def sample_path(self) -> Path:

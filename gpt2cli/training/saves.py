@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,7 +13,10 @@ from pathlib import Path
 from gpt2cli import files
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
-from gpt2cli.storage import checkpoint, runs
+from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.storage.folders import ModelFolder
+from gpt2cli.storage.held import HeldFolder
 from gpt2cli.training.journal import Journal
 from gpt2cli.training.state import Plan, State
 from gpt2cli.training.step import Trainer
@@ -23,55 +26,54 @@ class Checkpoints:
     """The checkpoints that one run writes into its folder.
 
     Args:
-        folder: the run's folder.
-        prefix: the checkpoint to start from.
-        step: its step.
+        place: the run's folder.
+        start: the folder with the checkpoint to start from.
+        step: the step of that checkpoint.
         resumed: whether it is one of this run.
 
     Attributes:
         step: the step of the newest checkpoint.
         replaced: steps of another run, which the first checkpoint replaces.
         retry_at: time.monotonic() at which a checkpoint that failed is due.
+        lost: the run's folder that disappeared; the run then ends with its next checkpoint.
     """
 
-    def __init__(self, folder: Path, prefix: Path, step: int, resumed: bool) -> None:
-        self.folder = folder
+    def __init__(self, place: HeldFolder, start: ModelFolder, step: int, resumed: bool) -> None:
+        self.place = place
         self.step = step
-        self.source: Path | None = None if prefix.parent == folder else prefix.parent
-        self.replaced: list[int] = [] if resumed else runs.steps(folder)
+        self._is_described = start.path == place.path
+        self.replaced: list[int] = [] if resumed else runs.steps(place.path)
         self.retry_at = math.inf
-        self._handle: int | None = None  # stays the folder's, whatever its name becomes
-        with contextlib.suppress(OSError):  # Windows opens no folders
-            self._handle = os.open(folder, os.O_RDONLY)
+        self.lost: Path | None = None
+        self._first = place.path
+        self._vocabulary = folders.vocabulary_of(start)  # its files may disappear as well
 
-    def follow(self) -> None:
-        """Continue in the run's folder where somebody has renamed it.
-
-        Raises:
-            UserError: it was removed.
-        """
-        if self._handle is None:
-            return
-        own = os.fstat(self._handle)
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self.folder), own):
-                return
-        try:
-            found = Path(os.readlink(f"/proc/self/fd/{self._handle}"))  # Linux alone
-            is_there = os.path.samestat(os.stat(found), own)
-        except OSError:
-            is_there = False
-        if not is_there:
-            raise UserError(
-                f"{self.folder} was moved or removed while it was trained. Put it back, so that "
-                "the run can be saved there"
-            )
-        say(f"{self.folder} was moved to {found}; the run is saved there")
-        self.folder = found
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.place.path
 
     def exist(self) -> bool:
         """Whether the folder contains a checkpoint of this run, and not of one that it replaces."""
         return bool(runs.steps(self.folder)) and not self.replaced
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the newest checkpoint is of this step, and still there."""
+        return self.step == step and self.place.find()
+
+    def _move(self, config: ModelConfig) -> None:
+        """Continue in a new folder, because the run's own is gone or has an unusable name.
+
+        Raises:
+            UserError: the new folder cannot be written.
+        """
+        lost, first = self.folder, self._first
+        others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+        new = next(p for p in itertools.chain([first], others) if not os.path.lexists(p))
+        with files.replacing_folder(new) as part:
+            folders.write_description(part, config, self._vocabulary)
+        self.place.hold(new)
+        self.lost, self.replaced, self._is_described = lost, [], True
 
     def write(
         self,
@@ -85,15 +87,17 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be written; the old ones stay.
         """
-        self.follow()
-        log.path = self.folder / log.path.name
+        if not (self.place.find() and folders.can_be_read(self.folder)):
+            self._move(trainer.model.config)
         options, now = plan.options, time.time()
         state.kept_at = min(state.kept_at, now)  # the clock may have been wrong, and gone back
         record, hours = state.record(plan), options.keep_every_hours
         if hours and now - state.kept_at >= hours * 3600:
             record |= {"permanent": True, "kept_at": now}
-        checkpoint.save_run(self.folder, trainer.model, trainer.state(), record, self.source)
-        self.step, self.source, state.kept_at = state.step, None, record["kept_at"]
+        new = None if self._is_described else self._vocabulary
+        checkpoint.save_run(self.folder, trainer.model, trainer.state(), record, new)
+        self._is_described = True
+        self.step, state.kept_at = state.step, record["kept_at"]
         self.retry_at = math.inf
         replaced, self.replaced = self.replaced, []
         log.release()

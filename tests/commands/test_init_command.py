@@ -197,7 +197,7 @@ def test_one_file_of_a_bpe_stands_for_both(cli, workdir, names):
         (("--vocab", "nothing"), 1, "no vocabulary at "),
         (("--vocab", "text.txt"), 1, "text.txt lacks [UNK], [CLS], [SEP]"),
         (("--vocab", "models"), 1, "/models: it needs encoder.json and vocab.bpe"),
-        (("--models_dir", "text.txt"), 1, "cannot write text.txt/new"),
+        (("--models_dir", "text.txt"), 1, "cannot write text.txt"),
     ],
 )
 def test_unfit_input_is_rejected_and_leaves_nothing(cli, workdir, flags, status, message):

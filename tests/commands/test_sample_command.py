@@ -15,7 +15,7 @@ import pytest
 from conftest import PROMPTS, ROOT, TINY, compiled, golden_models
 
 from gpt2cli.errors import UserError
-from gpt2cli.storage import checkpoint
+from gpt2cli.storage import checkpoint, folders
 from gpt2cli.text import encoder
 
 T = ("--model_name", "tiny", "--models_dir", TINY.parent)
@@ -191,7 +191,8 @@ def a_run(tmp_path_factory):
     """A run folder as `train` writes it, of step 1."""
     folder = tmp_path_factory.mktemp("runs") / "run1"
     network = checkpoint.load(TINY)
-    checkpoint.save_run(folder, network, network.weights, {"step": 1, "seed": 1}, TINY)
+    checkpoint.save_run(folder, network, network.weights, {"step": 1, "seed": 1}, {})
+    folders.copy_description(TINY, folder)
     return folder
 
 

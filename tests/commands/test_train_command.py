@@ -16,6 +16,7 @@ from gpt2cli import files, machine
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.training import start as training_start
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 FAST = ("--model_name", "mini", "--seq_length", 32, "--learning_rate", 0.001, "--sample_every", 0)
@@ -172,8 +173,12 @@ def test_weights_that_have_diverged_are_never_saved(cli, text):
     assert runs.steps("checkpoint/run1") == [2]
 
 
-def test_samples_that_cannot_be_written_do_not_end_a_run(cli, text):
-    (text.parent / "blocked").write_text("a file where a folder should be")
+def test_samples_that_cannot_be_written_do_not_end_a_run(cli, text, monkeypatch):
+    def block(*arguments):  # after the paths were looked at
+        (text.parent / "blocked").write_text("a file where a folder should be")
+
+    real = training_start.texts
+    monkeypatch.setattr(training_start, "texts", lambda *given: block() or real(*given))
     flags = ("--sample_every", 1, "--sample_length", 3, "--sample_dir", "blocked")
     result = cli("train", "text.txt", *FAST[:-2], *flags, "--steps", 2)
     assert result.returncode == 0 and "cannot write" in result.stderr

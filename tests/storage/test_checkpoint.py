@@ -228,7 +228,7 @@ def test_a_step_written_again_is_either_the_old_or_the_new_one(network, folder, 
 
 def test_paths_that_tensorflow_cannot_read_are_reported(network, tmp_path):
     checkpoint.save(network, tmp_path / "a[1]")
-    assert "[ or ]" in rejection(tmp_path / "a[1]")
+    assert "TensorFlow cannot read a checkpoint in" in rejection(tmp_path / "a[1]")
 
 
 def test_tensors_of_another_type_are_rejected(network, folder):

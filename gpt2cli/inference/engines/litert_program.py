@@ -14,6 +14,7 @@ with TensorFlow 2.18 and 2.21.
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import mmap
 import os
@@ -26,7 +27,8 @@ from typing import IO, Any, NamedTuple
 import flatbuffers
 import numpy as np
 
-from gpt2cli import files, machine
+from gpt2cli import files, machine, paths
+from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.model import kernels, network
 from gpt2cli.model.network import GPT2, Past, Values, weight_shapes
@@ -133,23 +135,49 @@ def _trace(part: Part, config: ModelConfig) -> Any:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder for skeletons and the files of Programs; None without a home folder."""
+    """Return the folder for skeletons and the files of Programs.
+
+    None without a home folder, or where the folder is not this user's own.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "gpt2cli" if os.path.isabs(home) else None
+    return _checked(Path(home) / "gpt2cli") if os.path.isabs(home) else None
 
 
-def skeleton(part: Part, config: ModelConfig) -> bytes:
+@functools.cache
+def _checked(folder: Path) -> Path | None:
+    """Create the folder if necessary; None, with a line once, if others can write to it."""
+    try:
+        paths.check_own_folder(folder)
+    except UserError as error:
+        say(f"{error}, so no programs are kept there. Set XDG_CACHE_HOME to a folder of your own")
+        return None
+    except OSError:  # the home is read-only
+        return folder if folder.is_dir() else None
+    return folder
+
+
+class Skeleton(NamedTuple):
+    """A part as a program with its weights as arguments.
+
+    Args:
+        program: the program, in flatbuffers' classes.
+        size: its bytes in a file.
+    """
+
+    program: Any
+    size: int
+
+
+def skeleton(part: Part, config: ModelConfig) -> Skeleton:
     """Convert a part; the result is kept on disk and read from there the next time."""
     files_used = (network.__file__, kernels.__file__, __file__)
     sources = [Path(name).read_bytes() for name in files_used]
     made_of = repr((part.__name__, config, tf.__version__)).encode()
-    key = hashlib.sha256(b"\0".join([made_of, *sources])).hexdigest()
+    key = hashlib.sha256(b"\0".join([made_of, *sources]))
     folder = cache_folder()
-    path = folder / f"{key[:32]}.tflite" if folder else None
-    with contextlib.suppress(OSError):
-        kept = path.read_bytes() if path else b""
-        if hashlib.sha256(kept[32:]).digest() == kept[:32]:
-            return kept[32:]
+    path = folder / f"{key.hexdigest()[:32]}.tflite" if folder else None
+    if path and (kept := _kept(path, key.digest())):
+        return kept
     with without_noise():
         converter = tf.lite.TFLiteConverter.from_concrete_functions(
             [_trace(part, config)], tf.Module()
@@ -158,9 +186,36 @@ def skeleton(part: Part, config: ModelConfig) -> bytes:
         made = converter.convert()
     with contextlib.suppress(UserError):
         if path:
-            with files.replacing(path) as file:
-                file.write(hashlib.sha256(made).digest() + made)
-    return made
+            with files.replacing(path, access=0o600) as file:
+                file.write(_sealed(made, key.digest()))
+    return _parsed(made)
+
+
+def _kept(path: Path, key: bytes) -> Skeleton | None:
+    """Return the skeleton in a file of the cache; None where there is none that can be used."""
+    try:
+        with paths.open_own(path, "rb", is_code=True) as file:
+            content = file.read()
+        made = content[hashlib.sha256().digest_size :]
+        if content != _sealed(made, key):
+            raise ValueError("its checksum is wrong")
+        return _parsed(made)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        say(f"{error}; the program is made again")
+    except Exception as error:  # flatbuffers raises anything
+        say(f"{path} is damaged ({error}); the program is made again")
+    return None
+
+
+def _sealed(made: bytes, key: bytes) -> bytes:
+    """Return the file of a skeleton: a checksum of it and of its key, then the skeleton."""
+    return hashlib.sha256(key + made).digest() + made
+
+
+def _parsed(made: bytes) -> Skeleton:
+    return Skeleton(lite_schema.ModelT.InitFromPackedBuf(made), len(made))
 
 
 def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +276,7 @@ class Program:
         except OSError as error:
             raise UserError(
                 f"no room for a file as large as the weights ({error.strerror}) in "
-                f"{cache_folder()} or, if that is read-only, {tempfile.gettempdir()}. "
+                f"{cache_folder() or tempfile.gettempdir()}. "
                 "Free some space, or set XDG_CACHE_HOME to a folder on another disk"
             ) from error
         with warnings.catch_warnings(), without_noise():
@@ -272,8 +327,6 @@ def _nameless_file() -> tuple[Any, str]:
     make = tempfile.TemporaryFile if linux else tempfile.NamedTemporaryFile
     folder = cache_folder()
     try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
         file = make(dir=folder)
     except OSError:  # the home is read-only: use the system's folder
         file = make()
@@ -281,7 +334,7 @@ def _nameless_file() -> tuple[Any, str]:
 
 
 def _assemble(
-    skeleton: bytes,
+    skeleton: Skeleton,
     room: int,
     weights: Iterable[tuple[np.ndarray, np.ndarray | None]],
     file: IO[bytes],
@@ -297,12 +350,12 @@ def _assemble(
     Returns:
         The first weight.
     """
-    program = lite_schema.ModelT.InitFromPackedBuf(skeleton)
+    program = skeleton.program
     graph = program.subgraphs[0]
     arguments = {graph.tensors[index].name.decode(): index for index in graph.inputs}
     constants = {name: i for name, i in arguments.items() if name.startswith(WEIGHT)}
     graph.inputs = np.array([i for i in graph.inputs if i not in constants.values()], np.int32)
-    place = len(skeleton) + room
+    place = skeleton.size + room
     first = None
     for number, (values, scale) in enumerate(weights):
         tensor, buffer = graph.tensors[constants[f"{WEIGHT}{number}"]], lite_schema.BufferT()
@@ -320,7 +373,7 @@ def _assemble(
             tensor.quantization = lite_schema.QuantizationParametersT()
             tensor.quantization.scale = scale
             tensor.quantization.zeroPoint = np.zeros(len(scale), np.int64)
-    builder = flatbuffers.Builder(len(skeleton))
+    builder = flatbuffers.Builder(skeleton.size)
     builder.Finish(program.Pack(builder), b"TFL3")
     described = builder.Output()
     assert first is not None, "a part has weights"

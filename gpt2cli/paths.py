@@ -1,0 +1,263 @@
+"""Paths: looked at before they are touched.
+
+A path of the user's may be a device, a pipe, a socket or a link, and is then written through. A
+file that this program keeps for itself, such as a lock, may have been put there by somebody else.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+from gpt2cli.errors import UsageError, UserError
+
+TRIES = 9  # times to create a file that somebody else creates and removes meanwhile
+MAX_LINKS = 40  # as Linux: more links in a row count as a loop
+# Not 0o666: with a umask of 0 others could write to the file, and `open_own` would reject it.
+OWN_MODE = 0o664
+
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_DESCRIPTOR = re.compile(r"/dev/std(in|out|err)|/(?:dev|proc/(?:self|thread-self))/fd/(\d{1,9})")
+
+
+def kind_of(mode: int) -> str:
+    """Return "a link", "a pipe", ... for the st_mode of a path."""
+    return _KINDS.get(stat.S_IFMT(mode), "a file")
+
+
+def descriptor_of(path: str | Path) -> int | None:
+    """Return the number of the open file that a path such as /dev/stdout leads to, or None."""
+    place = os.fspath(path)
+    for _ in range(MAX_LINKS):
+        if found := _DESCRIPTOR.fullmatch(place):
+            return int(found[2]) if found[2] else ("in", "out", "err").index(found[1])
+        try:
+            place = os.path.join(os.path.dirname(place), os.readlink(place))
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+def is_stream(path: str | Path) -> bool:
+    """Return whether a path is a device, a pipe, a socket or an open file, to be written into."""
+    if descriptor_of(path) is not None:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def target_of(path: str | Path) -> str:
+    """Return the path that a link leads to, or else the path; a stream keeps its own."""
+    is_link = os.path.islink(path) and not is_stream(path)
+    return os.path.realpath(path) if is_link else str(path)
+
+
+def open_stream(path: str | Path, mode: str, **options: Any) -> IO[Any]:
+    """Open a stream to write into it, as open does; nothing is created or cut off."""
+    number = descriptor_of(path)
+    if number is not None:
+        return os.fdopen(os.dup(number), mode, **options)
+    if stat.S_ISSOCK(os.stat(path).st_mode):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(os.fspath(path))
+            return os.fdopen(os.dup(connection.fileno()), mode, **options)
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags & ~(os.O_CREAT | os.O_TRUNC))
+
+    return open(path, mode, opener=opener, **options)
+
+
+def check_file(path: str, flag: str) -> None:
+    """Reject, before any work, a path that a file cannot be written to.
+
+    Args:
+        path: as the user typed it.
+        flag: the flag that names it.
+
+    Raises:
+        UsageError: it is empty.
+        UserError: it is a folder, a loop of links or an address, or it cannot be written to.
+    """
+    found = _look_at(path, flag, "file")
+    number = descriptor_of(path)
+    if number is not None:
+        try:
+            os.fstat(number)
+        except OSError as error:
+            raise UserError(f"cannot write into {path}: {error.strerror}") from None
+        return
+    if os.path.basename(path) in ("", ".", "..") or (found and stat.S_ISDIR(found.st_mode)):
+        raise UserError(f"{path} is a folder; --{flag} takes the name of a file")
+    target = Path(target_of(path))
+    check_access(target if found and is_stream(path) else target.parent, path)
+
+
+def check_folder(path: str | Path, flag: str) -> Path:
+    """Reject, before any work, a path that a folder cannot be written to.
+
+    Returns:
+        The folder, which a link may lead to.
+
+    Raises:
+        UsageError: it is empty.
+        UserError: something else is there, or it cannot be written to.
+    """
+    path = os.fspath(path)
+    found = _look_at(path, flag, "folder")
+    if found is None and os.path.islink(path.rstrip(os.sep)):
+        raise UserError(
+            f"{path} is a link to {os.readlink(path.rstrip(os.sep))}, which does not exist. "
+            "Create that folder, or remove the link"
+        )
+    if found and not stat.S_ISDIR(found.st_mode):
+        kind = kind_of(found.st_mode)
+        raise UserError(f"cannot write {path}: it is {kind}, not a folder. Name another folder")
+    target = Path(target_of(path.rstrip(os.sep) or path))
+    check_access(target, path)
+    return target
+
+
+def check_folder_in(parent: str, name: str, flag: str) -> Path:
+    """Reject a folder that cannot be written, as `check_folder`; return its path.
+
+    Args:
+        parent: the folder above it, as the user typed it.
+        name: its name.
+        flag: the flag that names `parent`.
+    """
+    check_folder(parent, flag)
+    check_folder(Path(parent, name), flag)
+    return Path(parent, name)
+
+
+def _look_at(path: str, flag: str, wanted: str) -> os.stat_result | None:
+    """Return the stat of what a path leads to; None if nothing is there."""
+    if not path:
+        raise UsageError(f"--{flag} must name a {wanted}, got ''")
+    if _ADDRESS.match(path):
+        raise UserError(f"{path} is an address, and results go to files. Name a {wanted}")
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:  # a NUL
+        raise UsageError(f"--{flag} must name a {wanted}, got {path!r}") from None
+    except OSError as error:
+        why = "its links lead in a circle" if error.errno == errno.ELOOP else error.strerror
+        raise UserError(f"cannot write {path}: {why}. Name another {wanted}") from None
+
+
+def check_access(place: Path, path: str | Path) -> None:
+    """Reject (UserError) `path` if this user may not write to `place`, or to the folder above it.
+
+    Args:
+        place: a stream or a folder; if it does not exist, the first folder above it that does.
+        path: the path to name in the message.
+    """
+    place = next(each for each in (place, *place.absolute().parents) if os.path.lexists(each))
+    needed = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+    if not place.is_dir() and not is_stream(place):
+        raise UserError(f"cannot write {path}: {place} is not a folder. Choose another folder")
+    if not os.access(place, needed):
+        raise UserError(f"cannot write {path}: you may not write to {place}. Choose another folder")
+
+
+def open_own(path: str | Path, mode: str, is_code: bool = False, **options: Any) -> IO[Any]:
+    """Open a file that this program keeps for itself, if nobody else can have prepared it.
+
+    It must be a file and no link, with one name only if it is written, and belong to this user,
+    to root or to the owner of its folder, who could replace it anyway. Others must not be able to
+    write to it, unless they may write to the whole folder, as on disks without permissions.
+
+    Args:
+        path: the file.
+        mode: as in open; nothing is cut off before the file has been looked at.
+        is_code: what it contains is run: it must belong to this user or root, and nobody else may
+            write to it.
+        options: more arguments of open.
+
+    Raises:
+        UserError: it is something else; the text says what.
+        OSError: it cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+        flags |= getattr(os, "O_NONBLOCK", 0)  # a pipe must not hold this up
+        for _ in range(TRIES if flags & os.O_CREAT else 0):
+            with contextlib.suppress(FileExistsError):
+                return os.open(name, flags | os.O_EXCL, OWN_MODE)
+            if os.path.lexists(name):  # and was not removed in between
+                break
+        if fault := _fault(os.lstat(name), name, flags, is_code):
+            raise _not_own(name, fault)
+        handle = os.open(name, flags & ~os.O_TRUNC & ~os.O_CREAT)
+        try:
+            if fault := _fault(os.fstat(handle), name, flags, is_code):
+                raise _not_own(name, fault)
+            if flags & os.O_TRUNC:
+                os.ftruncate(handle, 0)
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+    return open(path, mode, opener=opener, **options)
+
+
+def _not_own(path: str, fault: str) -> UserError:
+    return UserError(f"{path} {fault}, so it is not used. Remove it, then run the command again")
+
+
+def _fault(found: os.stat_result, path: str, flags: int, is_code: bool) -> str | None:
+    """Say why others may have prepared a file; None if they cannot have."""
+    if not stat.S_ISREG(found.st_mode):
+        return f"is {kind_of(found.st_mode)}, not a file"
+    if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
+        return "is also the file of another name"
+    if not hasattr(os, "geteuid"):  # Windows has no such owners
+        return None
+    folder = os.stat(os.path.dirname(path) or ".")
+    owners = {os.geteuid(), 0} | (set() if is_code else {folder.st_uid})
+    if found.st_uid not in owners:
+        return f"belongs to user {found.st_uid}"
+    open_to_all = folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
+    others = stat.S_IWGRP | stat.S_IWOTH if is_code else 0 if open_to_all else stat.S_IWOTH
+    return "can be changed by other users" if found.st_mode & others else None
+
+
+def check_own_folder(path: Path) -> None:
+    """Make a folder of this user's own, or close one that others may write to.
+
+    Raises:
+        UserError: it is not a folder, or it belongs to another user.
+        OSError: it cannot be created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    if not hasattr(os, "geteuid"):  # Windows
+        return
+    for found in (path.lstat(), path.stat()):
+        if found.st_uid not in (os.geteuid(), 0):
+            raise UserError(f"{path} belongs to user {found.st_uid}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        try:
+            path.chmod(0o700)
+        except OSError:
+            raise UserError(f"{path} can be changed by other users") from None
