@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2cli import signals
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
@@ -101,7 +102,7 @@ def download_released(model: str, url: str | None, models: Path) -> Path:
     folder = models / name
     found = manifest.read(folder)
     if not found.get("opened") or released.intact_names(folder, found) != set(released.FILES):
-        with files.filling(folder, "download"):
+        with signals.leaving(lambda: _kept(folder)), files.filling(folder, "download"):
             released.fetch_model(url or released.BUCKET, name, folder)
             released.open_checkpoint(folder)
     return folder
@@ -123,7 +124,7 @@ def download_hub(model: str, revision: str, models: Path) -> Path:
     if folder.exists():
         manifest.check_same(folder, model, revision)
         return folder
-    with files.filling(hidden, "download"):
+    with signals.leaving(lambda: _kept(hidden)), files.filling(hidden, "download"):
         repository = hub.look_up(name, revision)
         say(f"downloading {repository.url} to {folder}")
         with requests.Session() as session:
@@ -151,3 +152,9 @@ def download_hub(model: str, revision: str, models: Path) -> Path:
         convert(source, folder, finish=record)
         shutil.rmtree(hidden, ignore_errors=True)
     return folder
+
+
+def _kept(folder: Path) -> str:
+    """Return what a stopped download leaves, and how to resume it."""
+    size = sum(path.lstat().st_size for path in folder.glob("*"))
+    return f"{folder} keeps {size:,} bytes: {signals.AGAIN} to resume"

@@ -11,14 +11,15 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpt2cli import files
-from gpt2cli.console import say
+from gpt2cli.console import lost, say
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines.xla import XlaEngine
 from gpt2cli.inference.generator import LanguageModel
 from gpt2cli.options import GenerateOptions, new_seed
+from gpt2cli.signals import AGAIN, Stop
 from gpt2cli.storage import checkpoint
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.tensorflow import describe_devices
@@ -39,12 +40,6 @@ SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run 
 SIGPIPE = 13  # POSIX; Python on Windows has no such name
 RETRY = 60  # seconds after which a checkpoint that could not be written is tried again
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
-
-
-class Stop(Protocol):
-    """A request to stop; `received` is not 0 once there is one."""
-
-    received: int
 
 
 class Run:
@@ -85,6 +80,8 @@ class Run:
         show: Callable[[str], None],
     ) -> None:
         self.replicas, self.stop, self.stops, self.show = replicas, stop, False, show
+        self.journal: Journal | None = None
+        self.told = 0  # lost messages that the journal knows of
         prefix = start.checkpoint
         assert prefix is not None
         self.say(f"{prefix}: {describe_devices()}")
@@ -107,7 +104,6 @@ class Run:
         self.checkpoints = Checkpoints(folder, prefix, self.state.step, resumed)
         self.batch: Batch | None = None  # the last that was learned from
         self.skipped = 0  # steps in a row
-        self.journal = None
         if replicas.is_chief:
             first = self.state.step if resumed else -1
             always = {"seq_length": self.plan.length}
@@ -221,6 +217,14 @@ class Run:
         """
         if self.replicas.is_chief and not say(text):
             self.stop.received = self.stop.received or SIGPIPE
+        if not self.told:
+            self.record_lost()
+
+    def record_lost(self) -> None:
+        """Write to log.jsonl how many messages could not be printed, if there are new ones."""
+        if self.journal and lost.count > self.told:
+            self.told = lost.count
+            self.journal.note(self.state.step, messages_lost=lost.count, reason=lost.reason)
 
     def record(self, **values: float) -> None:
         """Write numbers of this step to the journal."""
@@ -279,19 +283,28 @@ class Run:
             is_saved = self.replicas.of_chief(int(self.checkpoints.step == step))
         if not is_saved:
             raise UserError(f"step {step} is not saved; check the log of the first host")
-        if self.journal:
-            self.journal.close()
         if not self.checkpoints.exist():
             self.say("stopped before the first step; nothing is saved")
-            return
+        else:
+            self.say(self.summary())
+        self.record_lost()
+        if self.journal:
+            self.journal.close()
+
+    def summary(self) -> str:
+        """Return the last line: what is saved, and how to use or resume it."""
         folder, options = self.checkpoints.folder, self.plan.options
         words = [f"--run_name={folder.name}"]
         if folder.parent.resolve() != Path(options.checkpoint_dir).resolve():  # it was moved
             words.append(f"--checkpoint_dir={folder.parent}")
-        self.say(
-            f"saved {folder} at step {step}; sample from it with: gpt2cli sample "
+        line = (
+            f"saved {folder} at step {self.state.step}; sample from it with: gpt2cli sample "
             f"{shlex.join(words)}"
         )
+        if not self.stop.received:
+            return line
+        how = "" if options.restore_from == "latest" else " with --restore_from latest"
+        return f"{line}\n{AGAIN}{how} to resume"
 
     def is_stopped(self) -> bool:
         """Whether to take no more steps; several hosts agreed on it in the step before."""
@@ -450,8 +463,10 @@ class Run:
         try:
             self.show("\n".join(texts))
         except OSError as error:  # the file of the samples has them too
+            lost.add(str(error.strerror))
             self.say(f"gpt2cli: cannot print the samples: {error.strerror}")
-            self.stop.received = self.stop.received or SIGPIPE
+            if isinstance(error, BrokenPipeError):
+                self.stop.received = self.stop.received or SIGPIPE
         try:
             with files.replacing(
                 self.sample_path(), "w", encoding="utf-8", errors="replace"
