@@ -12,7 +12,6 @@ import inspect
 import json
 import os
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -81,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.say("gpt2cli: stopped by Ctrl-C")
         sys.exit(130)
     except signals.Stopped as stop:
-        console.say(f"gpt2cli: stopped by {signal.Signals(stop.number).name}")
+        console.say(f"gpt2cli: stopped by {stop.name}")
+        if stop.is_second:
+            os._exit(signals.ENDED + stop.number)
         raise
     except BrokenPipeError:  # whoever read our output has gone, as with `| head`
         sys.exit(141)

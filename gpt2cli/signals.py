@@ -21,11 +21,18 @@ LEAVE = 1.0  # seconds that a second request leaves for removing unfinished file
 
 
 class Stopped(SystemExit):
-    """A signal other than Ctrl-C stopped the command."""
+    """A signal other than a first Ctrl-C stopped the command.
 
-    def __init__(self, number: int) -> None:
+    Attributes:
+        number: the signal.
+        name: its name for messages.
+        is_second: whether to end at once, without a library's work at the end of the process.
+    """
+
+    def __init__(self, number: int, is_second: bool = False) -> None:
         super().__init__(ENDED + number)
-        self.number = number
+        self.number, self.is_second = number, is_second
+        self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 class Stop:
@@ -153,7 +160,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         return
     _requests.raised = number
     # not a second KeyboardInterrupt: where the first is handled, nothing expects another
-    raise Stopped(number) if order > 1 and _requests.is_watched else stopped(number)
+    is_second = order > 1 and _requests.is_watched
+    raise Stopped(number, is_second) if is_second else stopped(number)
 
 
 def _watch(reader: int) -> None:
