@@ -12,13 +12,12 @@ import inspect
 import json
 import os
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpt2cli import __version__, console, flags, peers
+from gpt2cli import __version__, console, flags, peers, signals
 from gpt2cli.errors import BusyError, UsageError, UserError
 
 # Command -> the fields that may be given without their name, in order.
@@ -48,6 +47,7 @@ EXIT_STATUSES = {
     1: "An error the user can fix; one line on standard error says how.",
     2: "A wrong command line.",
     75: "Another process uses the same files, or another host was stopped; try again later.",
+    129: "SIGHUP: the terminal was closed.",
     130: "Ctrl-C.",
     141: "The program that read standard output closed it.",
     143: "SIGTERM.",
@@ -66,32 +66,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     Any exception that is not the user's to fix is a bug and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # Without a handler a container's first process ignores SIGTERM, which `docker stop` sends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _open_closed_streams()
+    signals.install()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a text that cannot be shown must not end a run
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        options = read_command_line(argv)
-        if options is not None:
-            console.verbose = options.verbose
-            sys.modules[type(options).__module__].run(options)
-        sys.stdout.flush()
+        _run(argv)
     except UserError as error:
         console.say(f"gpt2cli: {error}")
         sys.exit(next(status for kind, status in STATUS_OF.items() if isinstance(error, kind)))
     except KeyboardInterrupt:
-        console.say("gpt2cli: interrupted")
+        console.say("gpt2cli: stopped by Ctrl-C")
         sys.exit(130)
+    except signals.Stopped as stop:
+        console.say(f"gpt2cli: stopped by {stop.name}")
+        if stop.is_second:
+            os._exit(signals.ENDED + stop.number)
+        raise
     except BrokenPipeError:  # whoever read our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # a file of the user's that no module expected to fail
         if error.errno is None:
             raise
         console.say(f"gpt2cli: {error.filename or 'standard output'}: {error.strerror}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # flushing the rest would fail again
         sys.exit(1)
     except Exception as error:
         # TensorFlow's class by name: importing it here would cost every command two seconds
@@ -99,15 +97,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         console.say(OUT_OF_MEMORY)
         sys.exit(1)
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # Python would try again, and end with status 120
+            console.drop(sys.stdout)
+
+
+def _run(argv: Sequence[str]) -> None:
+    try:
+        options = read_command_line(argv)
+        if options is not None:
+            console.verbose = options.verbose
+            sys.modules[type(options).__module__].run(options)
+        sys.stdout.flush()
+    except Exception:
+        signals.check()
+        raise
 
 
 def _open_closed_streams() -> None:
-    """Give the standard streams that the caller closed (`<&-`, cron) to the null device."""
+    """Give standard streams that the caller closed (`<&-`) to the null device.
+
+    Standard output is opened for reading, so that a result that is written there fails.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            # gets the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
 

@@ -1,7 +1,9 @@
 """The conversation on standard error: one line at a time, and a progress bar on a terminal."""
 
+import contextlib
 import os
 import re
+import select
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -14,23 +16,87 @@ verbose = False
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+class Lost:
+    """Messages that could not be printed.
+
+    Attributes:
+        count: their number.
+        reason: why the last one could not.
+        stream: a standard error that nobody reads any more.
+    """
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Count from 0, for a new command."""
+        self.count, self.reason = 0, ""
+
+    def add(self, reason: str) -> None:
+        """Count a message."""
+        self.count += 1
+        self.reason = reason
+
+
+lost = Lost()
+
+
 def say(text: str) -> bool:
     """Print a line to standard error; standard output is for results alone.
 
-    A message that cannot be printed, as on a full disk, ends no work. Control characters that a
-    server or a file put into it are made visible.
+    A message that cannot be printed, as on a full disk, ends no work; `lost` counts it. Control
+    characters that a server or a file put into it are made visible.
 
     Returns:
         False if nobody reads the messages any more: their pipe is closed.
     """
+    if sys.stderr is None or sys.stderr is lost.stream:
+        lost.add(lost.reason or "standard error is closed")
+        return sys.stderr is None
     try:
         print(visible(text), file=sys.stderr, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for what is still buffered
+        lost.add("nobody reads standard error")
+        lost.stream = sys.stderr
+        _to_null(sys.stderr)
         return False
-    except OSError:
-        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        # ValueError: a Python program closed it; RuntimeError: a signal came during another line
+        lost.add(getattr(error, "strerror", None) or str(error))
+        drop(sys.stderr)
     return True
+
+
+def drop(stream: Any) -> None:
+    """Discard what a stream could not write, so that it does not fail again at the next line."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        kept = os.dup(stream.fileno())
+        try:
+            _to_null(stream)
+            stream.flush()
+        finally:
+            os.dup2(kept, stream.fileno())
+            os.close(kept)
+
+
+def stop_waiting() -> None:
+    """Discard further output that nobody takes, as a paused `less` does: the command must end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if not select.select([], [stream.fileno()], [], 0)[1]:
+                _to_null(stream)
+                if stream is sys.stderr:
+                    lost.add("nobody reads standard error")
+                    lost.stream = stream
+
+
+def _to_null(stream: Any) -> None:
+    """Connect a stream to the null device."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def visible(text: str) -> str:

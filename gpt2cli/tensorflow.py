@@ -5,16 +5,23 @@ Every module that needs TensorFlow takes it from here: `from gpt2cli.tensorflow 
 
 import contextlib
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
-from gpt2cli import console
+from gpt2cli import console, signals
 from gpt2cli.errors import UserError
 
 OLDEST = (2, 18)  # as in setup.py; older versions do not support NumPy 2
 QUIET = (2, 21)  # older versions announce XLA's first compilation at any log level
+
+
+def _temporary_file() -> IO[bytes]:
+    """Return an unnamed file; the null device if every disk is full."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "w+b")
 
 
 @contextlib.contextmanager
@@ -28,15 +35,15 @@ def without_noise() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only, once they are loaded
-    sys.stderr.flush()
     real = os.dup(2)
-    with tempfile.TemporaryFile() as noise:
+    with _temporary_file() as noise:
         os.dup2(noise.fileno(), 2)
         try:
             yield
         except BaseException:
-            noise.seek(0)
-            os.write(real, noise.read())
+            with contextlib.suppress(OSError):  # a message must not hide the error
+                noise.seek(0)
+                os.write(real, noise.read())
             raise
         finally:
             os.dup2(real, 2)
@@ -44,7 +51,8 @@ def without_noise() -> Iterator[None]:
 
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # a setting for other programs would break this one
-with without_noise():
+# an exception while libraries are loaded would become a different one
+with signals.noted() as _stop, without_noise():
     import tensorflow as tf
 
     if not console.verbose:
@@ -59,6 +67,8 @@ with without_noise():
     if OLDEST <= VERSION < QUIET and not os.environ.get("TF_CONFIG"):
         tf.function(lambda: tf.constant(0) + 1, jit_compile=True)()
 
+if _stop.received:
+    raise signals.stopped(_stop.received)
 if VERSION < OLDEST:
     raise UserError(
         f"TensorFlow {tf.__version__} is too old: gpt2cli needs {'.'.join(map(str, OLDEST))} or "

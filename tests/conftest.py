@@ -251,10 +251,14 @@ def cli(capsys, monkeypatch, tiny):
 
     def run(*words):
         status = 0
+        handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
         try:
             main([str(word) for word in words])
         except SystemExit as end:
             status = end.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capsys.readouterr()
         return subprocess.CompletedProcess(words, status, out, err)
 

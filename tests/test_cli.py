@@ -320,15 +320,19 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_closed_streams_are_no_error(tmp_path):
+def test_a_closed_stream_is_no_error_unless_the_result_goes_there(tmp_path):
     import subprocess
 
     from conftest import ROOT
 
-    for redirect in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+    for redirect in ("<&-", "2>&-", "<&- 2>&-"):
         command = f"{sys.executable} -m gpt2cli --help {redirect}"
         result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0 and result.stderr == "", (redirect, result)
+    command = f"{sys.executable} -m gpt2cli --help >&-"  # the result, which is lost
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "gpt2cli: standard output: Bad file descriptor\n"
 
 
 def test_a_full_standard_output_is_one_line(tmp_path):

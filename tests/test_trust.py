@@ -613,37 +613,3 @@ def test_a_damaged_log_does_not_end_a_run(cli, mini):
 def test_a_count_of_twenty_digits_is_a_usage_error(cli, words):
     result = cli(*words, "9" * 20)
     assert result.returncode == 2 and "must be at most 2147483647" in result.stderr
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "closed pipe",
-        pytest.param("hangup", marks=pytest.mark.slow),
-        pytest.param("full disk", marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_whose_messages_are_lost_is_saved(mini, how):
-    """The terminal is closed, the reader of a pipe ends, or the log's disk is full."""
-    words = ["train", "text.txt", *map(str, FLAGS), "--save_every", "99999", "--run_name", "r"]
-    words += ["--steps", "30" if how == "full disk" else "100000"]
-    err = {"full disk": open("/dev/full", "w"), "hangup": open("log", "w")}.get(how)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpt2cli", *words],
-        stderr=subprocess.PIPE if err is None else err,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    if how == "hangup":
-        while "loss=" not in Path("log").read_text():
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGHUP)
-    elif err is None:
-        while b"loss=" not in process.stderr.readline():
-            assert process.poll() is None
-        process.stderr.close()
-    expected = {"hangup": 129, "closed pipe": 141, "full disk": 0}[how]
-    assert process.wait() == expected
-    assert runs.steps(Path("checkpoint/r"))
-    if err:
-        err.close()

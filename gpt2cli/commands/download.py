@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2cli import paths
+from gpt2cli import paths, signals
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
@@ -103,7 +103,7 @@ def download_released(model: str, url: str | None, models: str) -> Path:
     found = manifest.read(folder)
     if not found.get("opened") or released.intact_names(folder, found, name) != set(released.FILES):
         _check_folder(models, name)
-        with files.filling(folder, "download"):
+        with signals.leaving(lambda: _kept(folder)), files.filling(folder, "download"):
             released.fetch_model(url or released.BUCKET, name, folder)
             released.open_checkpoint(folder)
     return folder
@@ -127,7 +127,7 @@ def download_hub(model: str, revision: str, models: str) -> Path:
         return folder
     _check_folder(models, folder.name)
     hidden = _check_folder(models, part)
-    with files.filling(hidden, "download"):
+    with signals.leaving(lambda: _kept(hidden)), files.filling(hidden, "download"):
         repository = hub.look_up(name, revision)
         say(f"downloading {repository.url} to {folder}")
         with requests.Session() as session:
@@ -171,3 +171,9 @@ def _check_folder(models: str, name: str) -> Path:
     if name.startswith(".") and folder.is_symlink():
         raise UserError(f"{folder} is a link. Remove it, then run the same command again")
     return folder
+
+
+def _kept(folder: Path) -> str:
+    """Return what a stopped download leaves, and how to resume it."""
+    size = sum(path.lstat().st_size for path in folder.glob("*"))
+    return f"{folder} keeps {size:,} bytes: {signals.AGAIN} to resume"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2cli import paths
+from gpt2cli import paths, signals
 from gpt2cli.console import counted, progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
@@ -70,7 +70,8 @@ def run(options: EncodeOptions) -> None:
     tally = Tally(found)
     size = sum(path.stat().st_size for path in found.paths)
     n_vocab = vocabulary.n_vocab
-    with progress(size, "B") as bar:
+    unwritten = f"{out} is not written: {signals.AGAIN} to start from the beginning"
+    with signals.leaving(lambda: unwritten), progress(size, "B") as bar:
         parts = encoded.encode(
             found.paths,
             vocabulary,

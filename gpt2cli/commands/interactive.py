@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2cli import flags
+from gpt2cli import flags, signals
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.options import CheckpointOptions, GenerateOptions, new_seed
@@ -76,6 +76,7 @@ def run(options: InteractiveOptions) -> None:
         if getattr(options, name) != flags.fields_of(GenerateOptions)[name].default:
             say(f"--{name} has no effect here: {reason}")
     index, said = 0, set[str]()
+    signals.keep_ctrl_c()
     with _line_editing():
         for text, is_line in _inputs():
             if is_line and text.split()[0] in COMMANDS:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2cli import paths
+from gpt2cli import paths, signals
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
@@ -257,6 +257,8 @@ def _write(samples: Iterator[Sample], options: SampleOptions, path: Path | None)
                     print(sample.show(options.format, options.delimiter), file=output, flush=True)
         except (KeyboardInterrupt, SystemExit, BrokenPipeError) as stop:
             if options.nsamples:
+                if path is not None:
+                    say(f"{path} is not written: {signals.AGAIN} to start from the beginning")
                 raise
             stopped = stop  # the usual end of an endless run, which keeps its samples
     if path is not None:

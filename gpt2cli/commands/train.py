@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gpt2cli import paths
+from gpt2cli import console, paths, signals
 from gpt2cli.console import say
 from gpt2cli.errors import BusyError, UsageError
 from gpt2cli.flags import check
@@ -20,6 +16,8 @@ from gpt2cli.options import MAX_SEED, MAX_TOKENS, FolderOptions, TextOptions, ch
 
 if TYPE_CHECKING:
     from gpt2cli.training.run import Run
+
+STOPPING = "finishing this step, then saving the run and stopping"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +211,7 @@ class TrainOptions(TextOptions, FolderOptions):
 
 
 def run(options: TrainOptions) -> Path:
-    """Train until --steps, Ctrl-C or SIGTERM, save the run in each case, and return its folder.
+    """Train until --steps or a signal, save the run in each case, and return its folder.
 
     Raises:
         UserError: the run cannot start or continue.
@@ -224,6 +222,7 @@ def run(options: TrainOptions) -> Path:
     from gpt2cli.text import encoder
     from gpt2cli.training import hosts, start
 
+    console.lost.forget()  # those of earlier commands of a Python program
     run_folder = folders.run_dir(options.checkpoint_dir, options.run_name, must_exist=False)
     paths.check_folder_in(options.checkpoint_dir, options.run_name, "checkpoint_dir")
     if options.sample_every:
@@ -249,7 +248,7 @@ def run(options: TrainOptions) -> Path:
             hosts.meet(cluster, say)
         with devices.lost_hosts(cluster.hosts, lambda: how_to_resume(options, current)):
             replicas = devices.Replicas(options.strategy, cluster)
-            with stop_signals() as stop:  # after TensorFlow, which takes SIGTERM on several hosts
+            with signals.noted(STOPPING) as stop:  # after TensorFlow has taken SIGTERM
                 if cluster.hosts > 1:
                     start.compare(replicas, options, folder, state, tokens, held_out)
                 current = Run(
@@ -262,13 +261,11 @@ def run(options: TrainOptions) -> Path:
                     tokens=tokens,
                     held_out=held_out,
                     stop=stop,
-                    show=lambda text: print(text, flush=True),
+                    show=show,
                 )
                 current.train()
-    if stop.received == signal.SIGINT:
-        raise KeyboardInterrupt
     if stop.received:
-        sys.exit(128 + stop.received)
+        raise signals.stopped(stop.received)
     if current.stops:  # not finished, so not 0: a supervisor should start this process again
         raise BusyError(f"another host was asked to stop. {how_to_resume(options, current)}")
     return run_folder
@@ -284,34 +281,10 @@ def how_to_resume(options: TrainOptions, run: Run | None) -> str:
     return f"Start all hosts again{how} to resume at step {runs.steps(run.checkpoints.folder)[-1]}"
 
 
-class Stop:
-    """A request to stop; `received` is the number of the signal, or 0."""
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Finish the step, break off samples and validation; a second signal ends at once."""
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-        say("finishing this step, then saving the run and stopping")
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Turn Ctrl-C and SIGTERM into a Stop while the block runs (in the main thread)."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(hangup)
-    before = [signal.signal(number, stop.handle) for number in numbers]
+def show(text: str) -> None:
+    """Print the samples of a step; OSError if nothing can be printed now."""
     try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        print(text, flush=True)
+    except OSError:
+        console.drop(sys.stdout)
+        raise

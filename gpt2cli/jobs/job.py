@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from gpt2cli import files
-from gpt2cli.console import progress, say
+from gpt2cli import files, signals
+from gpt2cli.console import counted, progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.inference import hints
 from gpt2cli.jobs import lines as lines_file
@@ -76,7 +76,15 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in job}
     usual["format"] = 1  # of our first versions
     job["format"] = lines_file.FORMAT
-    with lines_file.gathered(Path(options.out), job, usual, new_seed(), parts) as lines:
+
+    def kept() -> str:
+        found = sum(1 for part in parts for _ in lines_file.read(part)) if parts else lines.count
+        return f"{options.out}: {counted(found, 'sample')} kept; {signals.AGAIN} to resume"
+
+    with (
+        lines_file.gathered(Path(options.out), job, usual, new_seed(), parts) as lines,
+        signals.leaving(kept),
+    ):
         options = dataclasses.replace(options, seed=lines.job["seed"])
         _report(options, folder, vocabulary, samples)
         if parts:

@@ -24,6 +24,7 @@ class Lines:
     Attributes:
         job: the recorded job.
         found: of each line that an earlier run left, its "index" and whether it has an "error".
+        count: the number of whole lines.
     """
 
     def __init__(self, path: Path, job: dict[str, Any], file: IO[bytes]) -> None:
@@ -35,18 +36,21 @@ class Lines:
         for value, size in _whole_lines(path):
             self.found.append((value.get("index"), "error" in value))
             self._ends.append(self._ends[-1] + size)
+        self.count = len(self.found)
 
     def keep(self, number: int) -> None:
         """Continue behind the first `number` of the lines in `found`; discard the others."""
-        self.found = self.found[:number]
+        self.found, self.count = self.found[:number], number
         self._file.truncate(self._ends[number])
 
     def add(self, values: Iterable[dict[str, Any]]) -> None:
         """Append a line for each value; UserError if it cannot be written."""
-        data = memoryview(b"".join(encoded(value) + b"\n" for value in values))
+        found = [encoded(value) + b"\n" for value in values]
+        data = memoryview(b"".join(found))
         with _explained(self._path):
             while data:
                 data = data[self._file.write(data) :]
+        self.count += len(found)
 
 
 @contextlib.contextmanager

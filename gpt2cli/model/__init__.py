@@ -1,4 +1,4 @@
 """The network: token ids in, logits out.
 
-May import: console, errors, files, flags, machine, options, paths, peers, tensorflow.
+May import: console, errors, files, flags, machine, options, paths, peers, signals, tensorflow.
 """

@@ -49,8 +49,11 @@ class Journal:
     def write(self, step: int, **values: float) -> None:
         """Record named numbers of a step; one that is not finite is null in log.jsonl."""
         self._with_events(lambda: self._write_events(step, values))
-        plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._held += json.dumps({"step": step, **self._always, **plain}) + "\n"
+        self.note(step, **{name: v if math.isfinite(v) else None for name, v in values.items()})
+
+    def note(self, step: int, **values: Any) -> None:
+        """Add a line to log.jsonl, but nothing to the events."""
+        self._held += json.dumps({"step": step, **self._always, **values}) + "\n"
         self._last = step
         if not self._holds:
             self._write_lines()

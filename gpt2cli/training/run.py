@@ -11,15 +11,16 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpt2cli import files
-from gpt2cli.console import say
+from gpt2cli.console import lost, say
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines.xla import XlaEngine
 from gpt2cli.inference.generator import LanguageModel
 from gpt2cli.model.sizes import ALIASES
 from gpt2cli.options import GenerateOptions, new_seed
+from gpt2cli.signals import AGAIN, Stop
 from gpt2cli.storage import checkpoint
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.storage.held import HeldFolder
@@ -42,12 +43,6 @@ SIGPIPE = 13  # POSIX; Python on Windows has no such name
 RETRY = 60  # seconds after which a checkpoint that could not be written is tried again
 BLOCKS = 2**14  # of a text, whose checksum is in the state
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
-
-
-class Stop(Protocol):
-    """A request to stop; `received` is not 0 once there is one."""
-
-    received: int
 
 
 class Run:
@@ -88,6 +83,8 @@ class Run:
         show: Callable[[str], None],
     ) -> None:
         self.replicas, self.stop, self.stops, self.show = replicas, stop, False, show
+        self.journal: Journal | None = None
+        self.told = 0  # lost messages that the journal knows of
         prefix = start.checkpoint
         assert prefix is not None
         self.say(f"{prefix}: {describe_devices()}")
@@ -112,7 +109,6 @@ class Run:
         self.checkpoints = Checkpoints(place, start, self.state.step, resumed)
         self.batch: Batch | None = None  # the last that was learned from
         self.skipped = 0  # steps in a row
-        self.journal = None
         if replicas.is_chief:
             first = self.state.step if resumed else -1
             always = {"seq_length": self.plan.length}
@@ -240,13 +236,21 @@ class Run:
         )
         return found.tokens, found.held_out
 
-    def say(self, text: str) -> None:
-        """Print a line on stderr, on the chief alone if there are several hosts.
+    def say(self, *lines: str) -> None:
+        """Print lines on stderr, on the chief alone if there are several hosts.
 
         A closed pipe, as with `2>&1 | head`, is a request to stop: the run is saved first.
         """
-        if self.replicas.is_chief and not say(text):
+        if self.replicas.is_chief and not say(*lines):
             self.stop.received = self.stop.received or SIGPIPE
+        if not self.told:
+            self.record_lost()
+
+    def record_lost(self) -> None:
+        """Write to log.jsonl how many messages could not be printed, if there are new ones."""
+        if self.journal and lost.count > self.told:
+            self.told = lost.count
+            self.journal.note(self.state.step, messages_lost=lost.count, reason=lost.reason)
 
     def record(self, **values: float) -> None:
         """Write numbers of this step to the journal."""
@@ -305,15 +309,24 @@ class Run:
             is_saved = self.replicas.of_chief(int(self.checkpoints.step == step))
         if not is_saved:
             raise UserError(f"step {step} is not saved; check the log of the first host")
-        if self.journal:
-            self.journal.close()
         if not self.checkpoints.exist():
             self.say("stopped before the first step; nothing is saved")
-            return
-        self.say(
-            f"saved {self.checkpoints.folder} at step {step}; sample from it with: gpt2cli sample "
-            f"{self.flags()}"
+        else:
+            self.say(*self.summary())
+        self.record_lost()
+        if self.journal:
+            self.journal.close()
+
+    def summary(self) -> list[str]:
+        """Return the last lines: what is saved, and how to use or resume it."""
+        line = (
+            f"saved {self.checkpoints.folder} at step {self.state.step}; sample from it with: "
+            f"gpt2cli sample {self.flags()}"
         )
+        if not self.stop.received:
+            return [line]
+        how = "" if self.plan.options.restore_from == "latest" else " with --restore_from latest"
+        return [line, f"{AGAIN}{how} to resume"]
 
     def flags(self) -> str:
         """Return the flags that name the run's folder, which may have been moved."""
@@ -487,8 +500,10 @@ class Run:
         try:
             self.show("\n".join(texts))
         except OSError as error:  # the file of the samples has them too
+            lost.add(str(error.strerror))
             self.say(f"gpt2cli: cannot print the samples: {error.strerror}")
-            self.stop.received = self.stop.received or SIGPIPE
+            if isinstance(error, BrokenPipeError):
+                self.stop.received = self.stop.received or SIGPIPE
         try:
             with files.replacing(
                 self.sample_path(), "w", encoding="utf-8", errors="replace"

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import PROMPTS, ROOT
@@ -201,49 +200,6 @@ def test_a_killed_job_resumes(cli, prompts):
 @pytest.mark.slow
 def test_a_job_that_is_killed_a_hundred_times_resumes(cli, prompts):
     check_kills(cli, prompts, 100, 60_000)
-
-
-def test_the_nightly_script_writes_a_dated_file_and_one_line(workdir, tmp_path_factory):
-    """With a stand-in for the model: bin/gpt2cli is what the script calls."""
-    (workdir / "prompts.txt").write_text("The kettle\n")
-    run = workdir / "checkpoint" / "run1"
-    run.mkdir(parents=True)
-    for path in (workdir / "models" / "tiny").iterdir():
-        (run / path.name).write_bytes(path.read_bytes())
-    samples = workdir / "samples" / "run1"
-    samples.mkdir(parents=True)
-    for name, days in (("nightly-2020-01-01.jsonl", 40), ("nightly-2020-01-02.jsonl", 20)):
-        (samples / name).write_text("{}\n")
-        os.utime(samples / name, times=(time.time() - days * 86400,) * 2)
-
-    def nightly(*more):
-        words = [ROOT / "bin/nightly-generate", "--run_name=run1", "--prompts", "prompts.txt"]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {**os.environ, "GPT2CLI_HOME": str(workdir), "PATH": path}
-        result = subprocess.run(
-            [*words, *more], cwd="/", env=environment, capture_output=True, text=True
-        )
-        return result.returncode, result.stdout + result.stderr
-
-    assert nightly("--length", "4", "--seed=1") == (0, ""), (samples / "nightly.log").read_text()
-    today = time.strftime("%Y-%m-%d")
-    assert len(lines(samples / f"nightly-{today}.jsonl")) == 1
-    assert sorted(p.name for p in samples.iterdir()) == [
-        *("nightly-2020-01-02.jsonl", f"nightly-{today}.jsonl", "nightly.log")
-    ]
-    (line,) = (samples / "nightly.log").read_text().splitlines()
-    assert line.startswith(today) and "status 0: " in line and line.endswith("0 failed")
-    assert nightly("--nothing") == (2, "")
-    assert "no flag --nothing" in (samples / "nightly.log").read_text().splitlines()[1]
-    status, said = nightly("--out", "x")
-    assert status == 2 and "--out is set by this script" in said
-    holder = subprocess.Popen(["flock", samples / "nightly.log", "sleep", "30"])
-    try:
-        time.sleep(0.5)
-        assert nightly() == (75, "")
-    finally:
-        holder.kill()
-    assert "status 75: the previous run" in (samples / "nightly.log").read_text().splitlines()[2]
 
 
 @pytest.mark.parametrize("processes", [None, 1, "missing"])

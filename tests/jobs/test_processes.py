@@ -599,6 +599,15 @@ def test_a_process_whose_parent_is_already_gone_does_not_start():
     assert result.returncode == 143 and result.stdout == b""
 
 
+@on_linux
+def test_a_terminal_stops_only_the_process_that_started_the_others():
+    """It sends its signals to all; with SIGTERM from their parent they would be two requests."""
+    follow = functools.partial(processes._end_with, processes.PRCTL, os.getpid())
+    code = "import os\nfor number in (1, 2): os.kill(os.getpid(), number)\nprint('alive')"
+    result = subprocess.run([sys.executable, "-c", code], preexec_fn=follow, capture_output=True)
+    assert result.returncode == 0 and result.stdout == b"alive\n"
+
+
 @pytest.mark.parametrize(
     "visible, found",
     [("", []), ("-1", []), ("0", ["0"]), ("2,GPU-x", ["2", "GPU-x"]), ("1,-1,2", ["1"])],

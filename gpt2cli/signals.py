@@ -1,0 +1,174 @@
+"""Requests to stop: Ctrl-C (SIGINT), SIGTERM, and SIGHUP from a terminal that closes.
+
+The first one raises an exception in the main thread, or is only noted where the work must be saved
+first (`noted`). The second one ends the process at once, even during a long call of TensorFlow.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from gpt2cli import console
+
+ENDED = 128  # a shell adds this to a signal's number in an exit status
+SAME = 0.5  # seconds; `timeout`, systemd and a closing terminal send two signals for one request
+AGAIN = "run the same command again"  # for messages
+LEAVE = 1.0  # seconds that a second request leaves for removing unfinished files
+
+
+class Stopped(SystemExit):
+    """A signal other than a first Ctrl-C stopped the command.
+
+    Attributes:
+        number: the signal.
+        name: its name for messages.
+        is_second: whether to end at once, without a library's work at the end of the process.
+    """
+
+    def __init__(self, number: int, is_second: bool = False) -> None:
+        super().__init__(ENDED + number)
+        self.number, self.is_second = number, is_second
+        self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class Stop:
+    """A request to stop; `received` is the number of its first signal, or 0."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._at = 0.0  # time.monotonic()
+
+    def count(self, number: int) -> int:
+        """Note a signal: 1 for the first request, 2 for a later one, 0 for one of the first."""
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._at = number, now
+            return 1
+        return 0 if now - self._at < SAME else 2
+
+
+class _Requests:
+    """The requests of this process.
+
+    Attributes:
+        handled: as the main thread handles them, between two steps of Python.
+        arrived: as they arrive, also during a long call of a library.
+        is_noting: whether the main thread is inside `noted`.
+        answer: the line to print there.
+        raised: the signal that raised an exception, or 0.
+        is_watched: whether the thread of `install` runs.
+    """
+
+    def __init__(self) -> None:
+        self.handled, self.arrived = Stop(), Stop()
+        self.is_noting, self.answer = False, ""
+        self.raised = 0
+        self.is_watched = False
+
+
+_requests = _Requests()
+
+
+def install() -> None:
+    """Let the signals stop the command that this process runs.
+
+    Ctrl-C and SIGTERM stop it even if they were ignored: a shell script starts its background
+    commands without Ctrl-C, but may send it, and a container's first process ignores every signal
+    that it does not handle.
+    """
+    _requests.handled, _requests.arrived, _requests.raised = Stop(), Stop(), 0
+    for number in _numbers():
+        signal.signal(number, _handle)
+    if not _requests.is_watched:
+        _requests.is_watched = True
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=[reader], daemon=True).start()
+
+
+@contextlib.contextmanager
+def noted(answer: str = "") -> Iterator[Stop]:
+    """Only note the first request while the block runs, which has to look at the Stop.
+
+    Args:
+        answer: the line to print when it arrives, if any.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield Stop()  # Python handles signals in the main thread alone
+        return
+    if not _requests.is_watched:  # in a Python program: its own handlers had the earlier ones
+        _requests.handled = Stop()
+    _requests.is_noting, _requests.answer = True, answer
+    # also in a process that called `install`: TensorFlow takes SIGTERM on several hosts
+    before = {number: signal.signal(number, _handle) for number in _numbers()}
+    try:
+        yield _requests.handled
+    finally:
+        _requests.is_noting = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raise the exception of a request again, if a library turned it into one of its own."""
+    if _requests.raised:
+        raise stopped(_requests.raised)
+
+
+def stopped(number: int) -> BaseException:
+    """Return the exception with which a command ends after a signal."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+
+
+@contextlib.contextmanager
+def leaving(describe: Callable[[], str]) -> Iterator[None]:
+    """If the block is stopped, print the line that says what is kept and how to resume."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        console.say(describe())
+        raise
+
+
+def keep_ctrl_c() -> None:
+    """From now on let Ctrl-C raise KeyboardInterrupt only, which does not stop the command."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _numbers() -> list[int]:
+    """Return the signals that are requests to stop; under nohup SIGHUP is none."""
+    found = [int(signal.SIGINT), int(signal.SIGTERM)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        found.append(int(signal.SIGHUP))  # Windows has none
+    return found
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    order = _requests.handled.count(number)
+    if not order:
+        return
+    console.stop_waiting()
+    if _requests.is_noting and order == 1:
+        if _requests.answer:
+            console.say(_requests.answer)
+        return
+    _requests.raised = number
+    # not a second KeyboardInterrupt: where the first is handled, nothing expects another
+    is_second = order > 1 and _requests.is_watched
+    raise Stopped(number, is_second) if is_second else stopped(number)
+
+
+def _watch(reader: int) -> None:
+    """End the process after a second request, if the main thread does not."""
+    while received := os.read(reader, 1):
+        number = received[0]
+        is_ours = signal.getsignal(number) is _handle  # interactive uses Ctrl-C for something else
+        if is_ours and _requests.arrived.count(number) > 1:
+            time.sleep(LEAVE)
+            os._exit(ENDED + number)
