@@ -5,6 +5,7 @@ Nothing but tensors and plain containers is ever loaded from them.
 
 import functools
 import importlib
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -91,8 +92,11 @@ def read(file: Path) -> StateDict:
     stored: dict[str, Stored] = {}
     for name in sorted(set(placed.values())):
         part = file.with_name(name) if name and Path(name).name == name else None
-        if part is None or not part.is_file() or name.endswith(INDEX):
-            raise UserError(f"{file} lists {name}, which is not beside it. Download it again")
+        # os.path.isfile, unlike Path.is_file, is False for impossible names
+        if part is None or not os.path.isfile(part) or name.endswith(INDEX):
+            raise UserError(
+                f"{file} lists {name!r:.80}, which is not beside it. Download it again"
+            )
         stored |= read(part).tensors
     missing = [name for name in placed if name not in stored]
     if missing:

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2cli import files
+from gpt2cli import counts, files
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
+from gpt2cli.options import MAX_SEED
 
 
 class Lines:
@@ -73,9 +74,7 @@ def gathered(
     with files.locked(lock, "sample", target=path):
         before: dict[str, Any] = {}
         if part.exists():
-            with contextlib.suppress(UserError):  # damaged: the lines may be of any job
-                before = usual | files.read_object(note)
-                before["processes"] = before.get("processes") or 1
+            before = _recorded(note, usual)
         is_drawn = job["seed"] is None
         known = job | {"seed": before.get("seed")} if is_drawn else job
         if before != known:
@@ -111,6 +110,18 @@ def gathered(
             for name in (each, *_beside(each)):
                 name.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
+
+
+def _recorded(note: Path, usual: dict[str, Any]) -> dict[str, Any]:
+    """Return the job that a note records; nothing if it is damaged: the lines may be of any job."""
+    with contextlib.suppress(UserError):
+        before = usual | files.read_object(note)
+        before["processes"] = before.get("processes") or 1
+        if counts.is_whole(before["processes"], 1) and counts.is_whole(
+            before.get("seed"), 0, MAX_SEED
+        ):
+            return before
+    return {}
 
 
 def _parts_of(path: Path, count: object) -> set[Path]:
@@ -161,7 +172,9 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 value = json.loads(line) if line.endswith(b"\n") else None
             except (ValueError, RecursionError):
                 return
-            if not isinstance(value, dict):
+            if not isinstance(value, dict) or not counts.is_whole(value.get("index"), 0, 2**63):
+                return
+            if not isinstance(value.get("tokens", []), list):
                 return
             yield value, len(line)
 

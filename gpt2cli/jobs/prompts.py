@@ -1,14 +1,24 @@
 """Read the prompts that `sample` answers: from a flag, standard input or a file."""
 
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2cli import files
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions
 from gpt2cli.text import corpus, packed, records
 from gpt2cli.text.documents import Record, text_of
+
+if TYPE_CHECKING:
+    from gpt2cli.commands.sample import SampleOptions
 
 Prompt = str | list[int] | None  # a text, token ids, or nothing to continue
 
@@ -44,6 +54,26 @@ def read(
             raise UserError(f"standard input is not {name} text: byte {at}") from None
         return [_without_newline(text)]
     return [prompt]
+
+
+@contextlib.contextmanager
+def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[SampleOptions]:
+    """Write the prompts to OUT.prompts.jsonl, and yield the options of a job that reads this file.
+
+    The processes of a job read it in place of --prompts, which may be a pipe, or be replaced while
+    the job runs. It is removed when the block ends.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(f"{options.out}.prompts.jsonl")
+    usual = {f.name: f.default for f in dataclasses.fields(FileOptions) if f.name != "errors"}
+    try:
+        with files.replacing(path, "w", encoding="ascii") as file:
+            file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
+        yield dataclasses.replace(options, prompts=str(path), **usual)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _say(note: str, path: Path) -> None:

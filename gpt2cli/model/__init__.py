@@ -1,4 +1,4 @@
 """The network: token ids in, logits out.
 
-May import: console, errors, files, flags, machine, options, peers, tensorflow.
+May import: console, counts, errors, files, flags, machine, options, peers, tensorflow.
 """

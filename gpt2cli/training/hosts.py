@@ -54,10 +54,13 @@ def of_strategy(strategy: str) -> Cluster:
             )
         cluster, task = found["cluster"], found["task"]
         chiefs, workers = list(cluster.get("chief", [])), list(cluster.get("worker", []))
-        kind, index = task["type"], int(task["index"])
+        kind, index = task["type"], task["index"]
+        index = counts.whole_of(index) if isinstance(index, str) else index
+        if not counts.is_whole(index):
+            raise ValueError(text)
         own, addresses = {"chief": chiefs, "worker": workers}[kind][index], chiefs + workers
         are_distinct = len({_parts(address) for address in addresses}) == len(addresses)
-        if index < 0 or len(chiefs) > 1 or not are_distinct or "ps" in cluster:
+        if len(chiefs) > 1 or not are_distinct or "ps" in cluster:
             raise ValueError(text)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"TF_CONFIG is not of the form {FORM}: {text:.200}") from None
