@@ -42,7 +42,8 @@ setup(
         "fire>=0.7,<0.8",  # command lines; pinned, its parsing hook is called experimental
         "tqdm>=4.66",  # progress bars
         "requests>=2.31",  # download
-        "huggingface-hub>=0.26",  # download hf:OWNER/NAME: what is there, who may; tokenizers' too
+        "urllib3>=2.2",  # download: reads what has arrived (read1); requests' too
+        "huggingface-hub>=0.26",  # download hf:OWNER/NAME: the token; tokenizers' too
         "safetensors>=0.4.3",  # convert: Hugging Face's weights
         "tiktoken>=0.9",  # byte-pair encoding, four times faster than any other
         "tokenizers>=0.20",  # BERT WordPiece; trains the vocabulary of models/tiny

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Whether TensorFlow's own messages are shown; set from --verbose before TensorFlow is imported.
 verbose = False
-# Characters that change how a terminal shows the rest of a message, or that cannot be seen: controls
+# Characters that change how a terminal shows the rest of a message, or that nobody sees: controls
 # but tabs, line and paragraph separators, spaces and joiners of no width, the controls of direction
 # of Unicode's UAX #9 that hide or reorder text, tags, and half characters. The joiners U+200C and
 # U+200D and the marks U+200E, U+200F and U+061C are ordinary in Persian, Hebrew, Arabic and emoji.

@@ -23,7 +23,6 @@ NOT_FIELDS = ("Environment", "Examples")  # sections that describe something els
 LAST = ("Folders and messages", "Messages")  # sections of nearly every command
 
 
-
 class Flag(typing.NamedTuple):
     """A field of an options class.
 

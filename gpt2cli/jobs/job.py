@@ -8,7 +8,6 @@ import hashlib
 import heapq
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence

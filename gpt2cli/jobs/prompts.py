@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpt2cli import files
 from gpt2cli.console import say
@@ -67,7 +67,9 @@ def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[Samp
         UserError: it cannot be written.
     """
     path = Path(f"{options.out}.prompts.jsonl")
-    usual = {f.name: f.default for f in dataclasses.fields(FileOptions) if f.name != "errors"}
+    usual: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(FileOptions) if f.name != "errors"
+    }
     try:
         with files.replacing(path, "w", encoding="ascii") as file:
             file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
