@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 
 from gpt2cli import files
+from gpt2cli.console import visible
 from gpt2cli.errors import UserError
 
 INDEX = ".index.json"  # of a split model; its weight_map maps tensor names to file names
@@ -162,6 +163,14 @@ def _read_torch(file: Path) -> StateDict:
             f"{file} is damaged or not a PyTorch file ({reason}). Get it again"
         ) from None
     state, settings, notes = _unwrapped(state, file)
+    size = file.stat().st_size
+    for name, value in state.items():
+        is_whole = str(value.layout) == "torch.strided" and value.device.type == "cpu"
+        if not is_whole or value.numel() * value.element_size() > size:
+            raise UserError(
+                f"{file}: {few([name])} is a view, sparse or without values, not a plain tensor of "
+                "this file. Call contiguous() on it and save the state dict again"
+            )
 
     def tensor(name: str) -> np.ndarray:
         if not state[name].is_floating_point():
@@ -209,4 +218,4 @@ def few(names: Iterable[str]) -> str:
     """Return the first three of some names, and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(f"{visible(name):.80}" for name in names[:3]) + more
