@@ -188,7 +188,7 @@ def parse_json(
 def parse_object(content: bytes | str, where: str | Path) -> dict[str, Any]:
     """Return the object of a JSON text; UserError names `where` it came from.
 
-    An object in it may have a key twice only with the same value, as programs differ in which counts.
+    An object may have a key twice only with the same value: programs differ in which one counts.
     """
 
     def with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

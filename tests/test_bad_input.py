@@ -58,7 +58,7 @@ def test_an_odd_value_at_any_place_of_a_json_file_is_read_or_rejected(name, caps
     seed = fuzz.json_seeds()[name]
     spots = [*fuzz.places(seed)]
 
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
     @given(st.sampled_from(spots), st.sampled_from(fuzz.ODD) | JSON.map(json.dumps))
     def check(spot, odd):
         read_or_reject(name, fuzz.with_odd(seed, spot, odd).encode())

@@ -95,7 +95,9 @@ def read(file: Path) -> StateDict:
         part = file.with_name(name) if name and Path(name).name == name else None
         # os.path.isfile, unlike Path.is_file, is False for impossible names
         if part is None or not os.path.isfile(part) or name.endswith(INDEX):
-            raise UserError(f"{file} lists {name!r:.80}, which is not beside it. Download it again")
+            raise UserError(
+                f"{file} lists {visible(name):.80}, which is not beside it. Download it again"
+            )
         stored |= read(part).tensors
     missing = [name for name in placed if name not in stored]
     if missing:

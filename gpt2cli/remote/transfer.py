@@ -198,12 +198,12 @@ def answer_of(
 
 
 def body_of(response: requests.Response, url: str, most: int) -> Iterator[bytes]:
-    """Yield a body in the pieces in which it arrives; a packed one is unpacked in small pieces.
+    """Yield a body in the pieces in which it arrives; a compressed one is unpacked in small pieces.
 
     Raises:
         TryAgain: almost nothing arrives.
         TooLong: it has more than `most` bytes.
-        UserError: it is packed by another method than gzip.
+        UserError: it is compressed by another method than gzip.
     """
     left, since, recent = most, time.monotonic(), 0
     unpacker = _unpacker(response, url)
@@ -223,23 +223,24 @@ def body_of(response: requests.Response, url: str, most: int) -> Iterator[bytes]
                 )
             yield piece
     if unpacker and not unpacker.eof:
-        raise TryAgain("its packed content ends too early")
+        raise TryAgain("its compressed content ends too early")
 
 
 def _unpacker(response: requests.Response, url: str) -> Any:
-    """Return zlib's object for a body that is packed by gzip; None for one that is not packed.
+    """Return zlib's object for a body that is compressed by gzip; None for one that is not.
 
-    We ask for no packing, but a server may ignore that.
+    We ask for no compression, but a server may ignore that.
 
     Raises:
-        UserError: it is packed by another method.
+        UserError: it is compressed by another method.
     """
     packing = response.headers.get("Content-Encoding", "identity").lower()
     if packing == "identity":
         return None
     if packing not in ("gzip", "x-gzip", "deflate"):
         raise UserError(
-            f"{url} is packed by {packing!r:.50}, which was not asked for. Choose another server"
+            f"{url} is compressed by {packing!r:.50}, which we did not ask for. Choose another "
+            "server"
         )
     return zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its first bytes
 
@@ -253,7 +254,7 @@ def _unpacked(unpacker: Any, raw: bytes) -> Iterator[bytes]:
         if raw or unpacker.unused_data:
             raise zlib.error
     except zlib.error:
-        raise TryAgain("its packed content is damaged", tries=DAMAGED_TRIES) from None
+        raise TryAgain("its compressed content is damaged", tries=DAMAGED_TRIES) from None
 
 
 def put_in_place(wanted: Wanted, note: Note) -> Record:

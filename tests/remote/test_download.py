@@ -762,7 +762,7 @@ def test_a_packed_bomb_is_not_unpacked(fetch, mirror, monkeypatch, packing):
     headers = {"Content-Encoding": packing}
     mirror.faults["encoder.json"] = [{"body": bomb, "headers": headers}] * 2
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"sends more than 100,000 bytes|is packed by '"):
+    with pytest.raises(UserError, match=r"sends more than 100,000 bytes|is compressed by '"):
         fetch()
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
