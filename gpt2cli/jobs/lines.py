@@ -77,8 +77,9 @@ def gathered(
             before = _recorded(note, usual)
         is_drawn = job["seed"] is None
         known = job | {"seed": before.get("seed")} if is_drawn else job
-        if before != known:
-            if before | {"processes": job["processes"]} == known:
+        has_seed = counts.is_whole(before.get("seed"), 0, MAX_SEED)
+        if before != known or not has_seed:
+            if has_seed and before | {"processes": job["processes"]} == known:
                 count = before["processes"]
                 others = f" and {path}.*-of-{count}*" if count != 1 else ""
                 raise UserError(
@@ -117,9 +118,7 @@ def _recorded(note: Path, usual: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(UserError):
         before = usual | files.read_object(note)
         before["processes"] = before.get("processes") or 1
-        if counts.is_whole(before["processes"], 1) and counts.is_whole(
-            before.get("seed"), 0, MAX_SEED
-        ):
+        if counts.is_whole(before["processes"], 1):
             return before
     return {}
 
