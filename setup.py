@@ -43,9 +43,10 @@ setup(
         "tqdm>=4.66.3",  # progress bars
         # download; older ones may send a password in .netrc to another host (CVE-2024-47081)
         "requests>=2.32.4",
-        # requests' connections; older ones unpack a small answer to gigabytes (CVE-2026-21441)
+        # download: reads what has arrived (read1); requests' too; older ones unpack a small answer
+        # to gigabytes (CVE-2026-21441)
         "urllib3>=2.6.3",
-        "huggingface-hub>=0.26",  # download hf:OWNER/NAME: what is there, who may; tokenizers' too
+        "huggingface-hub>=0.26",  # download hf:OWNER/NAME: the token; tokenizers' too
         "safetensors>=0.4.3",  # convert: Hugging Face's weights
         "tiktoken>=0.9",  # byte-pair encoding, four times faster than any other
         "tokenizers>=0.20",  # BERT WordPiece; trains the vocabulary of models/tiny

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 # Whether TensorFlow's own messages are shown; set from --verbose before TensorFlow is imported.
 verbose = False
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Characters that change how a terminal shows the rest of a message, or that nobody sees: controls
+# but tabs, line and paragraph separators, spaces and joiners of no width, the controls of direction
+# of Unicode's UAX #9 that hide or reorder text, tags, and half characters. The joiners U+200C and
+# U+200D and the marks U+200E, U+200F and U+061C are ordinary in Persian, Hebrew, Arabic and emoji.
+HIDDEN = re.compile(
+    r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f\ud800-\udfff]"
+)
+LONGEST = 2000  # characters of a line; a longer one has a name or a reason that nobody reads
 
 
 class Lost:
@@ -42,11 +50,11 @@ class Lost:
 lost = Lost()
 
 
-def say(text: str) -> bool:
-    """Print a line to standard error; standard output is for results alone.
+def say(text: str, *more: str) -> bool:
+    """Print a line, or several, to standard error; standard output is for results alone.
 
-    A message that cannot be printed, as on a full disk, ends no work; `lost` counts it. Control
-    characters that a server or a file put into it are made visible.
+    A message that cannot be printed, as on a full disk, ends no work; `lost` counts it. Characters
+    that a server or a file put into a line to hide something are made visible, line ends included.
 
     Returns:
         False if nobody reads the messages any more: their pipe is closed.
@@ -55,7 +63,7 @@ def say(text: str) -> bool:
         lost.add(lost.reason or "standard error is closed")
         return sys.stderr is None
     try:
-        print(visible(text), file=sys.stderr, flush=True)
+        print("\n".join(map(visible, (text, *more))), file=sys.stderr, flush=True)
     except BrokenPipeError:
         lost.add("nobody reads standard error")
         lost.stream = sys.stderr
@@ -100,8 +108,11 @@ def _to_null(stream: Any) -> None:
 
 
 def visible(text: str) -> str:
-    """Return a text with its control characters, but line ends and tabs, as escapes."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    """Return a text as one line: HIDDEN characters as escapes, and the middle of a long one cut."""
+    if len(text) > LONGEST:
+        left = LONGEST // 2
+        text = f"{text[:left]} ... ({len(text) - 2 * left:,} characters) ... {text[-left:]}"
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def progress(

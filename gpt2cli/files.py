@@ -12,7 +12,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -243,18 +243,35 @@ def decode(content: bytes, where: str | Path) -> str:
         raise UserError(f"{where} is not UTF-8 text: byte {error.start} ({error.reason})") from None
 
 
-def parse_json(content: bytes | str, where: str | Path) -> Any:
-    """Return the value of a JSON text; UserError names `where` it is from."""
+def parse_json(
+    content: bytes | str, where: str | Path, hook: Callable[..., Any] | None = None
+) -> Any:
+    """Return the value of a JSON text; UserError names `where` it is from.
+
+    `hook` is object_pairs_hook of json.loads.
+    """
     text = decode(content, where) if isinstance(content, bytes) else content
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error})") from None
 
 
 def parse_object(content: bytes | str, where: str | Path) -> dict[str, Any]:
-    """Return the object of a JSON text; UserError names `where` it came from."""
-    values = parse_json(content, where)
+    """Return the object of a JSON text; UserError names `where` it came from.
+
+    An object may have a key twice only with the same value: programs differ in which one counts.
+    """
+
+    def with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            for key, value in pairs:
+                if values[key] != value:
+                    raise UserError(f"{where} has {key!r:.50} twice, with other values. Keep one")
+        return values
+
+    values = parse_json(content, where, with_each_key_once)
     if not isinstance(values, dict):
         raise UserError(f"{where} must contain one JSON object. Copy or fetch it again")
     return values

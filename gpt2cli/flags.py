@@ -16,12 +16,11 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from gpt2cli.counts import MAX_COUNT
 from gpt2cli.errors import UsageError
 
 NOT_FIELDS = ("Environment", "Examples")  # sections that describe something else
 LAST = ("Folders and messages", "Messages")  # sections of nearly every command
-
-MAX_COUNT = 2**31 - 1  # counts are 32-bit numbers in TensorFlow
 
 
 class Flag(typing.NamedTuple):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2cli import console, counts, files
 from gpt2cli.errors import UserError
 
 TARGETS = fuzz.targets()
@@ -37,10 +38,7 @@ def test_any_bytes_are_read_or_rejected_with_a_message(name):
     @settings(max_examples=40, deadline=None, database=None, derandomize=True)
     @given(BYTES)
     def check(data):
-        try:
-            TARGETS[name](data)
-        except UserError as error:
-            assert str(error) and "\n" not in str(error)[:2000]
+        read_or_reject(name, data)
 
     TARGETS[name](fuzz.seeds()[name])  # valid input is read
     check()
@@ -53,3 +51,64 @@ FOUND = (("sums", b"0  " + b"n" * 300), ("sums", b"0  a\0b"))  # by fuzz.py
 def test_input_found_by_fuzzing_is_read_or_rejected(name, data):
     with contextlib.suppress(UserError):
         TARGETS[name](data)
+
+
+@pytest.mark.parametrize("name", fuzz.json_seeds())
+def test_an_odd_value_at_any_place_of_a_json_file_is_read_or_rejected(name, capsys):
+    seed = fuzz.json_seeds()[name]
+    spots = [*fuzz.places(seed)]
+
+    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+    @given(st.sampled_from(spots), st.sampled_from(fuzz.ODD) | JSON.map(json.dumps))
+    def check(spot, odd):
+        read_or_reject(name, fuzz.with_odd(seed, spot, odd).encode())
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fuzz.json_seeds())
+def test_every_odd_value_at_every_place_of_a_json_file_is_read_or_rejected(name):
+    seed = fuzz.json_seeds()[name]
+    for spot in fuzz.places(seed):
+        for odd in fuzz.ODD:
+            read_or_reject(name, fuzz.with_odd(seed, spot, odd).encode())
+
+
+def read_or_reject(name, data):
+    """Read some bytes; a UserError must be one line that can be read."""
+    try:
+        TARGETS[name](data)
+    except UserError as error:
+        assert str(error) and "\n" not in console.visible(f"gpt2cli: {error}")
+        assert len(console.visible(str(error))) < 2 * console.LONGEST
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": {"a": [1], "a": [2]}}'])
+def test_a_key_with_two_values_is_rejected(text):
+    with pytest.raises(UserError, match=r"x.json has 'a' twice"):
+        files.parse_object(text, "x.json")
+
+
+def test_a_key_twice_with_one_value_is_read():
+    assert files.parse_object('{"a": 1, "a": 1}', "x.json") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7", 7), ("0", 0), ("2147483647", 2**31 - 1), ("2147483648", None), ("9" * 5000, None),
+     ("-1", None), ("+1", None), (" 1", None), ("1_0", None), ("\u0663", None), ("\u00b2", None),
+     ("", None), ("1.0", None), ("1\n", None), (7, None), (None, None)],
+)  # fmt: skip
+def test_a_number_in_a_text_has_ascii_digits_alone(text, number):
+    assert counts.whole_of(text) == number
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, [1], -1, 2**31, 10**4000])
+def test_a_whole_number_of_json_is_nothing_else(value):
+    assert not counts.is_whole(value) and counts.is_whole(1)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, 10**4000, float("nan"), float("inf"), 1e31])
+def test_a_real_number_of_json_is_finite(value):
+    assert not counts.is_real(value) and counts.is_real(1) and counts.is_real(-1.5)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2cli import __version__, machine
-from gpt2cli.console import counted, say
+from gpt2cli.console import counted, say, visible
 from gpt2cli.errors import UserError
 from gpt2cli.flags import check
 from gpt2cli.options import FolderOptions
@@ -84,8 +84,8 @@ class Finding(NamedTuple):
     advice: str | None = None
 
     def __str__(self) -> str:
-        line = f"{self.name:<12} {self.found}"
-        return line if self.advice is None else f"{line}\n{'':<12} -> {self.advice}"
+        line = f"{self.name:<12} {visible(self.found)}"
+        return line if self.advice is None else f"{line}\n{'':<12} -> {visible(self.advice)}"
 
 
 Findings = Iterator[Finding]
@@ -226,7 +226,7 @@ def end_of_import(verbose: bool) -> str | None:
     if not status:
         return None
     if verbose:
-        say(text)
+        say(*text.splitlines())
     # TensorFlow's own ImportError quotes the loader's and ends with a request to report an issue.
     lines = re.findall(r"^[\w.]+Error: .*[^:\n]$", text, re.M) or text.splitlines() or [""]
     names = {number.value: number.name for number in signal.Signals}
@@ -315,15 +315,15 @@ def driver_version() -> str | None:
 def _unseen_advice(driver: str) -> str:
     """Return the advice where TensorFlow for CUDA sees no GPU although there is a driver."""
     status, listed = outcome(SMI_SECONDS, "nvidia-smi", "-L")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        first = visible.partition(",")[0].strip()  # CUDA stops at the first that does not exist
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        first = chosen.partition(",")[0].strip()  # CUDA stops at the first that does not exist
         if first in ("", "-1"):
             return "CUDA_VISIBLE_DEVICES hides it: unset it"
         gpus = re.findall(r"^GPU (\d+):|UUID: ([^)]+)", listed, re.M)
         exists = any(first == number or uuid.startswith(first) for number, uuid in gpus)
         if status == 0 and not exists:
-            return f"CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine: fix or unset it"
+            return f"CUDA_VISIBLE_DEVICES={chosen} names no GPU of this machine: fix or unset it"
     numbers, oldest = (tuple(map(int, re.findall(r"\d+", v))) for v in (driver, OLDEST_DRIVER))
     if numbers and numbers < oldest:
         return f"update the driver: CUDA 12 needs {OLDEST_DRIVER} or later"
@@ -332,9 +332,9 @@ def _unseen_advice(driver: str) -> str:
         return f"missing: {', '.join(missing)}. Install all but libcuda (the driver): {INSTALL_GPU}"
     if missing or status is None:
         container = "in a container use docker run --gpus all, in Kubernetes request nvidia.com/gpu"
-        if not visible:
+        if not chosen:
             return container
-        return f"CUDA_VISIBLE_DEVICES={visible} may name no GPU: fix or unset it; or, {container}"
+        return f"CUDA_VISIBLE_DEVICES={chosen} may name no GPU: fix or unset it; or, {container}"
     if status:
         return "see the error of nvidia-smi; after a driver update restart the machine"
     return "--verbose shows TensorFlow's reason"

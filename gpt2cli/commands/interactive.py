@@ -68,7 +68,8 @@ def run(options: InteractiveOptions) -> None:
 
     tensorflow.keep_no_memory()
     model = generator.load_model(folder, options.precision, vocabulary)
-    say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}\n{HELP}")
+    devices = tensorflow.describe_devices(options.precision)
+    say(f"{folder.checkpoint}: {devices}", *HELP.split("\n"))
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())
         say(f"seed {options.seed}")
@@ -148,7 +149,7 @@ def _inputs() -> Iterator[tuple[str, bool]]:
             return
         except KeyboardInterrupt:
             block = None
-            say("\n(Ctrl-D or /quit leaves)")
+            say("", "(Ctrl-D or /quit leaves)")
             continue
         if line.strip() == '"""':
             if block:
@@ -168,9 +169,9 @@ def _obey(text: str, options: InteractiveOptions) -> InteractiveOptions:
         return _set(rest.strip(), options)
     if command == "/show":
         values = {name: getattr(options, name) for name in fields}
-        say("\n".join(f"{n} = {'default' if v in (None, ()) else v}" for n, v in values.items()))
+        say(*(f"{n} = {'default' if v in (None, ()) else v}" for n, v in values.items()))
     else:
-        say(HELP)
+        say(*HELP.split("\n"))
     return options
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2cli import files
+from gpt2cli import counts, files
 from gpt2cli.errors import UserError
 from gpt2cli.formats import tensors
 from gpt2cli.formats.statedict import ReadWeight
@@ -99,7 +99,7 @@ def merged(adapter: Adapter, base: ReadWeight, shapes: dict[str, tuple[int, ...]
     values = adapter.values
     alpha = values.get("lora_alpha", ALPHA)
     by_root = values.get("use_rslora", False)
-    if type(alpha) not in (int, float) or not abs(alpha) < 1e30 or type(by_root) is not bool:
+    if not counts.is_real(alpha) or type(by_root) is not bool:
         raise UserError(
             f"{adapter.folder / CONFIG}: lora_alpha must be a number and use_rslora true or false, "
             f"got {alpha!r:.50} and {by_root!r:.50}"

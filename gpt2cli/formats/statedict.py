@@ -205,7 +205,8 @@ def _sizes_of(names: dict[str, Stored], format: str, where: Path) -> dict[str, A
     for name in (table, positions):
         if len(names[name].shape) != 2:
             raise UserError(f"{names[name].file}: {name} is {list(names[name].shape)}, not 2-D")
-    layer = re.compile(re.escape(LAYERS[format]) + r"(\d+)\.")
+    # a number of more digits is no layer: _check_names_and_shapes rejects the name
+    layer = re.compile(re.escape(LAYERS[format]) + r"([0-9]{1,4})\.")
     layers = {int(found[1]) for name in names if (found := layer.match(name))}
     n_vocab, n_embd = names[table].shape
     (matrix, *_) = places_of("model/h0/mlp/c_fc/w", format)

@@ -5,6 +5,7 @@ Nothing but tensors and plain containers is ever loaded from them.
 
 import functools
 import importlib
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ import numpy as np
 import safetensors
 
 from gpt2cli import files
+from gpt2cli.console import visible
 from gpt2cli.errors import UserError
 
 INDEX = ".index.json"  # of a split model; its weight_map maps tensor names to file names
@@ -91,8 +93,11 @@ def read(file: Path) -> StateDict:
     stored: dict[str, Stored] = {}
     for name in sorted(set(placed.values())):
         part = file.with_name(name) if name and Path(name).name == name else None
-        if part is None or not part.is_file() or name.endswith(INDEX):
-            raise UserError(f"{file} lists {name}, which is not beside it. Download it again")
+        # os.path.isfile, unlike Path.is_file, is False for impossible names
+        if part is None or not os.path.isfile(part) or name.endswith(INDEX):
+            raise UserError(
+                f"{file} lists {visible(name):.80}, which is not beside it. Download it again"
+            )
         stored |= read(part).tensors
     missing = [name for name in placed if name not in stored]
     if missing:
@@ -160,6 +165,14 @@ def _read_torch(file: Path) -> StateDict:
             f"{file} is damaged or not a PyTorch file ({reason}). Get it again"
         ) from None
     state, settings, notes = _unwrapped(state, file)
+    size = file.stat().st_size
+    for name, value in state.items():
+        is_whole = str(value.layout) == "torch.strided" and value.device.type == "cpu"
+        if not is_whole or value.numel() * value.element_size() > size:
+            raise UserError(
+                f"{file}: {few([name])} is a view, sparse or without values, not a plain tensor of "
+                "this file. Call contiguous() on it and save the state dict again"
+            )
 
     def tensor(name: str) -> np.ndarray:
         if not state[name].is_floating_point():
@@ -207,4 +220,4 @@ def few(names: Iterable[str]) -> str:
     """Return the first three of some names, and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(f"{visible(name):.80}" for name in names[:3]) + more

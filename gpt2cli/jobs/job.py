@@ -8,7 +8,6 @@ import hashlib
 import heapq
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from gpt2cli import files, signals
 from gpt2cli.console import counted, progress, say
-from gpt2cli.errors import UsageError, UserError
+from gpt2cli.errors import UserError
 from gpt2cli.inference import hints
 from gpt2cli.jobs import lines as lines_file
+from gpt2cli.jobs import prompts as prompts_file
 from gpt2cli.jobs import shards, workers
 from gpt2cli.jobs.lines import Lines
 from gpt2cli.jobs.prompts import Prompt
@@ -58,7 +58,6 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
 
     Raises:
         BusyError: another process writes it.
-        UsageError: several processes cannot read --prompts.
         UserError: at the end, if a prompt has no answer; its line gives the reason.
     """
     assert options.out is not None  # it is a job
@@ -88,7 +87,8 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
         options = dataclasses.replace(options, seed=lines.job["seed"])
         _report(options, folder, vocabulary, samples)
         if parts:
-            made = _launch(lines, parts, options, folder, samples)
+            with prompts_file.snapshot(options, prompts) as theirs:
+                made = _launch(lines, parts, theirs, folder, samples)
         else:
             made = _fill(lines, options, folder, vocabulary, samples)
     speed = made.tokens / max(made.seconds, 1e-9)
@@ -180,25 +180,17 @@ def _answer(
 
 def _count_processes(options: SampleOptions, number: int) -> int:
     """Return how many processes share `number` prompts; print why if GPUs stay unused."""
-    path = options.prompts or ""
-    # a child process finds something else in a pipe or in /dev/stdin
-    can_reread = os.path.isfile(path) and not path.startswith(("/dev/", "/proc/"))
     gpus = _gpus(options)
     count = min(options.processes or len(gpus), number)
-    if options.processes > 1 and not can_reread:
-        raise UsageError(
-            f"{path} can be read only once, but every process has to read it. "
-            "Write the prompts to a file"
-        )
     if count < 2 or options.processes:
         return max(count, 1)
-    if not can_reread:
-        reason = f"{path} can be read only once"
-    elif (usable := workers.usable_gpus()) < len(gpus):
-        reason = f"TensorFlow can use {usable} of {len(gpus)} GPUs; run gpt2cli doctor"
-    else:
+    usable = workers.usable_gpus()
+    if usable == len(gpus):
         return count
-    say(f"{options.out}: one process instead of {count}: {reason}")
+    say(
+        f"{options.out}: one process instead of {count}: TensorFlow can use {usable} of "
+        f"{len(gpus)} GPUs; run gpt2cli doctor"
+    )
     return 1
 
 
@@ -221,8 +213,8 @@ def _launch(
         answered = line and (line.get("index"), line.get("prompt"))
         if lines_file.encoded(answered) != lines_file.encoded(sample):
             raise UserError(
-                f"{options.prompts} was changed while {parts[0]} to {parts[-1]} were written. "
-                f"Delete {options.out}.part.json to start from scratch"
+                f"{parts[0]} to {parts[-1]} do not answer the prompts of this job: one of them was "
+                f"changed. Delete {options.out}.part.json to start from scratch"
             )
         lines.add([line])
         tokens += len(line.get("tokens", ()))

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2cli import __version__, files, paths
+from gpt2cli import __version__, counts, files, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
+from gpt2cli.options import MAX_SEED
 
 FORMAT = 1  # of a note and its lines; one that earlier versions must not resume gets the next
 
@@ -78,15 +79,13 @@ def gathered(
     part, note, lock = _beside(path)
     with files.locked(lock, "sample", target=path):
         before: dict[str, Any] = {}
-        # without a note, or with a damaged one, the lines may be of any job
-        if os.path.lexists(part) and (noted := files.read_own(note, FORMAT)):
-            before = usual | noted
-            before["processes"] = before.get("processes") or 1
-            before.pop("gpt2cli", None)
+        if os.path.lexists(part):
+            before = _recorded(note, usual)
         is_drawn = job["seed"] is None
         known = job | {"seed": before.get("seed")} if is_drawn else job
-        if before != known:
-            if before | {"processes": job["processes"]} == known:
+        has_seed = counts.is_whole(before.get("seed"), 0, MAX_SEED)
+        if before != known or not has_seed:
+            if has_seed and before | {"processes": job["processes"]} == known:
                 count = before["processes"]
                 others = f" and {path}.*-of-{count}*" if count != 1 else ""
                 raise UserError(
@@ -118,6 +117,15 @@ def gathered(
             for name in (each, *_beside(each)):
                 name.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
+
+
+def _recorded(note: Path, usual: dict[str, Any]) -> dict[str, Any]:
+    """Return the job that a note records; nothing if it is damaged: the lines may be of any job."""
+    noted = files.read_own(note, FORMAT)
+    before = usual | noted
+    before["processes"] = before.get("processes") or 1
+    before.pop("gpt2cli", None)
+    return before if noted and counts.is_whole(before["processes"], 1) else {}
 
 
 def _parts_of(path: Path, count: object) -> set[Path]:
@@ -165,7 +173,9 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 value = json.loads(line) if line.endswith(b"\n") else None
             except (ValueError, RecursionError):
                 return
-            if not isinstance(value, dict):
+            if not isinstance(value, dict) or not counts.is_whole(value.get("index"), 0, 2**63):
+                return
+            if not isinstance(value.get("tokens", []), list):
                 return
             yield value, len(line)
 

@@ -1,14 +1,27 @@
 """Read the prompts that `sample` answers: from a flag, standard input or a file."""
 
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2cli import files
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions
-from gpt2cli.text import corpus, packed, records
+from gpt2cli.text import corpus, jsontext, packed, records
 from gpt2cli.text.documents import Record, text_of
+
+if TYPE_CHECKING:
+    from gpt2cli.commands.sample import SampleOptions
+
+MOST = 2**30  # bytes of memory for all prompts of a command, which every process of a job reads
+ITEM = 40  # bytes of an item of a list, and of the number that it is
 
 Prompt = str | list[int] | None  # a text, token ids, or nothing to continue
 
@@ -28,22 +41,72 @@ def read(
         UserError: a prompt cannot be read; the message names the file and the line.
     """
     if prompts is not None:
-        found = list(_prompts_in(Path(prompts), options))
-        if not found:
-            raise UserError(f"{prompts} contains no prompt; write one per line")
-        return found
+        return _all_in(Path(prompts), options)
     if prompt_file is not None:
-        text = "".join(corpus.blocks_of(Path(prompt_file), options, note=_say))
-        return [_without_newline(text)]
+        blocks = corpus.blocks_of(Path(prompt_file), options, note=_say)
+        return [_without_newline(_joined(prompt_file, blocks))]
     if prompt == "-":
         try:
-            text = sys.stdin.buffer.read().decode(options.encoding, options.errors)
+            content = sys.stdin.buffer.read(jsontext.LONGEST + 1)
+            if len(content) > jsontext.LONGEST:
+                raise records.too_long("standard input")
+            text = content.decode(options.encoding, options.errors)
         except UnicodeError as error:
             name = "UTF-8" if options.encoding == "utf-8" else options.encoding
             at = getattr(error, "start", 0)
             raise UserError(f"standard input is not {name} text: byte {at}") from None
         return [_without_newline(text)]
     return [prompt]
+
+
+@contextlib.contextmanager
+def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[SampleOptions]:
+    """Write the prompts to OUT.prompts.jsonl, and yield the options of a job that reads this file.
+
+    The processes of a job read it in place of --prompts, which may be a pipe, or be replaced while
+    the job runs. It is removed when the block ends.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(f"{options.out}.prompts.jsonl")
+    usual: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(FileOptions) if f.name != "errors"
+    }
+    try:
+        with files.replacing(path, "w", encoding="ascii") as file:
+            file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
+        yield dataclasses.replace(options, prompts=str(path), **usual)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _all_in(path: Path, options: FileOptions) -> list[Prompt]:
+    """Return the prompts of a file; UserError if there are none, or more than MOST bytes."""
+    found: list[Prompt] = []
+    room = MOST
+    for prompt in _prompts_in(path, options):
+        found.append(prompt)
+        room -= sys.getsizeof(prompt) + ITEM * (len(prompt) if isinstance(prompt, list) else 1)
+        if room < 0:
+            raise UserError(
+                f"{path} has more prompts than a command keeps: the first {len(found):,} take "
+                f"{MOST:,} bytes of memory. Split the file"
+            )
+    if not found:
+        raise UserError(f"{path} contains no prompt; write one per line")
+    return found
+
+
+def _joined(name: str, blocks: Iterable[str]) -> str:
+    """Return the text of some blocks; UserError if it has more than LONGEST characters."""
+    parts, size = [], 0
+    for block in blocks:
+        parts.append(block)
+        size += len(block)
+        if size > jsontext.LONGEST:
+            raise records.too_long(name)
+    return "".join(parts)
 
 
 def _say(note: str, path: Path) -> None:
@@ -62,7 +125,7 @@ def _prompts_in(path: Path, options: FileOptions) -> Iterator[Prompt]:
         for record in corpus.records_of(path, options, note=_say, default="prompt"):
             yield _prompt_of(record, options)
         return
-    for line in records.lines_of(corpus.blocks_of(path, options, note=_say)):
+    for line in records.lines_of(path, corpus.blocks_of(path, options, note=_say)):
         if line.strip():
             yield line.removesuffix("\n")
 

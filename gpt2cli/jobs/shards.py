@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from gpt2cli import counts
 from gpt2cli.errors import UsageError
 
 # Environment variable with the number of this part -> how to number the parts from 0.
@@ -36,15 +37,15 @@ def resolve(shard: str, environment: Mapping[str, str]) -> str:
     name = next((name for name in SCHEDULERS if name in environment), None)
     if name is None:
         raise UsageError(f"--shard {shard} needs {' or '.join(SCHEDULERS)}, and neither is set")
-    value = environment[name]
-    count = int(parts)
-    wrong = None if value.isdecimal() and int(value) < count else f"{name} is {value!r}"
+    value, count = environment[name], int(parts)
+    number = counts.whole_of(value, most=count - 1)
+    wrong = f"{name} is {value!r:.50}" if number is None else None
     if [environment.get(f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX")] == ["1", str(count)]:
         wrong = f"the array runs from 1 to {count}"
-    if wrong:
+    if number is None or wrong:
         advice = SCHEDULERS[name].format(last=count - 1, parts=count)
         raise UsageError(f"--shard {shard} counts from 0 to {count - 1}, but {wrong}. {advice}")
-    return f"{int(value) + 1}/{count}"
+    return f"{number + 1}/{count}"
 
 
 def parse(shard: str | None) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt2cli import files
+from gpt2cli import counts, files
 from gpt2cli.errors import UserError
 
 # The released sizes. 117M and 345M were their names before OpenAI counted the weights again.
@@ -68,8 +68,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (*SIZES, *(["n_inner"] if self.n_inner is not None else [])):
-            value, most = getattr(self, name), LARGEST.get(name, 2**31 - 1)
-            if type(value) is not int or not 1 <= value <= most:
+            value, most = getattr(self, name), LARGEST.get(name, counts.MAX_COUNT)
+            if not counts.is_whole(value, 1, most):
                 raise UserError(
                     f"hparams: {name} must be a whole number from 1 to {most}, got {value!r:.50}"
                 )
@@ -78,7 +78,7 @@ class ModelConfig:
                 f"hparams: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
             )
         if self.arch not in ("gpt2", "gpt2_ml"):
-            raise UserError(f"hparams: arch must be gpt2 or gpt2_ml, got {self.arch!r}")
+            raise UserError(f"hparams: arch must be gpt2 or gpt2_ml, got {self.arch!r:.50}")
         if type(self.ln_epsilon) is not float or not 0 <= self.ln_epsilon < 1:
             raise UserError(
                 f"hparams: ln_epsilon must be a number from 0 to 1, got {self.ln_epsilon!r:.50}"
@@ -120,9 +120,14 @@ class ModelConfig:
         if type(known.get("ln_epsilon")) is int and known["ln_epsilon"] == 0:
             known["ln_epsilon"] = 0.0  # any other whole number is too large
         try:
-            return cls(**known, extra=values)
+            config = cls(**known, extra=values)
+            config.to_json().encode()
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        except UnicodeEncodeError as error:  # no UTF-8 file can have it
+            half = ascii(error.object[error.start])
+            raise UserError(f"{where} has half a character, {half}. Remove it") from None
+        return config
 
     def to_json(self) -> str:
         """Return the text of hparams.json: sizes, differences from OpenAI's models, other keys."""

@@ -1,28 +1,26 @@
 """The Hugging Face hub: which files of a repository make a GPT-2, and how they are fetched.
 
-huggingface_hub reports the files and checks access (HF_ENDPOINT, HF_TOKEN). `transfer` fetches
-them, because huggingface_hub discards a partial file when it fails.
+huggingface_hub finds the token (HF_TOKEN, or that of its login). `transfer` asks for the list of
+files and fetches them, because huggingface_hub reads answers of any length, and discards a partial
+file when it fails.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import requests
+import urllib3
 
-from gpt2cli import console, files
+from gpt2cli import counts, files
 from gpt2cli.errors import UserError
 from gpt2cli.remote import transfer
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
 
 ENDPOINT = "https://huggingface.co"
 # The config is first, as it shows whether the model is a GPT-2 at all.
@@ -32,12 +30,18 @@ DESCRIPTION = (
     *("chat_template.jinja", "spiece.model", "tokenizer.model", "spm.model"),
 )
 # The weights in one file, or an index and several; the first kind that exists is used.
+_PART = "-[0-9]{1,6}-of-[0-9]{1,6}"
 WEIGHTS = (
     r"model\.safetensors",
-    r"model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
+    rf"model({_PART}\.safetensors|\.safetensors\.index\.json)",
     r"pytorch_model\.bin",
-    r"pytorch_model(-\d+-of-\d+\.bin|\.bin\.index\.json)",
+    rf"pytorch_model({_PART}\.bin|\.bin\.index\.json)",
 )
+# Bytes. GPT-2's own listing has 20 kB, and the largest tokenizer.json on the hub about 35 MB
+# (Gemma); its weights are in 1.5B's 6.4 GB, and a file may hold those of a model 16 times larger.
+LISTING = 1 << 24
+MOST_DESCRIPTION = 1 << 27
+MOST_WEIGHTS = 16 * 4 * 1_600_000_000
 
 
 class Stated(NamedTuple):
@@ -91,21 +95,15 @@ def look_up(name: str, revision: str) -> Repository:
         UserError: no such model, no access to it, no GPT-2's files in it, or the hub cannot be
             reached.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
     import huggingface_hub
-    from huggingface_hub.utils import logging
+    from huggingface_hub import constants
 
     endpoint = os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
-    if not console.verbose:
-        logging.set_verbosity_error()
-    with _explained(f"{endpoint}/{name}", revision, endpoint):
-        api = huggingface_hub.HfApi(endpoint=endpoint)
-        info = api.model_info(name, revision=revision, files_metadata=True, timeout=30)
-        if not info.sha or not re.fullmatch("[0-9a-f]{40}", info.sha):
-            raise ValueError("it names no commit")
-    found = {file.rfilename: _stated(file) for file in info.siblings or []}
-    token = huggingface_hub.get_token()
-    repository = Repository(name, f"{endpoint}/{name}", info.sha, found, token)
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE forbids the network. Unset it to download a model")
+    empty = Repository(name, f"{endpoint}/{name}", "", {}, huggingface_hub.get_token())
+    repository = _described(empty, _listing(empty, endpoint, revision), endpoint)
+    found = repository.files
     if "adapter_config.json" in found and not repository.weights:
         raise UserError(
             f"{repository.url} is a LoRA adapter, not a model. Download its files and its base, "
@@ -113,7 +111,7 @@ def look_up(name: str, revision: str) -> Repository:
         )
     if "config.json" not in found or not repository.weights:
         lacking = "weights (.safetensors or pytorch_model.bin)" if "config.json" in found else ""
-        names = ", ".join(sorted(found)[:8]) or "nothing"
+        names = ", ".join(f"{name:.60}" for name in sorted(found)[:8]) or "nothing"
         raise UserError(
             f"{repository.url} has no {lacking or 'config.json'}, so it is not a transformers "
             f"model; it contains {names}"
@@ -121,59 +119,95 @@ def look_up(name: str, revision: str) -> Repository:
     return repository
 
 
-def _stated(file: "RepoSibling") -> Stated | None:
-    """Return the size and checksum of a file: SHA-256 for a large one, else its git blob."""
-    if file.lfs is not None:
-        return Stated(file.lfs.size, "sha256", file.lfs.sha256)
-    if file.blob_id and file.size is not None:
-        return Stated(file.size, "git", file.blob_id)
-    return None
-
-
-@contextlib.contextmanager
-def _explained(page: str, revision: str, endpoint: str) -> Iterator[None]:
-    """Turn huggingface_hub's errors into a UserError with advice."""
-    from huggingface_hub import errors
-
+def _listing(repository: Repository, endpoint: str, revision: str) -> bytes:
+    """Return the hub's answer to `GET /api/models/...`; UserError if it is another."""
+    page = repository.url
+    address = f"{endpoint}/api/models/{repository.name}/revision/{quote(revision, safe='')}"
     try:
-        yield
-    except errors.GatedRepoError as error:
-        raise UserError(f"you have no access to {page}. {denied(page)}") from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{page} has no revision {revision!r}. Check --revision") from error
-    except errors.RepositoryNotFoundError as error:
+        with requests.Session() as session:
+            session.auth = repository.authorize
+            with transfer.answer_of(session, f"{address}?blobs=true") as response:
+                if response.status_code != 200:
+                    raise _denial(response, page, endpoint, revision)
+                return b"".join(transfer.body_of(response, address, LISTING))
+    except (requests.ConnectionError, requests.Timeout, *transfer.INTERRUPTED) as error:
         raise UserError(
+            f"cannot reach {endpoint} ({transfer.reason_of(error):.200}). Check the network and "
+            "HF_ENDPOINT, and run the same command again"
+        ) from error
+    except (OSError, ValueError, transfer.TryAgain, urllib3.exceptions.HTTPError) as error:
+        raise _no_hub(endpoint, str(error)) from error
+
+
+def _denial(response: requests.Response, page: str, endpoint: str, revision: str) -> UserError:
+    """Return the UserError for an answer without a listing."""
+    status, code = response.status_code, response.headers.get("X-Error-Code")
+    reason = response.headers.get("X-Error-Message") or f"it answered {status}"
+    if code == "GatedRepo":
+        return UserError(f"you have no access to {page}. {denied(page)}")
+    if code == "RevisionNotFound":
+        return UserError(f"{page} has no revision {revision!r}. Check --revision")
+    if code == "RepoNotFound":
+        return UserError(
             f"there is no {page}, or it is private. Check the name; for a private model set "
             "HF_TOKEN to a token that may read it"
-        ) from error
-    except Exception as error:
-        # The HTTP library of huggingface_hub was requests, then httpx, and may change again.
-        library = type(error).__module__.split(".")[0]
-        known = ("httpx", "requests", "urllib3", "huggingface_hub")
-        if not isinstance(error, OSError | ValueError) and not library.startswith(known):
-            raise
-        raise _user_error(error, page, endpoint) from error
-
-
-def _user_error(error: Exception, page: str, endpoint: str) -> UserError:
-    """Return the UserError for a failed request or an unexpected answer of the hub."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    answer = status and (getattr(error, "server_message", None) or f"it answered {status}")
-    reason = " ".join((answer or str(error)).split())[:200] or type(error).__name__
+        )
     if status in (401, 403):
         return UserError(
-            f"{page} does not exist or you have no access ({reason}). Check the name and HF_TOKEN. "
-            f"{denied(page)}"
+            f"{page} does not exist or you have no access ({reason:.200}). Check the name and "
+            f"HF_TOKEN. {denied(page)}"
         )
-    if status is not None or isinstance(error, ValueError):
-        return UserError(
-            f"{endpoint} does not answer like a Hugging Face hub ({reason}). Check HF_ENDPOINT, or "
-            "run the same command later"
-        )
+    return _no_hub(endpoint, reason)
+
+
+def _no_hub(endpoint: str, reason: str) -> UserError:
+    """Return the UserError for an answer that is not a hub's."""
     return UserError(
-        f"cannot reach {endpoint} ({reason}). Check the network and HF_ENDPOINT, and run the "
-        "same command again"
+        f"{endpoint} does not answer like a Hugging Face hub ({reason:.200}). Check HF_ENDPOINT, "
+        "or run the same command later"
     )
+
+
+def _described(repository: Repository, answer: bytes, endpoint: str) -> Repository:
+    """Return the repository with the commit and the files that the hub's answer names.
+
+    Raises:
+        UserError: a field is missing or has another type.
+    """
+    try:
+        values = files.parse_object(answer, "its answer")
+        commit, siblings = values.get("sha"), values.get("siblings") or []
+        if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
+            raise ValueError("it names no commit")
+        if not isinstance(siblings, list):
+            raise ValueError("it has no list of files")
+        found = dict(map(_named, siblings))
+    except (UserError, ValueError) as error:
+        raise _no_hub(endpoint, str(error)) from None
+    return replace(repository, commit=commit, files=found)
+
+
+def _named(file: Any) -> tuple[str, Stated | None]:
+    """Return a file's name, its size and checksum: SHA-256 for a large one, else its git blob.
+
+    Raises:
+        ValueError: the hub's description has another form.
+    """
+    name = file.get("rfilename") if isinstance(file, dict) else None
+    if not isinstance(name, str):
+        raise ValueError("a file has no name")
+    lfs = file.get("lfs")
+    values = lfs if isinstance(lfs, dict) else file
+    algorithm, checksum, digits = "git", file.get("blobId"), 40
+    if isinstance(lfs, dict):
+        algorithm, checksum, digits = "sha256", lfs.get("sha256"), 64
+    size: Any = values.get("size")
+    if lfs is None and (checksum is None or size is None):
+        return name, None
+    is_sum = isinstance(checksum, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", checksum)
+    if not is_sum or not counts.is_whole(size, 0, counts.MAX_BYTES):
+        raise ValueError(f"it states no size and checksum of {name!r:.80}")
+    return name, Stated(size, algorithm, str(checksum))
 
 
 def denied(page: str) -> str:
@@ -201,12 +235,24 @@ def fetch(
         wanted = transfer.Wanted(
             f"{repository.url}/resolve/{repository.commit}/{quote(name)}",
             path,
+            _most(name, stated),
             functools.partial(_fault, stated=stated),
             mirror="HF_ENDPOINT",
             denied=denied(repository.url),
             hashed=stated is not None,
         )
         transfer.fetch(session, wanted)
+
+
+def _most(name: str, stated: Stated | None) -> int:
+    """Return how many bytes a file may have: those that the hub states, within reason."""
+    most = MOST_DESCRIPTION if name in DESCRIPTION or name.endswith(".json") else MOST_WEIGHTS
+    if stated is not None and stated.size > most:
+        raise UserError(
+            f"the hub states {stated.size:,} bytes for {name}, but such a file has at most "
+            f"{most:,}: it is not a GPT-2's"
+        )
+    return most if stated is None else stated.size
 
 
 def _fault(path: Path, stated: Stated | None) -> str | None:
@@ -216,8 +262,11 @@ def _fault(path: Path, stated: Stated | None) -> str | None:
     if transfer.size_of(path) != stated.size:
         return f"it has {transfer.size_of(path):,} bytes, but the hub announced {stated.size:,}"
     if stated.algorithm == "git":  # SHA-1 of a header and the content
-        content = b"blob %d\0" % stated.size + path.read_bytes()
-        found = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+        hasher = hashlib.sha1(b"blob %d\0" % stated.size, usedforsecurity=False)
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                hasher.update(block)
+        found = hasher.hexdigest()
     else:
         found = files.digest(path, stated.algorithm)
     return (

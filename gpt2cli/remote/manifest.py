@@ -9,6 +9,7 @@ gpt2cli     the version that wrote it
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def read(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(UserError):
         manifest = files.read_object(folder / MANIFEST)
     files.check_format(manifest, FORMAT, folder / MANIFEST)
-    return manifest if isinstance(manifest.get("files"), dict) else {"files": {}}
+    records = manifest.get("files")
+    if isinstance(records, dict) and all(name == Path(name).name for name in records):
+        return manifest
+    return {"files": {}}
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
@@ -48,7 +52,8 @@ def record_of(path: Path, etag: str | None) -> Record:
 def is_as_recorded(path: Path, record: Any) -> bool:
     """Return whether a file fits its record; a damaged record fits none."""
     with contextlib.suppress(OSError, KeyError, TypeError):
-        return record_of(path, record["etag"]) == record
+        # a pipe or a device has no end; os.path.isfile is False for impossible names as well
+        return os.path.isfile(path) and record_of(path, record["etag"]) == record
     return False
 
 
@@ -62,7 +67,7 @@ def check_same(folder: Path, url: str, revision: str) -> None:
         )
     if revision not in (manifest.get("revision"), manifest.get("commit")):
         raise UserError(
-            f"{folder} contains the revision {manifest.get('revision')!r}, not {revision!r}. "
+            f"{folder} contains the revision {manifest.get('revision')!r:.80}, not {revision!r}. "
             "Move it away, or choose another --models_dir"
         )
     records = manifest["files"]

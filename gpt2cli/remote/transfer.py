@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import requests
 import urllib3
 
-from gpt2cli import __version__, files, paths
+from gpt2cli import __version__, counts, files, paths
 from gpt2cli.console import progress, say
 from gpt2cli.errors import UserError
 from gpt2cli.remote.manifest import FORMAT, Record, record_of
@@ -33,10 +34,18 @@ DAMAGED_TRIES = 2  # files that arrived complete but damaged: each may be 6 GB
 BACKOFF = 1.0  # seconds before the second try, then twice as long each time
 MAX_WAIT = 300.0  # seconds; a server that asks for a longer wait ends the download
 CHUNK = 1 << 16  # bytes
+HEAD = 64  # bytes of a file that show whether it is a page
+WINDOW = 60.0  # seconds in which SLOWEST bytes must arrive each second, or the server has stalled
+SLOWEST = 100  # bytes
 ABSENT = (403, 404, 410)  # storage services answer 403 where names may not be listed
-INTERRUPTED = (requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError)
+BROKEN = (requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError)
+INTERRUPTED = (*BROKEN, urllib3.exceptions.TimeoutError, urllib3.exceptions.SSLError)
 HTML_PAGE = "an HTML page instead of the file; is a proxy intercepting the download?"
 OTHER_CONTENT = "it contains something else"
+
+# RFC 9110, 8.8.3; servers' own are far shorter than 200 characters. It is sent back in If-Range.
+ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e]{0,200}"')
+DATE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,60}")
 
 # The server's description of a whole file, as NAME.part.json records it: url, validator (for
 # If-Range), etag, bytes (or None), md5 (a list of checksums).
@@ -44,12 +53,26 @@ Note = dict[str, Any]
 
 
 class TryAgain(Exception):
-    """A failure that may pass; `wait` is the number of seconds for which the server asked."""
+    """A failure that may pass.
 
-    def __init__(self, text: str, wait: float | None = None, tries: int | None = None) -> None:
+    Args:
+        text: the reason.
+        wait: the number of seconds for which the server asked.
+        tries: failures in a row after which the file is given up.
+        least: bytes that an attempt must bring in order not to count as a failure.
+    """
+
+    def __init__(
+        self, text: str, wait: float | None = None, tries: int | None = None, least: int = 1
+    ) -> None:
         super().__init__(text)
         self.wait = wait
         self.tries = tries or TRIES
+        self.least = least
+
+
+class TooLong(UserError):
+    """A body has more bytes than its file can have."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,7 @@ class Wanted:
     Attributes:
         url: its address.
         path: the file to write.
+        most: bytes of the largest file of its kind; nothing after them is read.
         fault: describes the fault in a finished file, None if there is none.
         mirror: the setting that names another server.
         denied: advice for 401 and 403 (default: check the name and the mirror).
@@ -69,6 +93,7 @@ class Wanted:
 
     url: str
     path: Path
+    most: int
     fault: Callable[[Path], str | None]
     mirror: str = "--url"
     denied: str | None = None
@@ -105,7 +130,7 @@ def fetch(session: requests.Session, wanted: Wanted) -> Record | None:
                 f"{files.cannot_write(path, error)}. The same command resumes after "
                 f"{size_of(part):,} bytes of {path.name}"
             ) from error
-        failures = 0 if size_of(part) > best else failures + 1
+        failures = 0 if size_of(part) >= best + problem.least else failures + 1
         best = max(best, size_of(part))
         wait = BACKOFF * 2 ** (failures - 1) if problem.wait is None else problem.wait
         if failures >= problem.tries or wait > MAX_WAIT:
@@ -121,7 +146,7 @@ def fetch(session: requests.Session, wanted: Wanted) -> Record | None:
 def reason_of(error: Exception) -> str:
     """Return the reason of a failed connection, which requests wraps in other exceptions."""
     reason = getattr(next(iter(error.args), None), "reason", error)
-    interrupted = isinstance(error, INTERRUPTED)
+    interrupted = isinstance(error, BROKEN)
     return "the connection was interrupted" if interrupted else str(reason).split(": ")[-1]
 
 
@@ -129,14 +154,12 @@ def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
     """Fetch one file in one request and check it; a failure leaves a .part to resume."""
     url, path = wanted.url, wanted.path
     part, note_path = part_of(path)
-    note = files.read_own(note_path, FORMAT)
+    note = read_note(note_path)
     known = note.get("url") == url and note.get("validator") and note.get("bytes")
     # The last byte is requested again, so that a complete .part gets 206 as well, and not 416.
     start = max(size_of(part) - 1, 0) if known else 0
-    headers = {"Accept-Encoding": "identity"}
-    headers |= {"Range": f"bytes={start}-", "If-Range": note["validator"]} if start else {}
-    timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
-    with session.get(url, headers=headers, stream=True, timeout=timeout) as response:
+    headers = {"Range": f"bytes={start}-", "If-Range": note["validator"]} if start else {}
+    with answer_of(session, url, headers) as response:
         if response.status_code in ABSENT and wanted.optional:
             return None
         check_answer(response, wanted)
@@ -147,8 +170,91 @@ def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
         elif not (start and is_rest(response, start, note)):
             part.unlink(missing_ok=True)
             raise TryAgain("the file on the server has changed")
-        write_body(response, wanted, start, note)
+        try:
+            write_body(response, wanted, start, note)
+        except TooLong:
+            part.unlink()
+            note_path.unlink()
+            raise
     return put_in_place(wanted, note)
+
+
+def answer_of(
+    session: requests.Session, url: str, headers: Mapping[str, str] | None = None
+) -> requests.Response:
+    """Return the answer to a request, whose body is not read yet; that of a redirect never is."""
+
+    def drop_body(response: requests.Response, **_: Any) -> None:
+        if response.is_redirect:
+            response.close()
+
+    return session.get(
+        url,
+        headers={"Accept-Encoding": "identity", **(headers or {})},
+        stream=True,
+        timeout=(CONNECT_TIMEOUT, READ_TIMEOUT),
+        hooks={"response": drop_body},
+    )
+
+
+def body_of(response: requests.Response, url: str, most: int) -> Iterator[bytes]:
+    """Yield a body in the pieces in which it arrives; a compressed one is unpacked in small pieces.
+
+    Raises:
+        TryAgain: almost nothing arrives.
+        TooLong: it has more than `most` bytes.
+        UserError: it is compressed by another method than gzip.
+    """
+    left, since, recent = most, time.monotonic(), 0
+    unpacker = _unpacker(response, url)
+    while raw := response.raw.read1(CHUNK, decode_content=False):
+        recent += len(raw)
+        if time.monotonic() - since > WINDOW:
+            if recent < WINDOW * SLOWEST:
+                least = int(WINDOW * SLOWEST)
+                raise TryAgain(f"less than {SLOWEST} bytes arrive each second", least=least)
+            since, recent = time.monotonic(), 0
+        for piece in _unpacked(unpacker, raw) if unpacker else [raw]:
+            left -= len(piece)
+            if left < 0:
+                raise TooLong(
+                    f"{url} sends more than {most:,} bytes, which is more than this file can have. "
+                    "Choose another server"
+                )
+            yield piece
+    if unpacker and not unpacker.eof:
+        raise TryAgain("its compressed content ends too early")
+
+
+def _unpacker(response: requests.Response, url: str) -> Any:
+    """Return zlib's object for a body that is compressed by gzip; None for one that is not.
+
+    We ask for no compression, but a server may ignore that.
+
+    Raises:
+        UserError: it is compressed by another method.
+    """
+    packing = response.headers.get("Content-Encoding", "identity").lower()
+    if packing == "identity":
+        return None
+    if packing not in ("gzip", "x-gzip", "deflate"):
+        raise UserError(
+            f"{url} is compressed by {packing!r:.50}, which we did not ask for. Choose another "
+            "server"
+        )
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its first bytes
+
+
+def _unpacked(unpacker: Any, raw: bytes) -> Iterator[bytes]:
+    """Yield what some bytes unpack to, at most CHUNK bytes at a time; TryAgain if damaged."""
+    try:
+        while raw and not unpacker.eof:
+            yield unpacker.decompress(raw, CHUNK)
+            raw = unpacker.unconsumed_tail
+        if raw or unpacker.unused_data:
+            raise zlib.error
+    except zlib.error:
+        raise TryAgain("its compressed content is damaged", tries=DAMAGED_TRIES) from None
 
 
 def put_in_place(wanted: Wanted, note: Note) -> Record:
@@ -170,7 +276,7 @@ def put_in_place(wanted: Wanted, note: Note) -> Record:
 def check_answer(response: requests.Response, wanted: Wanted) -> None:
     """Raise TryAgain or UserError for an answer without (a part of) the file; 416 passes."""
     status, kind = response.status_code, response.headers.get("Content-Type", "").lower()
-    answer = f"the server answered {status} {response.reason}"
+    answer = f"the server answered {status} {response.reason or '':.100}".strip()
     if status in (408, 425, 429) or status >= 500:
         wait = response.headers.get("Retry-After")
         with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
@@ -191,19 +297,23 @@ def is_rest(response: requests.Response, start: int, note: Note) -> bool:
     """Return whether a 206 is the rest of the same file that `note` describes."""
     span = f"bytes {start}-{note['bytes'] - 1}/{note['bytes']}"
     same = validator_of(response.headers) in ("", note["validator"])
-    return response.headers.get("Content-Range") == span and same
+    is_plain = "Content-Encoding" not in response.headers
+    return response.headers.get("Content-Range") == span and same and is_plain
 
 
 def validator_of(headers: Mapping[str, str]) -> str:
     """Return the value for If-Range: a strong ETag or a date (RFC 9110, 13.1.5), or nothing."""
-    etag = headers.get("ETag", "")
-    return etag if etag.startswith('"') else headers.get("Last-Modified", "")
+    etag, date = headers.get("ETag", ""), headers.get("Last-Modified", "")
+    if ETAG.fullmatch(etag) and not etag.startswith("W/"):
+        return etag
+    return date if DATE.fullmatch(date) else ""
 
 
 def note_of(response: requests.Response, url: str) -> Note:
     """Return the description of the whole file that the headers of a 200 give."""
     headers = response.headers
     etag, length = headers.get("ETag", ""), headers.get("Content-Length", "")
+    etag = etag if ETAG.fullmatch(etag) else ""
     validator = validator_of(headers)
     md5 = [headers.get("Content-MD5", "")]
     md5 += re.findall(r"md5=([\w+/=]+)", headers.get("x-goog-hash", ""))
@@ -213,7 +323,7 @@ def note_of(response: requests.Response, url: str) -> Note:
         md5 += re.findall(r'^"([0-9a-f]{32})"$', etag.lower())
     if headers.get("Content-Encoding", "identity") != "identity":
         length, validator, md5 = "", "", []  # they describe the compressed form
-    size = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+    size = counts.whole_of(length, counts.MAX_BYTES)
     return {"url": url, "validator": validator, "etag": etag, "bytes": size, "md5": md5}
 
 
@@ -222,11 +332,16 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
     path = wanted.path
     part, note_path = part_of(path)
     total = note["bytes"]
-    # Small chunks, so that an interruption loses at most a hundredth of a small file; but full
-    # ones where an older .part is overwritten, so that an error page is recognized before that.
-    chunk = CHUNK if total is None or (size_of(part) and not start) else total // 100 + 1
-    chunks = response.iter_content(min(CHUNK, chunk))
-    first = next(chunks, b"")
+    if total is not None and total > wanted.most:
+        raise UserError(
+            f"{wanted.url} has {total:,} bytes, but it may have at most {wanted.most:,}. Check "
+            f"{wanted.mirror}"
+        )
+    most = (wanted.most if total is None else total) - start
+    pieces = body_of(response, wanted.url, most)
+    first = next(pieces, b"")
+    while is_page(first) and len(first) < HEAD and (piece := next(pieces, b"")):
+        first += piece
     if not start and not wanted.hashed and is_page(first):
         raise TryAgain(f"the server sent {HTML_PAGE}")
     needed, free = (total or 0) - start, shutil.disk_usage(path.parent).free
@@ -245,7 +360,7 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
                 json.dump({**note, "format": FORMAT, "gpt2cli": __version__}, noted)
         file.truncate(start)
         file.seek(start)
-        for content in itertools.chain([first], chunks):
+        for content in itertools.chain([first], pieces):
             file.write(content)
             bar.update(len(content))
         file.flush()
@@ -254,7 +369,7 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
 
 def is_page(head: bytes) -> bool:
     """Return whether a file begins like HTML or XML; weights may begin with `<`, not as text."""
-    head = head[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+    head = head[:HEAD].lstrip(b"\xef\xbb\xbf \t\r\n")
     return re.fullmatch(rb"<[\t\r\n -~]*", head) is not None
 
 
@@ -267,7 +382,7 @@ def fault_of(path: Path, wanted: Wanted, note: Note) -> str | None:
         return "its MD5 differs from the server's"
     if not wanted.hashed:
         with open(path, "rb") as file:
-            head = file.read(64)
+            head = file.read(HEAD)
         if not head or is_page(head):
             return OTHER_CONTENT
     return wanted.fault(path)
@@ -276,6 +391,25 @@ def fault_of(path: Path, wanted: Wanted, note: Note) -> str | None:
 def part_of(path: Path) -> tuple[Path, Path]:
     """Return the paths of an incomplete file and of the note about it."""
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
+
+
+def read_note(path: Path) -> Note:
+    """Return the note about an incomplete file; an empty one where it is missing or damaged.
+
+    Raises:
+        UserError: see `files.read_own`.
+    """
+    note = files.read_own(path, FORMAT)
+    texts = (note.get(name) for name in ("url", "validator", "etag"))
+    validator, size, md5 = note.get("validator"), note.get("bytes"), note.get("md5")
+    is_whole = (
+        all(isinstance(text, str) for text in texts)
+        and (not validator or ETAG.fullmatch(validator) or DATE.fullmatch(validator))
+        and (size is None or counts.is_whole(size, 0, counts.MAX_BYTES))
+        and isinstance(md5, list)
+        and all(isinstance(text, str) for text in md5)
+    )
+    return note if is_whole else {}
 
 
 def size_of(path: Path) -> int:

@@ -14,9 +14,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2cli import __version__, files
+from gpt2cli import __version__, counts, files
 from gpt2cli.console import say
 from gpt2cli.errors import NewerFormatError, UserError
+from gpt2cli.options import MAX_SEED
 
 State = dict[str, Any]
 
@@ -76,16 +77,16 @@ def read_state(folder: str | Path, step: int) -> State | None:
 def _is_state(state: State) -> bool:
     """Return whether the values that other code relies on have their types, where they exist."""
     whole = (state.get(name, 0) for name in ("step", "save", "seed", "worse"))
-    numbers = (state.get(name, 0) for name in ("kept_at", "validation_loss"))
     pair, best = state.get("running_loss", [0, 0]), state.get("best") or {"step": 0, "loss": 0}
     return (
-        all(type(value) is int for value in whole)
-        and all(_is_number(value) for value in numbers)
+        all(counts.is_whole(value, 0, MAX_SEED) for value in whole)
+        and counts.is_real(state.get("kept_at", 0))
+        and _is_number(state.get("validation_loss", 0))
         and isinstance(pair, list)
         and len(pair) == 2
         and all(_is_number(value) for value in pair)
         and isinstance(best, dict)
-        and type(best.get("step")) is int
+        and counts.is_whole(best.get("step"), 0, MAX_SEED)
         and _is_number(best.get("loss"))
         and isinstance(state.get("due", []), list)
         and isinstance(state.get("files", {}), dict)
@@ -94,7 +95,8 @@ def _is_state(state: State) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)  # a bool is neither
+    """Return whether a value is a loss: any float, as one that diverged is not finite."""
+    return type(value) is float or counts.is_real(value)
 
 
 def fault(folder: str | Path, step: int, to_train: bool = True) -> str | None:

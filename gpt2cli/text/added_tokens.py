@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gpt2cli import counts
+
 # Keys of one special token each; any other key that ends in _token is one too.
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LISTS = ("extra_special_tokens", "additional_special_tokens")
@@ -21,7 +23,7 @@ def added_entry(text: str, index: int, flags: Mapping[str, Any] = PLAIN) -> dict
     Raises:
         ValueError: the text or the id is not one.
     """
-    if type(text) is not str or not text or type(index) is not int or not 0 <= index < 2**31:
+    if type(text) is not str or not text or not counts.is_whole(index):
         raise ValueError(f"added token {text!r:.40} with id {index!r:.40}")
     text.encode()  # no lone surrogates; UnicodeEncodeError is a ValueError
     special = flags.get("special") is True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions, TextOptions
-from gpt2cli.text import documents, packed, parquet, records
+from gpt2cli.text import documents, jsontext, packed, parquet, records
 from gpt2cli.text.documents import Part, Record
 from gpt2cli.text.inputs import Tally
 
@@ -215,10 +215,10 @@ def parts_of(
         )
     blocks = blocks_of(path, options, progress, note)
     if options.uer_compat:
-        yield from _uer_lines(blocks, cut)
+        yield from _uer_lines(path, blocks, cut)
         return
     by_line = options.lines
-    for part, _ in _split(blocks, cut, by_line):
+    for part, _ in _split(path, blocks, cut, by_line):
         # a part of a line is not blank: CUT never cuts within leading spaces
         if not by_line or part.text.strip() or not (part.opens and part.closes):
             yield part
@@ -257,7 +257,7 @@ def check_flags(paths: Iterable[Path], options: FileOptions) -> None:
 
 
 def _split(
-    blocks: Iterable[str], cut: "Pattern[str]", by_line: bool
+    path: Path, blocks: Iterable[str], cut: "Pattern[str]", by_line: bool
 ) -> Iterator[tuple[Part, bool]]:
     r"""Yield (part, whether a \n ends it) of a document, or of one document per line.
 
@@ -277,11 +277,13 @@ def _split(
             last = last[match.start() :]
         if last:
             waiting.append(last)
+            if sum(map(len, waiting)) > jsontext.LONGEST:
+                raise records.too_long(f"{path}: a word without a place to cut it")
     if waiting or not opens:
         yield Part("".join(waiting), opens, True), False
 
 
-def _uer_lines(blocks: Iterable[str], cut: "Pattern[str]") -> Iterator[Part]:
+def _uer_lines(path: Path, blocks: Iterable[str], cut: "Pattern[str]") -> Iterator[Part]:
     r"""Yield lines as UER-py reads them: with blank ones, but without a last one that lacks a \n.
 
     UER-py counts the \n and reads that many lines, but at least one (uer/utils/misc.py:5-13,
@@ -289,7 +291,7 @@ def _uer_lines(blocks: Iterable[str], cut: "Pattern[str]") -> Iterator[Part]:
     """
     waiting: list[Part] = []
     any_ended = False
-    for part, ended in _split(blocks, cut, by_line=True):
+    for part, ended in _split(path, blocks, cut, by_line=True):
         waiting.append(part)
         if ended:
             yield from waiting

@@ -11,7 +11,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions, TextOptions, split_template
 from gpt2cli.text import packed
 from gpt2cli.text.documents import MESSAGE, PAIR, Record, forms_in
-from gpt2cli.text.jsontext import JsonText, items_of
+from gpt2cli.text.jsontext import LONGEST, JsonText, items_of
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")
 OBJECTS = (".jsonl", ".ndjson", ".json")
@@ -39,31 +39,50 @@ def of_text(path: Path, blocks: Blocks, options: FileOptions, default: str) -> I
     ending, _ = packed.names_of(path)
     if ending in (".csv", ".tsv"):
         return _csv(path, blocks, options, default)
-    return _json(path, blocks) if ending == ".json" else _jsonl(path, lines_of(blocks))
+    return _json(path, blocks) if ending == ".json" else _jsonl(path, lines_of(path, blocks))
 
 
-def lines_of(blocks: Blocks) -> Iterator[str]:
-    r"""Yield the lines of a text with their \n (str.splitlines also splits at U+2028 and such)."""
+def lines_of(path: Path, blocks: Blocks) -> Iterator[str]:
+    r"""Yield the lines of a text with their \n (str.splitlines also splits at U+2028 and such).
+
+    Raises:
+        UserError: a line has more than LONGEST characters: it would fill the memory.
+    """
     rest: list[str] = []
+    number, size = 1, 0
     for block in blocks:
         *lines, last = block.split("\n")
         for line in lines:
             yield "".join((*rest, line, "\n"))
             rest.clear()
+            number, size = number + 1, 0
         rest.append(last)
+        size += len(last)
+        if size > LONGEST:
+            raise too_long(f"{path} line {number}")
     if any(rest):
         yield "".join(rest)
+
+
+def too_long(where: str) -> UserError:
+    """Return the error for a value that would fill the memory."""
+    return UserError(f"{where} has more than {LONGEST:,} characters. Split it, or leave it out")
 
 
 class _Quotes:
     """Lines of a CSV file, with the number of the line at which an open quote began.
 
+    Args:
+        path: the file, for messages.
+        lines: its lines.
+
     Attributes:
         opened: that line, if a quote is open.
     """
 
-    def __init__(self, lines: Iterable[str]) -> None:
+    def __init__(self, path: Path, lines: Iterable[str]) -> None:
         self._lines, self._number, self._is_open, self.opened = iter(lines), 0, False, 0
+        self._path, self._size = path, 0
 
     def __iter__(self) -> "_Quotes":
         return self
@@ -71,6 +90,9 @@ class _Quotes:
     def __next__(self) -> str:
         line = next(self._lines)
         self._number += 1
+        self._size += len(line)
+        if self._size > LONGEST:
+            raise too_long(f"{self._path} line {self._number}: the row")
         if line.count('"') % 2:
             self._is_open = not self._is_open
             if self._is_open:
@@ -79,14 +101,14 @@ class _Quotes:
 
     def end_record(self) -> None:
         """Note that a record has ended, and with it every quote."""
-        self._is_open, self.opened = False, 0
+        self._is_open, self.opened, self._size = False, 0, 0
 
 
 def _csv(path: Path, blocks: Blocks, options: FileOptions, default: str) -> Iterator[Record]:
     """Yield the rows of a CSV file: the text of the column, or an object of the columns needed."""
     csv.field_size_limit(2**31 - 1)
     is_tsv = packed.names_of(path)[0] == ".tsv"
-    lines = _Quotes(lines_of(blocks))
+    lines = _Quotes(path, lines_of(path, blocks))
     rows = csv.reader(lines, strict=True, delimiter="\t" if is_tsv else ",")
     header: list[str] | None = None
     wanted: dict[str, int] = {}
@@ -212,7 +234,7 @@ def _json(path: Path, blocks: Blocks) -> Iterator[Record]:
     text = JsonText(blocks)
     first = text.skip_space()
     if first in ("{", '"'):
-        yield from _json_lines(path, lines_of(text.rest()))
+        yield from _json_lines(path, lines_of(path, text.rest()))
     elif first == "[":
         yield from items_of(path, text)
     else:

@@ -1,6 +1,7 @@
 """Token ids in .npz and .npy files, written in bounded memory and checked when they are read."""
 
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -13,10 +14,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from gpt2cli import files, paths
+from gpt2cli import files, machine, paths
 from gpt2cli.errors import UserError
 from gpt2cli.text import marks
 
+ZIP = b"PK"  # the first bytes of an archive, also of an empty one
+HEADER = 10_000  # bytes; NumPy's own limit (max_header_size)
 BOMB = 2**30  # bytes to which any array may unpack
 SPOOL = 2**25  # bytes of a chunk that wait in memory until its end is known
 
@@ -140,59 +143,87 @@ def read(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
     """Yield the checked chunks of an .npz (of any program) or .npy, which is mapped, not read.
 
     Raises:
-        UserError: the file is damaged or does not contain ids.
+        UserError: the file is damaged or does not contain ids, or an .npz does not fit into memory.
     """
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            yield _checked(loaded, n_vocab, f"{path}: the array")
-            return
-        with loaded as archive:
-            _check_size(str(path), archive.zip.infolist())
-            for name in archive.files:
-                _check_member(archive.zip, f"{name}.npy", path)
-                yield _checked(archive[name], n_vocab, f"{path}: {name}")
+        with open(path, "rb") as file:
+            if file.read(len(ZIP)) == ZIP:
+                yield from _of_archive(path, n_vocab)
+                return
+            file.seek(0)
+            _shape_of(file)
+        yield _checked(np.load(path, mmap_mode="r"), n_vocab, f"{path}: the array")
     except UserError:
         raise
     except Exception as error:  # NumPy reads a header with Python's parser, which raises anything
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} is damaged or not a NumPy file ({error}). Make it again with: gpt2cli encode"
+            f"{path} is damaged or not a NumPy file ({reason:.200}). Make it again with: gpt2cli "
+            "encode"
         ) from None
 
 
-def _check_size(where: str, members: Sequence[zipfile.ZipInfo]) -> None:
-    """Reject (UserError) members of an archive that unpack to far more than any text does.
+def _of_archive(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
+    """Yield the arrays of a zip archive; see `read`.
+
+    Raises:
+        ValueError: a member is not an array, or is shorter than its header says.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        _check_size(path, members)
+        if len({member.filename for member in members}) != len(members):
+            raise ValueError("two of its arrays have the same name")
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            with archive.open(member) as file:
+                shape, dtype = _shape_of(file)
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{name:.50} is shorter than its header says")
+            with archive.open(member) as file:
+                found = np.lib.format.read_array(file, allow_pickle=False)
+            yield _checked(found, n_vocab, f"{path}: {name:.50}")
+
+
+def _check_size(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Reject (UserError) an archive that unpacks to far more than text does, or than fits.
 
     Real text is never that small: 2 bytes per token compress to a tenth, and the same token again
     and again to a 500th.
     """
-    packed = sum(member.compress_size for member in members)
+    # several members may be the same bytes of the file
+    packed = min(sum(member.compress_size for member in members), path.stat().st_size)
     size = sum(member.file_size for member in members)
     if size > max(BOMB, 200 * packed):
         raise UserError(
-            f"{where} would unpack from {packed:,} to {size:,} bytes, which looks like an attack. "
+            f"{path} would unpack from {packed:,} to {size:,} bytes, which looks like an attack. "
             "If the file is yours, encode the text to a .npy"
+        )
+    free = machine.free_memory()
+    if free is not None and size > free:
+        raise UserError(
+            f"{path} unpacks to {size:,} bytes, but only {free:,} bytes of memory are free. Encode "
+            "the text to a .npy, which is not read into memory"
         )
 
 
-def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
-    """Reject an array that would take far more memory than its file, before it is read.
+def _shape_of(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape and type that the header of an array states.
 
     Raises:
-        ValueError: the array is shorter than its header says.
-        UserError: the array would unpack to far more than any text.
+        ValueError: it is not a header, or a very long one, which NumPy would read before it looks.
     """
-    if name not in archive.namelist():
-        raise ValueError(f"{name} is not in it")
-    member = archive.getinfo(name)
-    _check_size(f"{path}: {name}", [member])
-    with archive.open(name) as file:
-        if np.lib.format.read_magic(file) == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    if math.prod(shape) * dtype.itemsize > member.file_size:
-        raise ValueError(f"{name} is shorter than its header says")
+    start = file.read(12)
+    np.lib.format.read_magic(io.BytesIO(start))
+    is_first = start[6:7] == b"\1"
+    length = int.from_bytes(start[8:10] if is_first else start[8:12], "little")
+    if length > HEADER:
+        raise ValueError(f"its header has {length:,} bytes")
+    header = io.BytesIO(start + file.read(length))
+    np.lib.format.read_magic(header)
+    reader = np.lib.format.read_array_header_1_0
+    shape, _, dtype = (reader if is_first else np.lib.format.read_array_header_2_0)(header)
+    return shape, dtype
 
 
 def _checked(ids: Any, n_vocab: int, where: str) -> np.ndarray:

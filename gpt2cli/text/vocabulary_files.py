@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2cli import files
+from gpt2cli import counts, files
 from gpt2cli.errors import UserError
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text.description import SYMBOLS
@@ -117,10 +117,15 @@ def check_ids(vocab: Mapping[str, int], path: Path) -> None:
     """Reject (UserError) ids that are not whole numbers, or that two tokens have."""
     token_of: dict[int, str] = {}
     for token, index in vocab.items():
-        if type(index) is not int or not 0 <= index < 2**31:
-            raise UserError(f"{path}: the id of {token!r} is {index!r}, not a whole number from 0")
+        if not counts.is_whole(index):
+            raise UserError(
+                f"{path}: the id of {token!r:.80} is {index!r:.80}, not a whole number from 0 to "
+                f"{counts.MAX_COUNT}"
+            )
         if token_of.setdefault(index, token) is not token:
-            raise UserError(f"{path}: {token_of[index]!r} and {token!r} have the same id {index}")
+            raise UserError(
+                f"{path}: {token_of[index]!r:.80} and {token!r:.80} have the same id {index}"
+            )
 
 
 def _lines(folder: ModelFolder, name: str) -> list[str]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from gpt2cli import counts
 from gpt2cli.errors import UserError
 
 PAUSE = 0.5  # seconds between two rounds in which all hosts are called
@@ -54,10 +55,13 @@ def of_strategy(strategy: str) -> Cluster:
             )
         cluster, task = found["cluster"], found["task"]
         chiefs, workers = list(cluster.get("chief", [])), list(cluster.get("worker", []))
-        kind, index = task["type"], int(task["index"])
+        kind, number = task["type"], task["index"]
+        index = counts.whole_of(number) if isinstance(number, str) else number
+        if index is None or not counts.is_whole(index):
+            raise ValueError(text)
         own, addresses = {"chief": chiefs, "worker": workers}[kind][index], chiefs + workers
         are_distinct = len({_parts(address) for address in addresses}) == len(addresses)
-        if index < 0 or len(chiefs) > 1 or not are_distinct or "ps" in cluster:
+        if len(chiefs) > 1 or not are_distinct or "ps" in cluster:
             raise ValueError(text)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"TF_CONFIG is not of the form {FORM}: {text:.200}") from None

@@ -278,3 +278,9 @@ def test_a_device_that_does_not_compile_gives_its_error_and_advice(monkeypatch, 
 
 def test_a_missing_library_cannot_be_loaded():
     assert doctor.can_load("libc.so.6") and not doctor.can_load("libnothing.so.99")
+
+
+def test_names_are_printed_with_their_escapes():
+    finding = doctor.Finding("model", "a\x1b[2J\n\u202eb", "mv \u2066x")
+    assert str(finding).splitlines()[0].endswith("a\\x1b[2J\\n\\u202eb")
+    assert str(finding).endswith("-> mv \\u2066x") and str(finding).count("\n") == 1

@@ -9,10 +9,13 @@ import numpy as np
 import oracle
 import pytest
 from conftest import lively
+from safetensors.numpy import save_file
 from test_formats import SIZES, assert_weights, hf_folder, network, state, weights_of
 
 from gpt2cli.errors import UserError
+from gpt2cli.formats import tensors
 from gpt2cli.formats.convert import convert, open_source
+from gpt2cli.formats.statedict import open_weights
 from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders
@@ -305,3 +308,31 @@ def test_a_flag_must_not_contradict_the_files(tmp_path, network, state):
     for folder in (hf_folder(tmp_path / "m", state), tmp_path / "openai"):
         with pytest.raises(UserError, match="--activation gelu contradicts gelu_new of"):
             open_source(folder, activation="gelu")
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 20, "99999", "\u0663"])
+def test_an_odd_number_of_a_layer_is_one_line(tmp_path, number):
+    table = np.ones((2, 2), np.float32)
+    names = ("wte.weight", "wpe.weight", "h.0.ln_1.weight", f"h.{number}.ln_1.weight")
+    save_file(dict.fromkeys(names, table), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks h\.0\.|unlike GPT-2") as caught:
+        open_weights(tensors.read(tmp_path / "model.safetensors"), n_head=1)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_names_of_tensors_are_printed_with_their_escapes():
+    assert tensors.few(["\x1b[2Ja\n\u202eb"]) == "\\x1b[2Ja\\n\\u202eb"
+    assert len(tensors.few(["x" * 10**6])) == 80
+
+
+@pytest.mark.parametrize("kind", ["expanded", "sparse", "meta"])
+def test_a_tensor_that_is_larger_than_its_file_is_rejected(tmp_path, kind):
+    torch = pytest.importorskip("torch")
+    made = {
+        "expanded": torch.zeros(1).expand(10**9, 1000),
+        "sparse": torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (10**9, 1000)),
+        "meta": torch.zeros(10**9, 1000, device="meta"),
+    }[kind]
+    torch.save({"wte.weight": made, "wpe.weight": torch.zeros(2, 2)}, tmp_path / "model.bin")
+    with pytest.raises(UserError, match=r"wte.weight is a view, sparse or without values"):
+        tensors.read(tmp_path / "model.bin")

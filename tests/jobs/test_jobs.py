@@ -14,6 +14,7 @@ from conftest import PROMPTS, ROOT
 
 from gpt2cli import files
 from gpt2cli.inference import generator as inference
+from gpt2cli.jobs import lines as lines_file
 
 FLAGS = ("--model_name", "tiny", "--length", 6, "--top_k", 20, "--format", "jsonl")
 
@@ -224,3 +225,23 @@ def test_a_job_of_an_earlier_version_resumes(cli, prompts, monkeypatch, processe
     result = job(cli, "out.jsonl")
     assert result.returncode == 0 and "moved to" not in result.stderr
     assert (prompts / "out.jsonl").read_bytes() == (prompts / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": "x"}, {"seed": [1]}, {"seed": True}, {"seed": 10**30}, {"seed": None},
+     {"processes": "2"}, {"processes": [2]}],
+)  # fmt: skip
+def test_a_record_of_a_job_with_odd_numbers_is_of_another_job(cli, prompts, change):
+    note = prompts / "out.jsonl.part.json"
+    (prompts / "out.jsonl.part").write_text('{"index": 0, "tokens": 5}\n')
+    note.write_text(json.dumps({"seed": 5, "processes": 1} | change))
+    result = job(cli, "out.jsonl", seed=())
+    assert result.returncode == 0 and "out.jsonl.part belongs to a different job" in result.stderr
+
+
+@pytest.mark.parametrize("line", ['{"index": "0"}', '{"index": true}', '{"index": 0, "tokens": 5}'])
+def test_a_damaged_line_of_a_job_ends_its_lines(tmp_path, line):
+    path = tmp_path / "out.jsonl"
+    path.write_text(f'{{"index": 0}}\n{line}\n{{"index": 2}}\n')
+    assert list(lines_file.read(path)) == [{"index": 0}]

@@ -159,7 +159,7 @@ def test_parts_that_answer_other_prompts_are_not_merged(cli, children, change):
     children.failing = set()
     for _ in range(2):
         result = job(cli, "out.jsonl", *words)
-        assert result.returncode == 1 and "prompts.txt was changed while" in result.stderr
+        assert result.returncode == 1 and "do not answer the prompts of this job" in result.stderr
         assert "Delete out.jsonl.part.json to start from scratch" in result.stderr
         assert not Path("out.jsonl").exists()
     Path("out.jsonl.part.json").unlink()
@@ -348,14 +348,11 @@ def test_a_job_uses_one_process_if_tensorflow_cannot_use_the_gpus(cli, prompts, 
 
 
 @pytest.mark.parametrize("kind", ["pipe", "stdin"])
-def test_prompts_that_can_be_read_only_once_need_one_process(cli, children, monkeypatch, kind):
-    text = Path("prompts.txt").read_bytes()
+def test_prompts_that_can_be_read_only_once_are_read_once_for_all_processes(cli, children, kind):
     name = "/dev/stdin"
     if kind == "pipe":
         os.mkfifo("pipe")
         name = "pipe"
-    monkeypatch.setattr(processes, "gpus", lambda: ["0", "1"])
-    monkeypatch.setattr(processes, "usable_gpus", lambda: 2)
     words = ("sample", *FLAGS, "--seed", 5, "--prompts", name, "--out", "out.jsonl")
 
     def fed(*more):
@@ -366,23 +363,55 @@ def test_prompts_that_can_be_read_only_once_need_one_process(cli, children, monk
             result = cli(*words, *more)
             os.dup2(before, 0)
             return result
+        text = Path("prompts.txt").read_bytes()
         thread = threading.Thread(target=Path("pipe").write_bytes, args=(text,))
         thread.start()
         result = cli(*words, *more)
         thread.join()
         return result
 
-    result = fed("--processes", 2)
-    assert result.returncode == 2 and f"{name} can be read only once" in result.stderr
-    assert left() == [] and not Path("out.jsonl").exists()
-    result = fed()
-    assert result.returncode == 0 and children.started == []
-    assert f"out.jsonl: one process instead of 2: {name} can be read only once\n" in result.stderr
     children.failing = {1}
-    Path("out.jsonl").unlink()
-    assert job(cli, "out.jsonl", "--processes", 2).returncode == 1
+    assert fed("--processes", 2).returncode == 1
     result = fed()
     assert result.returncode == 1 and "was begun with --processes 2, not 1" in result.stderr
+    children.failing = set()
+    result = fed("--processes", 2)
+    assert result.returncode == 0 and children.started == [1]
+    check_finished(cli)
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+def test_prompts_that_are_replaced_while_a_job_starts_do_not_count(cli, children, kind):
+    """The new file has the size and the time of the old one."""
+    path, more = Path("prompts.txt"), ()
+    if kind == "csv":
+        old = "".join(f"{n},{text}\r\n" for n, text in enumerate(PROMPTS))
+        path = Path("prompts.csv")
+        path.write_bytes(f"n,text\r\n{old}".encode("utf-16"))
+        more = ("--csv_column", "text", "--encoding", "utf-16")
+    before, content = path.stat(), path.read_bytes()
+    words = ("sample", *FLAGS, "--seed", 5, "--prompts", path, *more)
+
+    def replace():
+        path.write_bytes(content.replace(b"k", b"K"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_mtime_ns == before.st_mtime_ns
+        assert path.stat().st_size == before.st_size
+
+    children.meanwhile = replace
+    result = cli(*words, "--processes", 2, "--out", "out.jsonl")
+    assert result.returncode == 0, result
+    assert [line["prompt"] for line in lines(Path("out.jsonl"))] == PROMPTS
+    assert left() == []
+
+    children.failing = {2}  # resumed with the new prompts, it is another job
+    path.write_bytes(content)
+    assert cli(*words, "--processes", 2, "--out", "out.jsonl").returncode == 1
+    children.failing = set()
+    result = cli(*words, "--processes", 2, "--out", "out.jsonl")
+    assert result.returncode == 0
+    assert "out.jsonl.1-of-2 belongs to a different job; moved to" in result.stderr
+    assert [line["prompt"] for line in lines(Path("out.jsonl"))] != PROMPTS
 
 
 def test_all_processes_use_one_checkpoint_even_if_training_saves_another(cli, children):

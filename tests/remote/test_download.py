@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import hashlib
 import http.server
 import json
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
+import zlib
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from gpt2cli.commands import download
 from gpt2cli.commands.download import DownloadOptions
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import RELEASED, ModelConfig
+from gpt2cli.remote import hub as hub_module
 from gpt2cli.remote import released, transfer
 
 CHECKPOINT = GOLDEN / "gpt2-openai" / "a-l2-h4-e16-c96"
@@ -51,6 +55,7 @@ class Mirror(http.server.ThreadingHTTPServer):
         self.contents, self.faults, self.headers = {}, {}, {}
         self.etag = '"v1"'
         self.ignore_range = False
+        self.endless = 0  # bytes sent of bodies without an end
         self.pause = 0  # seconds between two parts of a body
         self.asked = []  # (file name, Range header, bytes of body sent)
         self.tokens = []  # Authorization header of each request
@@ -97,11 +102,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         part = body[: fault.get("cut", len(body))]
         mirror.asked.append((name, self.headers.get("Range"), len(part)))
         mirror.tokens.append(self.headers.get("Authorization"))
-        self.send_response(status)
+        self.send_response(status, fault.get("reason"))
         for key, value in headers.items():
             if value is not None:
                 self.send_header(key, value)
         self.end_headers()
+        if "endless" in fault:
+            self.send_forever(fault["endless"])
+            return
         for start in range(0, len(part), 2**16):
             self.wfile.write(part[start : start + 2**16])
             self.wfile.flush()
@@ -111,6 +119,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             mirror.release.wait(5)
         if len(part) < int(headers["Content-Length"] or 0) or headers["Content-Length"] is None:
             self.close_connection = True
+
+    def send_forever(self, piece):
+        """Send a body of chunks until the client hangs up, or 40 MB."""
+        self.close_connection = True
+        for _ in range(40_000_000 // len(piece)):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            self.wfile.flush()
+            self.server.endless += len(piece)
 
 
 @contextlib.contextmanager
@@ -135,7 +151,9 @@ def mirror(monkeypatch):
 def waits(monkeypatch):
     """Record the pauses of download instead of making them."""
     pauses = []
-    monkeypatch.setattr(transfer, "time", types.SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(
+        transfer, "time", types.SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic)
+    )
     return pauses
 
 
@@ -765,10 +783,157 @@ def test_odd_headers_of_a_mirror_are_one_error(fetch, mirror, headers):
         fetch()
 
 
+ENDLESS = {"Content-Length": None, "Transfer-Encoding": "chunked"}
+SPARE = 15_000_000  # bytes that the systems' buffers may take before the client hangs up
+
+
+def test_a_body_without_an_end_stops_at_the_largest_size_of_its_kind(fetch, mirror, monkeypatch):
+    monkeypatch.setitem(released.MOST, "encoder.json", 100_000)
+    fault = {"body": b"", "headers": ENDLESS, "endless": b"{" * 10_000}
+    mirror.faults["encoder.json"] = [fault, fault]
+    with pytest.raises(UserError, match=r"encoder.json sends more than 100,000 bytes"):
+        fetch()
+    assert mirror.endless < SPARE and len(mirror.asked) == 1
+    assert_whole(fetch_again(mirror, fetch))
+
+
+def fetch_again(mirror, fetch):
+    """Fetch from a server that no longer fails."""
+    mirror.faults.clear()
+    mirror.headers.clear()
+    return fetch()
+
+
+@pytest.mark.parametrize("status", [302, 404, 500])
+def test_a_body_of_no_use_is_not_read(fetch, mirror, status):
+    headers = ENDLESS | {"Location": "encoder.json"}
+    fault = {"body": b"", "headers": headers, "endless": b"x" * 10_000, "status": status}
+    mirror.faults["encoder.json"] = [fault]
+    if status == 404:
+        with pytest.raises(UserError, match="404"):
+            fetch()
+    else:
+        assert_whole(fetch())
+    assert mirror.endless < SPARE
+
+
+def test_a_length_beyond_the_largest_file_of_its_kind_is_rejected_at_once(fetch, mirror):
+    size = 4 * released.PARAMETERS["124M"]
+    assert released.most_of(DATA, "124M") == size == 497_759_232
+    mirror.headers[DATA] = {"Content-Length": str(2**40)}
+    with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes, but it may have at most"):
+        fetch()
+    assert_whole(fetch_again(mirror, fetch))
+
+
+@pytest.mark.parametrize("packing", ["gzip", "x-gzip", "deflate"])
+def test_a_packed_body_arrives_unpacked(fetch, mirror, packing):
+    pack = zlib.compress if packing == "deflate" else gzip.compress
+    for name in ("encoder.json", DATA):
+        headers = {"Content-Encoding": packing}
+        mirror.faults[name] = [{"body": pack(MODEL[name]), "headers": headers}]
+    assert_whole(fetch())
+
+
+@pytest.mark.parametrize("packing", ["gzip", "deflate", "br", "zstd", "gzip, gzip"])
+def test_a_packed_bomb_is_not_unpacked(fetch, mirror, monkeypatch, packing):
+    monkeypatch.setitem(released.MOST, "encoder.json", 100_000)
+    bomb = (gzip.compress if packing == "gzip" else zlib.compress)(b"{" * 30_000_000)
+    headers = {"Content-Encoding": packing}
+    mirror.faults["encoder.json"] = [{"body": bomb, "headers": headers}] * 2
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"sends more than 100,000 bytes|is compressed by '"):
+        fetch()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 5_000_000
+
+
+@pytest.mark.parametrize("damage", ["cut", "more", "other"])
+def test_a_damaged_packed_body_is_fetched_again(fetch, mirror, damage):
+    packed = gzip.compress(MODEL["encoder.json"])
+    damaged = {"cut": packed[:-9], "more": packed * 2, "other": b"{}"}[damage]
+    headers = {"Content-Encoding": "gzip"}
+    mirror.faults["encoder.json"] = [{"body": damaged, "headers": headers}]
+    assert_whole(fetch())
+
+
+def test_a_server_that_sends_almost_nothing_is_given_up(fetch, mirror, waits, monkeypatch):
+    monkeypatch.setattr(transfer, "WINDOW", 1e-6)
+    monkeypatch.setattr(transfer, "SLOWEST", 10**18)  # nothing is as fast
+    with pytest.raises(UserError, match="bytes arrive each second"):
+        fetch()
+    assert waits == [1, 2, 4, 8]
+
+
+def test_redirects_in_a_circle_and_floods_of_headers_are_one_error(fetch, mirror):
+    for headers in ({"Location": "encoder.json"}, {"X-Long": "a" * 70_000}):
+        mirror.faults["encoder.json"] = [{"status": 302, "headers": headers, "body": b""}] * 40
+        with pytest.raises(UserError, match=r"cannot download .*encoder.json") as caught:
+            fetch()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", ['"' + "a" * 60_000 + '"', '"a\x0bb"', "\xff", '"'])
+def test_tags_that_cannot_be_sent_back_are_not_kept(fetch, mirror, tag):
+    mirror.etag = tag
+    mirror.headers[DATA] = {"Last-Modified": "\x0bx"}
+    mirror.faults[DATA] = [{"cut": 50_000}]
+    folder = fetch()
+    assert_whole(folder)
+    assert not re.search(r"a{300}|\\u000b|\\u00ff", (folder / "download.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bytes": True}, {"bytes": -1}, {"bytes": 10**30}, {"bytes": "9"}, {"validator": [1]},
+     {"validator": "\n"}, {"md5": "x"}, {"md5": [1]}, {"etag": {}}, {"url": None}],
+)  # fmt: skip
+def test_a_damaged_note_about_a_part_starts_the_file_again(fetch, mirror, tmp_path, change):
+    folder = folder_of(tmp_path)
+    folder.mkdir(parents=True)
+    note = {"url": f"{mirror.url}/own/{DATA}", "validator": mirror.etag, "etag": mirror.etag}
+    note |= {"bytes": len(MODEL[DATA]), "md5": []}
+    part, note_path = transfer.part_of(folder / DATA)
+    part.write_bytes(MODEL[DATA][:100])
+    for values, asked in ((note | change, None), (note, "bytes=99-")):
+        part.write_bytes(MODEL[DATA][:100])
+        note_path.write_text(json.dumps(values))
+        assert_whole(fetch())
+        assert mirror.ranges(DATA)[-1] == asked
+        (folder / DATA).unlink()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../own/vocab.bpe", "a\0b", "n" * 300, ".."])
+def test_a_manifest_with_impossible_names_is_ignored(fetch, mirror, tmp_path, name):
+    folder = fetch()
+    manifest = json.loads((folder / "download.json").read_text())
+    manifest["files"][name] = {"bytes": 0, "sha256": "0", "etag": None}
+    (folder / "download.json").write_text(json.dumps(manifest))
+    assert_whole(fetch())
+
+
 def test_escapes_in_a_message_are_made_visible(capsys):
     console.say("the server answered 418 \x1b[2J\x1b]0;pwned\x07teapot\n\tnext")
     err = capsys.readouterr().err
-    assert err == "the server answered 418 \\x1b[2J\\x1b]0;pwned\\x07teapot\n\tnext\n"
+    assert err == "the server answered 418 \\x1b[2J\\x1b]0;pwned\\x07teapot\\n\tnext\n"
+    console.say("a\x85b\x9b2Jc\u2028d\u202eexe.txt\u2066e\u200bf\ufeffg\U000e0041h\ud800")
+    shown = "a\\x85b\\x9b2Jc\\u2028d\\u202eexe.txt\\u2066e\\u200bf\\ufeffg\\U000e0041h\\ud800\n"
+    assert capsys.readouterr().err == shown
+
+
+def test_ordinary_text_of_any_script_is_printed_as_it_is(capsys):
+    text = "née שלום\u200f العربية می\u200cخواهم 中文 日本語 한국어 हिन्दी "
+    text += "👩\u200d👩\u200d👧 🇩🇪 a\u00adb\tc"
+    console.say(text, "second line")
+    assert capsys.readouterr().err == f"{text}\nsecond line\n"
+
+
+def test_the_middle_of_a_long_message_is_cut(capsys):
+    console.say(f"no model {'x' * 100_000}. Check the name")
+    err = capsys.readouterr().err
+    assert err.startswith("no model xxx") and err.endswith("xxx. Check the name\n")
+    assert "... (98,025 characters) ..." in err and len(err) < 2100
 
 
 def test_a_part_that_is_a_link_is_not_written_through(fetch, tmp_path):
@@ -1059,6 +1224,65 @@ def test_a_hub_that_is_not_there_is_named(hub, tmp_path, monkeypatch):
             hub()
         assert "HF_ENDPOINT" in str(caught.value) and "\n" not in str(caught.value)
     assert names_in(tmp_path / "models") == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"[" * 200_000, b"[]", b"null", b'{"sha": ' + b"9" * 5000 + b"}", {"sha": [COMMIT]},
+        {"sha": 5}, {"sha": COMMIT.upper()}, {"siblings": "config.json"}, {"siblings": {"a": 1}},
+        {"siblings": [1]}, {"siblings": [None]}, {"siblings": [{"rfilename": ["config.json"]}]},
+        {"siblings": [{"rfilename": "a", "lfs": {"size": True, "sha256": "0" * 64}}]},
+        {"siblings": [{"rfilename": "a", "lfs": {"size": 10**30, "sha256": "0" * 64}}]},
+        {"siblings": [{"rfilename": "a", "lfs": {"size": 1, "sha256": "x" * 64}}]},
+        {"siblings": [{"rfilename": "a", "lfs": [1]}]},
+        {"siblings": [{"rfilename": "a", "size": -5, "blobId": "0" * 40}]},
+        {"siblings": [{"rfilename": "a", "size": 1.5, "blobId": "0" * 40}]},
+        {"siblings": [{"rfilename": "a", "size": 5, "blobId": {}}]},
+    ],
+)  # fmt: skip
+def test_an_odd_listing_of_a_hub_is_one_error(hub, mirror, tmp_path, answer):
+    if isinstance(answer, dict):
+        answer = json.dumps({"sha": COMMIT, "siblings": [], **answer}).encode()
+    mirror.contents[API] = answer
+    with pytest.raises(UserError, match="like a Hugging Face hub") as caught:
+        hub()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert names_in(tmp_path / "models") == []
+
+
+@pytest.mark.parametrize("status", [200, 302, 401, 500])
+def test_a_listing_without_an_end_is_not_read(hub, mirror, monkeypatch, status):
+    monkeypatch.setattr(hub_module, "LISTING", 100_000)
+    headers = ENDLESS | {"Location": "/other"}
+    fault = {"status": status, "body": b"", "headers": headers, "endless": b"[" * 10_000}
+    mirror.faults["main"] = [fault]
+    with pytest.raises(UserError, match=r"sends more than 100,000 bytes|HF_ENDPOINT|HF_TOKEN"):
+        hub()
+    assert mirror.endless < SPARE
+
+
+def test_a_file_of_the_hub_stops_at_the_size_that_the_hub_states(hub, mirror, tiny_hf):
+    size = len(tiny_hf["vocab.json"])
+    fault = {"body": b"", "headers": ENDLESS, "endless": b"{" * 10_000}
+    mirror.faults["vocab.json"] = [fault]
+    with pytest.raises(UserError, match=f"vocab.json sends more than {size:,} bytes"):
+        hub()
+    assert mirror.endless < SPARE
+    values = json.loads(mirror.contents[API])
+    for file in values["siblings"]:
+        if file["rfilename"] == "vocab.json":
+            file["size"] = 10**12
+    mirror.contents[API] = json.dumps(values).encode()
+    with pytest.raises(UserError, match=r"states 1,000,000,000,000 bytes for vocab.json"):
+        hub()
+
+
+def test_offline_means_offline(hub, mirror, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        hub()
+    assert mirror.asked == []
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "vocab.json"])

@@ -132,6 +132,11 @@ def config(workers, kind="worker", index=0, **more):
         ("auto", config(["a:1", "b:99999"]), "form"),
         ("auto", config(["[::1]:1", "b:1"]), (2, True)),
         ("auto", config(["a:1"], index="x"), "form"),
+        ("auto", config(["a:1", "b:1"], index="1"), (2, False)),
+        *(
+            ("auto", config(["a:1", "b:1"], index=index), "form")
+            for index in (True, 1.5, float("inf"), None, [1], "9" * 5000, "\u0661", 10**20)
+        ),
         ("auto", config(["a:1"], "evaluator"), "form"),
         ("auto", config(7), "form"),
     ],
