@@ -122,7 +122,7 @@ def json_targets(file):
 
     def downloaded(data):
         file("download.json", data)
-        released.intact_names(FOLDER, manifest.read(FOLDER))
+        released.intact_names(FOLDER, manifest.read(FOLDER), "124M")
         manifest.check_same(FOLDER, "hf:me/tiny", "main")
 
     def model(data):

@@ -24,6 +24,8 @@ from gpt2cli.commands.train import TrainOptions
 from gpt2cli.errors import NewerFormatError
 from gpt2cli.remote import manifest, transfer
 from gpt2cli.storage import checkpoint, runs
+from gpt2cli.storage.folders import ModelFolder
+from gpt2cli.storage.held import HeldFolder
 from gpt2cli.tensorflow import tf
 from gpt2cli.training import journal
 from gpt2cli.training.saves import Checkpoints
@@ -229,12 +231,12 @@ def test_a_hundred_kills_without_stderr_on_a_disk_of_64_megabytes_lose_nothing(
 
 
 def test_an_event_file_that_cannot_be_created_does_not_end_a_run(tmp_path, monkeypatch, capsys):
-    def full(folder):
+    def full(folder, **options):
         message = f"{{{{node x}}}} {folder}/events; No space left on device\nmore [Op:X]"
         raise tf.errors.ResourceExhaustedError(None, None, message)
 
     monkeypatch.setattr(tf.summary, "create_file_writer", full)
-    written = journal.Journal(tmp_path, 0, {})
+    written = journal.Journal(HeldFolder(tmp_path), 0, {})
     written.write(1, loss=1.0)
     written.close()
     reason = "TensorBoard events are no longer written: No space left on device\n"
@@ -243,7 +245,7 @@ def test_an_event_file_that_cannot_be_created_does_not_end_a_run(tmp_path, monke
 
 
 def test_lines_of_the_log_that_are_lost_are_reported(tmp_path, capsys):
-    written = journal.Journal(tmp_path, 0, {})
+    written = journal.Journal(HeldFolder(tmp_path), 0, {})
     written.write(1, loss=1.0)
     (tmp_path / "log.jsonl").rename(tmp_path / "log")
     (tmp_path / "log.jsonl").mkdir()
@@ -254,7 +256,7 @@ def test_lines_of_the_log_that_are_lost_are_reported(tmp_path, capsys):
 
 def test_a_clock_that_goes_back_keeps_permanent_checkpoints_coming(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
-    saves = Checkpoints(tmp_path / "run", tmp_path / "run" / "model-0", 0, True)
+    saves = Checkpoints(HeldFolder(tmp_path / "run"), ModelFolder(tmp_path / "run"), 0, True)
     plan = types.SimpleNamespace(
         options=types.SimpleNamespace(keep_every_hours=1, keep=1, keep_best=False),
         given=types.SimpleNamespace(),

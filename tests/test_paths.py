@@ -511,7 +511,7 @@ def test_the_part_and_the_note_of_a_download_are_looked_at(tmp_path, how):
     part, note = transfer.part_of(tmp_path / "file")
     prepared(note, how, tmp_path / "precious")
     with pytest.raises(UserError, match=rf"file\.part\.json {HOW[how]}"):
-        files.read_own(note)
+        files.read_own(note, 1)
     prepared(part, how, tmp_path / "precious")
     with pytest.raises(UserError, match=rf"file\.part {HOW[how]}"):
         paths.open_own(part, "wb")

@@ -323,7 +323,8 @@ class Program:
 
     def __init__(self, code, **options):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
-        prelude = "import hashlib, os, signal, sys, time\nfrom gpt2cli import console, signals\n"
+        prelude = "import hashlib, os, signal, sys, threading, time\n"
+        prelude += "from gpt2cli import console, signals\n"
         self.process = subprocess.Popen(
             [sys.executable, "-c", prelude + code],
             env=environment,
@@ -394,8 +395,11 @@ cli.main([])
 
 def test_a_second_signal_ends_a_call_that_knows_no_signals():
     """As in a collective operation that waits for a host, or a long compilation."""
-    code = "signals.install()\nprint('ready', flush=True)\n"
-    program = Program(code + "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)")
+    # the thread can print only when the main thread lets it run, which it does in the call
+    code = "signals.install()\nsys.setswitchinterval(1000)\ncalls = threading.Event()\n"
+    code += "threading.Thread(target=lambda: calls.wait() and print('ready', flush=True)).start()\n"
+    code += "calls.set()\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    program = Program(code)
     program.send(signal.SIGTERM, pause=signals.SAME + 0.2)
     assert program.process.poll() is None
     program.send(signal.SIGTERM)

@@ -149,7 +149,9 @@ def content_fault(path: Path, model: str) -> str | None:
             return f"it has more than {MOST[name]:,} bytes"
         values = files.read_object(path)
         if name == "hparams.json":
-            ModelConfig.from_json(json.dumps(values))
+            config = ModelConfig.from_json(json.dumps(values))
+            if config != SIZES.get(model, config):
+                return f"its sizes are not those of {NOT_OPENAIS}"
         return None
     except UserError as error:
         return f"it cannot be read ({error})"
