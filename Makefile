@@ -10,8 +10,9 @@ test:  ## run the tests; under five minutes on two cores
 test-all:  ## run the slow tests too
 	bin/test -m ''
 
-trust:  ## run the full-length tests of docs/promises.md: kills, full disks, flipped bits; 20 minutes
-	bin/test -m '' -k "trust or jobs or download or bad_input"
+TRUST = trust or paths or signals or faults or jobs or download or bad_input or closed or soak
+trust:  ## run the full-length tests of docs/promises.md: kills, full disks, flipped bits; an hour
+	bin/test -m '' -k "$(TRUST)"
 
 serve-proof:  ## test the server in a browser (apt-get install chromium) and with generated requests
 	bin/install test,browser
