@@ -182,8 +182,9 @@ def open_own(path: str | Path, mode: str, is_code: bool = False, **options: Any)
     """Open a file that this program keeps for itself, if nobody else can have prepared it.
 
     It must be a file and no link, with one name only if it is written, and belong to this user,
-    to root or to the owner of its folder, who could replace it anyway. Others must not be able to
-    write to it, unless they may write to the whole folder, as on disks without permissions.
+    to root, or to the owner of its folder or a group that may write there, who could replace it
+    anyway. Others must not be able to write to it, unless they may write to the whole folder, as on
+    disks without permissions.
 
     Args:
         path: the file.
@@ -235,11 +236,20 @@ def _fault(found: os.stat_result, path: str, flags: int, is_code: bool) -> str |
         return None
     folder = os.stat(os.path.dirname(path) or ".")
     owners = {os.geteuid(), 0} | (set() if is_code else {folder.st_uid})
-    if found.st_uid not in owners:
+    if found.st_uid not in owners and (is_code or not _is_shared(found, folder)):
         return f"belongs to user {found.st_uid}"
     open_to_all = folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
     others = stat.S_IWGRP | stat.S_IWOTH if is_code else 0 if open_to_all else stat.S_IWOTH
     return "can be changed by other users" if found.st_mode & others else None
+
+
+def _is_shared(found: os.stat_result, folder: os.stat_result) -> bool:
+    """Return whether a file is of a group that works in its folder, and that nobody else may use.
+
+    Each of its members could replace the file anyway, and only they can give it this group.
+    """
+    writers = folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH | stat.S_ISVTX)
+    return writers == stat.S_IWGRP and found.st_gid == folder.st_gid
 
 
 def check_own_folder(path: Path) -> None:

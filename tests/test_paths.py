@@ -478,6 +478,28 @@ def test_the_owner_of_a_folder_may_own_the_files_in_it(tmp_path):
         paths.open_own(tmp_path / "home/own", "rb", is_code=True)
 
 
+@posix
+@needs_root
+def test_a_group_shares_the_files_in_its_folder(tmp_path):
+    """One of them resumes what another one began, as with a umask of 002."""
+    place = tmp_path / "group"
+    place.mkdir()
+    (place / "own").write_text("x")
+    os.chown(place, 0, 777)
+    os.chown(place / "own", 12345, 777)
+    modes = {0o2775: True, 0o770: True, 0o2755: False, 0o3775: False, 0o2777: False}
+    for mode, is_shared in modes.items():
+        place.chmod(mode)
+        with contextlib.nullcontext() if is_shared else pytest.raises(UserError, match="12345"):
+            paths.open_own(place / "own", "r+").close()
+        with pytest.raises(UserError, match="belongs to user 12345"):
+            paths.open_own(place / "own", "rb", is_code=True)
+    place.chmod(0o2775)
+    os.chown(place / "own", 12345, 778)
+    with pytest.raises(UserError, match="belongs to user 12345"):
+        paths.open_own(place / "own", "r+")
+
+
 def test_a_lock_is_removed_only_by_its_holder(tmp_path):
     """Its folder was renamed, and another command works in a new folder of the same name."""
     folder = tmp_path / "run"
