@@ -55,7 +55,7 @@ setup(
         "serve": SERVE,
         "data": DATA,
         "torch": ["torch>=2.6"],  # convert: weights in a .bin of PyTorch's
-        # tokenizers in a spiece.model, such as rinna's; a bad file crashes older ones (CVE-2026-1260)
+        # tokenizers in a spiece.model, like rinna's; a bad file crashes older ones (CVE-2026-1260)
         "sentencepiece": ["sentencepiece>=0.2.1"],
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [
