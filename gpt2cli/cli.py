@@ -117,9 +117,9 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Give standard streams that the caller closed (`<&-`) to the null device.
+    """Connect standard streams that the caller closed (`<&-`) to the null device.
 
-    Standard output is opened for reading, so that a result that is written there fails.
+    Standard output is opened for reading only, so that writing a result to it fails.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

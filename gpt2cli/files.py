@@ -26,7 +26,7 @@ except ImportError:  # on Windows two processes in one folder go unnoticed
 
 SPARE = 2**20  # bytes that must stay free on a disk after a large file is written
 
-# What to do now, by the reason for which a file cannot be written.
+# What the user can do, by the reason why a file cannot be written.
 ADVICE = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space",
@@ -55,7 +55,7 @@ def replacing(
         path: the file.
         mode: as in open.
         through: for a path that the user named: replace the target of a link, and write into a
-            device, a pipe or a socket; binary content only when it is complete.
+            device, a pipe or a socket. Binary content is written there only when it is complete.
         access: the permissions of the file (default: those of the old file).
         open_options: more arguments of open.
 
@@ -93,7 +93,7 @@ def replacing(
 
 @contextlib.contextmanager
 def _writing_into(path: str | Path, mode: str, **open_options: Any) -> Iterator[IO[Any]]:
-    """Open a stream for writing; binary content, whose format may seek, only when it is complete.
+    """Open a stream for writing. Binary content, whose writer may seek, is written at the end.
 
     Raises:
         UserError: it cannot be written to.
@@ -166,7 +166,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
-    except UserError as error:  # of a file in it: name the folder that the user knows
+    except UserError as error:  # about a file in `part`: name the folder that the user knows
         error.args = (str(error).replace(str(part), str(path)),)
         raise
     finally:
@@ -198,8 +198,8 @@ def check_format(record: Mapping[str, Any], known: int, where: str | Path) -> No
     """Reject (UserError) a record that a later version of gpt2cli wrote in another format.
 
     Args:
-        record: a JSON object with its "format", 1 where it has none, and perhaps "gpt2cli", the
-            version that wrote it.
+        record: a JSON object with "format" (default: 1), and perhaps "gpt2cli", the version that
+            wrote it.
         known: the latest format that this version reads.
         where: the record's file.
     """
@@ -260,7 +260,7 @@ def parse_json(
 def parse_object(content: bytes | str, where: str | Path) -> dict[str, Any]:
     """Return the object of a JSON text; UserError names `where` it came from.
 
-    An object may have a key twice only with the same value: programs differ in which one counts.
+    A key may appear twice only with the same value, because programs differ in which one they use.
     """
 
     def with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def parse_object(content: bytes | str, where: str | Path) -> dict[str, Any]:
         if len(values) < len(pairs):
             for key, value in pairs:
                 if values[key] != value:
-                    raise UserError(f"{where} has {key!r:.50} twice, with other values. Keep one")
+                    raise UserError(f"{where} has {key!r:.50} twice, with two values. Keep one")
         return values
 
     values = parse_json(content, where, with_each_key_once)
@@ -292,14 +292,14 @@ def move_away(path: Path) -> Path:
 
 
 def read_own(path: str | Path, known: int) -> dict[str, Any]:
-    """Return the object in a JSON file that this program keeps for itself; {} where it is damaged.
+    """Return the object in one of the program's own JSON files; {} if it is missing or damaged.
 
     Args:
         path: the file.
         known: the latest format that this version reads.
 
     Raises:
-        UserError: others may have prepared it; see `paths.open_own`.
+        UserError: another user may have prepared it; see `paths.open_own`.
         NewerFormatError: see `check_format`.
     """
     record: dict[str, Any] = {}
@@ -358,7 +358,7 @@ def locked(path: str | Path, work: str, target: str | Path | None = None) -> Ite
 
 @contextlib.contextmanager
 def _folder_of(path: Path) -> Iterator[int | None]:
-    """Open the folder of a file, to find it there under any name; None where that is impossible."""
+    """Open a file's folder, to find it after a rename too; None where that is impossible."""
     if os.unlink not in os.supports_dir_fd:  # Windows
         yield None
         return
@@ -409,6 +409,6 @@ def filling(folder: str | Path, work: str) -> Iterator[None]:
     finally:
         for empty in missing:
             with contextlib.suppress(OSError):  # not empty: the work succeeded
-                # a folder that somebody else put there meanwhile stays
+                # keep a folder that somebody else has put in its place
                 if empty not in made or os.path.samestat(os.stat(empty), made[empty]):
                     empty.rmdir()

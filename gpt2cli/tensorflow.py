@@ -51,7 +51,7 @@ def without_noise() -> Iterator[None]:
 
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # a setting for other programs would break this one
-# an exception while libraries are loaded would become a different one
+# a library would replace an exception that is raised while it is loaded
 with signals.deferred(), without_noise():
     import tensorflow as tf
 

@@ -68,7 +68,7 @@ def losses_in(run):
     return [line for line in read_log(run) if "messages_lost" in line]
 
 
-def test_a_run_goes_on_when_its_messages_are_lost_and_the_log_says_so(cli, sampling, lose):
+def test_a_run_continues_when_its_messages_are_lost_and_the_log_counts_them(cli, sampling, lose):
     lose("stderr", "full disk")
     lose("stdout", "full disk")
     assert cli(*sampling).returncode == 0
@@ -79,7 +79,7 @@ def test_a_run_goes_on_when_its_messages_are_lost_and_the_log_says_so(cli, sampl
 
 
 @pytest.mark.slow
-def test_a_run_whose_samples_cannot_be_printed_says_it(cli, sampling, lose):
+def test_a_run_whose_samples_cannot_be_printed_reports_it(cli, sampling, lose):
     lose("stdout", "full disk")
     result = cli(*sampling)
     assert result.returncode == 0
@@ -104,7 +104,7 @@ def test_a_run_whose_reader_leaves_is_saved(cli, sampling, lose, monkeypatch, na
 
 
 @pytest.mark.parametrize("how", ["full disk", "closed pipe"])
-def test_a_job_and_an_encoding_go_on_when_their_messages_are_lost(cli, prompts, lose, how):
+def test_a_job_and_an_encoding_continue_when_their_messages_are_lost(cli, prompts, lose, how):
     lose("stderr", how)
     assert cli(*JOB, "--out", "out.jsonl").returncode == 0
     assert len(Path("out.jsonl").read_text().splitlines()) == 5
@@ -126,10 +126,10 @@ def test_a_result_that_cannot_be_written_is_an_error(cli, prompts, lose, how, st
         assert result.returncode == status, words
         shown = "gpt2cli: standard output: No space left on device\n"
         assert result.stderr.endswith(shown) == (status == 1), result.stderr
-        stream.close()  # nothing is left in it, which Python could not write at its end
+        stream.close()  # nothing is left in it that Python would fail to write at exit
 
 
-def test_a_progress_bar_on_a_terminal_that_is_gone_ends_no_work(cli, prompts, monkeypatch):
+def test_a_progress_bar_on_a_closed_terminal_does_not_end_the_command(cli, prompts, monkeypatch):
     """As after the loss of a connection, under `trap '' HUP`."""
     terminal, own = pty.openpty()
     with os.fdopen(own, "w") as stream:
@@ -220,7 +220,7 @@ def test_a_stopped_sample_leaves_the_old_file(cli, prompts, stop_at_answer, numb
     stop_at_answer(number, nth=1)
     result = cli("sample", *T, "--length", 2, "--out", "out.txt")
     assert result.returncode == STOPS[number]
-    assert "out.txt is not written: run the same command again" in result.stderr
+    assert "out.txt was not written: run the same command again" in result.stderr
     assert Path("out.txt").read_text() == "old" and files_here() == ["out.txt", "prompts.txt"]
 
 
@@ -237,7 +237,7 @@ def test_a_stopped_encoding_leaves_nothing(cli, prompts, monkeypatch, unstopped,
     for name in ("out.npz", "out.npy"):
         result = cli("encode", "prompts.txt", name, *T)
         assert result.returncode == STOPS[number]
-        assert f"{name} is not written: run the same command again" in result.stderr
+        assert f"{name} was not written: run the same command again" in result.stderr
     assert files_here() == ["prompts.txt"]
 
 
@@ -375,7 +375,7 @@ def test_two_signals_at_once_are_one_request(numbers):
 
 @pytest.mark.parametrize("first, second", [(15, 2), (1, 15), (2, 1)])
 def test_a_second_signal_ends_at_once(first, second):
-    """Without what a library does at the end of a process, which may take long."""
+    """The libraries' work at exit, which may take long, is left out."""
     code = """
 import atexit
 from gpt2cli import cli
@@ -396,7 +396,7 @@ cli.main([])
     assert program.end() == (128 + second, f"gpt2cli: stopped by {name}\n")
 
 
-def test_a_second_signal_ends_a_call_that_knows_no_signals():
+def test_a_second_signal_ends_a_call_that_ignores_signals():
     """As in a collective operation that waits for a host, or a long compilation."""
     # the thread can print only when the main thread lets it run, which it does in the call
     code = "signals.install()\nsys.setswitchinterval(1000)\ncalls = threading.Event()\n"
@@ -412,7 +412,7 @@ def test_a_second_signal_ends_a_call_that_knows_no_signals():
     assert program.end() == (143, "")
 
 
-def test_a_reader_that_does_not_read_holds_up_no_stop():
+def test_a_reader_that_does_not_read_does_not_delay_a_stop():
     """As `train 2>&1 | less`, which reads no more than it shows."""
     reader, writer = os.pipe()
     code = "signals.install()\nwith signals.noted('saving') as stop:\n"
@@ -456,7 +456,7 @@ def stopped_import(tmp_path):
 
 
 def test_a_signal_while_tensorflow_is_loaded_ends_the_command_afterwards(tmp_path, stopped_import):
-    """TensorFlow's libraries make an ImportError of the exception."""
+    """TensorFlow's libraries would turn the exception into an ImportError."""
     (tmp_path / "text.txt").write_text("a text")
     words = ("evaluate", "text.txt", "--model_name", "tiny", "--models_dir", ROOT / "models")
     result = subprocess.run(

@@ -161,7 +161,7 @@ def _check_folder(models: str, name: str) -> Path:
     """Reject a folder that a model cannot be downloaded to or read from; return its path.
 
     Raises:
-        UserError: see `paths.check_folder` and `folders.check_path`; or it is a link, into a folder
+        UserError: see `paths.check_folder` and `folders.check_path`; or it is a link to a folder
             whose files would be replaced.
     """
     from gpt2cli.storage import folders

@@ -258,7 +258,7 @@ def _write(samples: Iterator[Sample], options: SampleOptions, path: Path | None)
         except (KeyboardInterrupt, SystemExit, BrokenPipeError) as stop:
             if options.nsamples:
                 if path is not None:
-                    say(f"{path} is not written: {signals.AGAIN} to start from the beginning")
+                    say(f"{path} was not written: {signals.AGAIN} to start from scratch")
                 raise
             stopped = stop  # the usual end of an endless run, which keeps its samples
     if path is not None:

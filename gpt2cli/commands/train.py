@@ -282,7 +282,7 @@ def how_to_resume(options: TrainOptions, run: Run | None) -> str:
 
 
 def show(text: str) -> None:
-    """Print the samples of a step; OSError if nothing can be printed now."""
+    """Print the samples of a step; OSError if that fails."""
     try:
         print(text, flush=True)
     except OSError:

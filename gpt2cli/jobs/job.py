@@ -73,7 +73,7 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     job["weights"] = files.digest(f"{folder.checkpoint}.index")
     job["processes"] = count
     usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in job}
-    usual["format"] = 1  # of our first versions
+    usual["format"] = 1  # the notes of our first versions do not state it
     job["format"] = lines_file.FORMAT
 
     def kept() -> str:
@@ -213,7 +213,7 @@ def _launch(
         answered = line and (line.get("index"), line.get("prompt"))
         if lines_file.encoded(answered) != lines_file.encoded(sample):
             raise UserError(
-                f"{parts[0]} to {parts[-1]} do not answer the prompts of this job: one of them was "
+                f"{parts[0]} to {parts[-1]} do not fit the prompts of this job: at least one was "
                 f"changed. Delete {options.out}.part.json to start from scratch"
             )
         lines.add([line])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gpt2cli.commands.sample import SampleOptions
 
 MOST = 2**30  # bytes of memory for all prompts of a command, which every process of a job reads
-ITEM = 40  # bytes of an item of a list, and of the number that it is
+ITEM = 40  # bytes of a list's item and of its number
 
 Prompt = str | list[int] | None  # a text, token ids, or nothing to continue
 
@@ -64,8 +64,8 @@ def read(
 def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[SampleOptions]:
     """Write the prompts to a temporary file, and yield the options of a job that reads it.
 
-    The processes of a job read it in place of --prompts, which may be a pipe, or be replaced while
-    the job runs. No other user can read it. It is removed when the block ends.
+    The processes of a job read this file instead of --prompts, which may be a pipe, or be replaced
+    while the job runs. No other user can read it. It is removed when the block ends.
 
     Raises:
         UserError: it cannot be written.
@@ -81,7 +81,7 @@ def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[Samp
 
 
 def _all_in(path: Path, options: FileOptions) -> list[Prompt]:
-    """Return the prompts of a file; UserError if there are none, or more than MOST bytes."""
+    """Return the prompts of a file; UserError if there are none, or they need more than MOST."""
     found: list[Prompt] = []
     room = MOST
     for prompt in _prompts_in(path, options):
@@ -89,8 +89,8 @@ def _all_in(path: Path, options: FileOptions) -> list[Prompt]:
         room -= sys.getsizeof(prompt) + ITEM * (len(prompt) if isinstance(prompt, list) else 1)
         if room < 0:
             raise UserError(
-                f"{path} has more prompts than a command keeps: the first {len(found):,} take "
-                f"{MOST:,} bytes of memory. Split the file"
+                f"{path} has too many prompts: the first {len(found):,} need {MOST:,} bytes of "
+                "memory, the limit. Split the file"
             )
     if not found:
         raise UserError(f"{path} contains no prompt; write one per line")

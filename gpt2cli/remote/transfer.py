@@ -35,15 +35,15 @@ BACKOFF = 1.0  # seconds before the second try, then twice as long each time
 MAX_WAIT = 300.0  # seconds; a server that asks for a longer wait ends the download
 CHUNK = 1 << 16  # bytes
 HEAD = 64  # bytes of a file that show whether it is a page
-WINDOW = 60.0  # seconds in which SLOWEST bytes must arrive each second, or the server has stalled
-SLOWEST = 100  # bytes
+WINDOW = 60.0  # seconds over which the speed of a server is measured
+SLOWEST = 100  # bytes per second; a slower server has stalled
 ABSENT = (403, 404, 410)  # storage services answer 403 where names may not be listed
 BROKEN = (requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError)
 INTERRUPTED = (*BROKEN, urllib3.exceptions.TimeoutError, urllib3.exceptions.SSLError)
 HTML_PAGE = "an HTML page instead of the file; is a proxy intercepting the download?"
 OTHER_CONTENT = "it contains something else"
 
-# RFC 9110, 8.8.3; servers' own are far shorter than 200 characters. It is sent back in If-Range.
+# RFC 9110, 8.8.3. It is sent back in If-Range; real ones are far shorter than 200 characters.
 ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e]{0,200}"')
 DATE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,60}")
 
@@ -58,8 +58,8 @@ class TryAgain(Exception):
     Args:
         text: the reason.
         wait: the number of seconds for which the server asked.
-        tries: failures in a row after which the file is given up.
-        least: bytes that an attempt must bring in order not to count as a failure.
+        tries: failures in a row after which the download is given up.
+        least: bytes that an attempt must fetch, or else it counts as a failure.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TryAgain(Exception):
 
 
 class TooLong(UserError):
-    """A body has more bytes than its file can have."""
+    """A body is longer than its file can be."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Wanted:
     Attributes:
         url: its address.
         path: the file to write.
-        most: bytes of the largest file of its kind; nothing after them is read.
+        most: bytes of the largest file of its kind; the download stops there.
         fault: describes the fault in a finished file, None if there is none.
         mirror: the setting that names another server.
         denied: advice for 401 and 403 (default: check the name and the mirror).
@@ -182,7 +182,7 @@ def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
 def answer_of(
     session: requests.Session, url: str, headers: Mapping[str, str] | None = None
 ) -> requests.Response:
-    """Return the answer to a request, whose body is not read yet; that of a redirect never is."""
+    """Return the answer to a request; its body is not read yet, and that of a redirect never is."""
 
     def drop_body(response: requests.Response, **_: Any) -> None:
         if response.is_redirect:
@@ -198,12 +198,12 @@ def answer_of(
 
 
 def body_of(response: requests.Response, url: str, most: int) -> Iterator[bytes]:
-    """Yield a body in the pieces in which it arrives; a compressed one is unpacked in small pieces.
+    """Yield a body in pieces, as they arrive; a compressed body is decompressed in small pieces.
 
     Raises:
         TryAgain: almost nothing arrives.
         TooLong: it has more than `most` bytes.
-        UserError: it is compressed by another method than gzip.
+        UserError: it is compressed with another method than gzip or deflate.
     """
     left, since, recent = most, time.monotonic(), 0
     unpacker = _unpacker(response, url)
@@ -212,13 +212,13 @@ def body_of(response: requests.Response, url: str, most: int) -> Iterator[bytes]
         if time.monotonic() - since > WINDOW:
             if recent < WINDOW * SLOWEST:
                 least = int(WINDOW * SLOWEST)
-                raise TryAgain(f"less than {SLOWEST} bytes arrive each second", least=least)
+                raise TryAgain(f"fewer than {SLOWEST} bytes arrive per second", least=least)
             since, recent = time.monotonic(), 0
         for piece in _unpacked(unpacker, raw) if unpacker else [raw]:
             left -= len(piece)
             if left < 0:
                 raise TooLong(
-                    f"{url} sends more than {most:,} bytes, which is more than this file can have. "
+                    f"{url} sends more than {most:,} bytes, which is too long for this file. "
                     "Choose another server"
                 )
             yield piece
@@ -227,26 +227,26 @@ def body_of(response: requests.Response, url: str, most: int) -> Iterator[bytes]
 
 
 def _unpacker(response: requests.Response, url: str) -> Any:
-    """Return zlib's object for a body that is compressed by gzip; None for one that is not.
+    """Return zlib's decompressor for a compressed body; None for any other.
 
     We ask for no compression, but a server may ignore that.
 
     Raises:
-        UserError: it is compressed by another method.
+        UserError: it is compressed with another method than gzip or deflate.
     """
     packing = response.headers.get("Content-Encoding", "identity").lower()
     if packing == "identity":
         return None
     if packing not in ("gzip", "x-gzip", "deflate"):
         raise UserError(
-            f"{url} is compressed by {packing!r:.50}, which we did not ask for. Choose another "
-            "server"
+            f"{url} is compressed with {packing!r:.50}, although gpt2cli asked for no compression. "
+            "Choose another server"
         )
     return zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its first bytes
 
 
 def _unpacked(unpacker: Any, raw: bytes) -> Iterator[bytes]:
-    """Yield what some bytes unpack to, at most CHUNK bytes at a time; TryAgain if damaged."""
+    """Decompress some bytes, and yield at most CHUNK bytes at a time; TryAgain if damaged."""
     try:
         while raw and not unpacker.eof:
             yield unpacker.decompress(raw, CHUNK)
@@ -334,7 +334,7 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
     total = note["bytes"]
     if total is not None and total > wanted.most:
         raise UserError(
-            f"{wanted.url} has {total:,} bytes, but it may have at most {wanted.most:,}. Check "
+            f"{wanted.url} has {total:,} bytes, but this file has at most {wanted.most:,}. Check "
             f"{wanted.mirror}"
         )
     most = (wanted.most if total is None else total) - start
@@ -394,7 +394,7 @@ def part_of(path: Path) -> tuple[Path, Path]:
 
 
 def read_note(path: Path) -> Note:
-    """Return the note about an incomplete file; an empty one where it is missing or damaged.
+    """Return the note about an incomplete file; {} if it is missing or damaged.
 
     Raises:
         UserError: see `files.read_own`.

@@ -92,7 +92,7 @@ class Service:
         self._large = asyncio.Semaphore(1)  # see in_thread
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of samples running, and waiting; a prompt being encoded waits too."""
+        """Return the number of samples running and waiting; those being encoded are waiting."""
         running, waiting = self.scheduler.counts()
         return running, waiting + self._prepared
 
@@ -153,10 +153,10 @@ class Service:
             raise self.late() from None
 
     async def in_thread(self, size: int, function: Callable[..., T], *values: Any) -> T:
-        """Return a function's result; it works in a thread, while the server answers others.
+        """Call a function in a thread, so that the server can answer others; return its result.
 
-        Python runs one thread at a time. So that small requests get their turn, large ones are
-        worked on one after the other.
+        Python runs one thread at a time. Large requests wait for each other, so that small ones
+        get their turn.
 
         Args:
             size: characters, bytes or tokens to read.
@@ -221,9 +221,9 @@ class Service:
         return answer
 
     def check_length(self, model: LanguageModel, prompt: Prompt) -> None:
-        """Raise RequestError for a prompt that is too long, also for text that is not yet encoded.
+        """Raise RequestError for a prompt that is too long.
 
-        A megabyte of text is not worth the seconds that it takes to encode.
+        Text is checked before it is encoded too: encoding a megabyte takes seconds.
         """
         most = self.options.max_prompt or model.config.n_ctx
         unit, limit = "tokens", most

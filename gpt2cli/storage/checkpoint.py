@@ -91,9 +91,9 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
 
 
 def can_read_back(names: Iterable[str]) -> bool:
-    """Try whether TensorFlow reads a checkpoint whose path consists of these names.
+    """Return whether TensorFlow reads a checkpoint whose path consists of these names, by trying.
 
-    It takes a path for a pattern and looks for files that match, which differs between versions.
+    TensorFlow takes a path for a pattern. Which characters are special differs between versions.
     """
     with tempfile.TemporaryDirectory() as empty:
         prefix = os.path.join(empty, *names)
@@ -196,7 +196,7 @@ def write_all(
     Raises:
         UserError: see `write`.
     """
-    # TensorFlow follows a link at the path, so nobody may guess it
+    # TensorFlow follows a link at this path, so the path must be hard to guess
     token = secrets.token_hex(8)
     parts = {p: p.with_name(f".{p.name}.{os.getpid()}-{token}.part") for p in checkpoints}
     digests = {}
@@ -231,7 +231,7 @@ def write_all(
         raise files.cannot_write(prefix, OSError(numbers.get(reason, 0), reason)) from error
     finally:
         for part in parts.values():
-            with contextlib.suppress(OSError):  # as on a disk that has become read-only
+            with contextlib.suppress(OSError):  # for example, the disk has become read-only
                 for left in part.parent.glob(f"{glob.escape(part.name)}*"):
                     left.unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ DEFAULT_MODEL = "124M"
 
 SUMS = "SHA256SUMS"
 
-# Names that TensorFlow reads in any version; all others are tried.
+# Names that every version of TensorFlow reads; any other name is tried.
 ORDINARY = re.compile(r"[\w. +=,@-]{1,200}", re.A)
 
 # Files with a model's sizes; those after hparams.json are GPT2_ML's.
@@ -314,7 +314,7 @@ def _write_vocabulary(folder: Path, vocabulary: Mapping[str, bytes]) -> None:
 def can_be_read(folder: str | Path, prefix: str = "model") -> bool:
     """Return whether TensorFlow can read a checkpoint from a folder of this name.
 
-    Unless all names in the path are ordinary ones, this is tried, in a temporary folder.
+    If a name in the path is not an ordinary one, this is tried in a temporary folder.
 
     Args:
         folder: it need not exist.
@@ -330,12 +330,12 @@ def can_be_read(folder: str | Path, prefix: str = "model") -> bool:
 
 
 def check_path(folder: str | Path, prefix: str = "model") -> None:
-    """Reject (UserError) a folder of a name for which `can_be_read` is false."""
+    """Reject (UserError) a folder for whose name `can_be_read` is false."""
     if not can_be_read(folder, prefix):
         name = str(Path(folder)).encode("utf-8", "backslashreplace").decode()
         raise UserError(
-            f"TensorFlow cannot read a checkpoint in {name}: it takes some characters of this path "
-            "for a pattern, or they are not UTF-8. Use another name"
+            f"TensorFlow cannot read a checkpoint in {name}: some characters of this path are a "
+            "pattern for it, or are not UTF-8. Use another name"
         )
 
 

@@ -35,7 +35,7 @@ class Checkpoints:
         step: the step of the newest checkpoint.
         replaced: steps of another run, which the first checkpoint replaces.
         retry_at: time.monotonic() at which a checkpoint that failed is due.
-        lost: the run's folder that disappeared; the run then ends with its next checkpoint.
+        lost: the run's folder, if it has disappeared; the run ends with its next checkpoint.
     """
 
     def __init__(self, place: HeldFolder, start: ModelFolder, step: int, resumed: bool) -> None:
@@ -46,7 +46,7 @@ class Checkpoints:
         self.retry_at = math.inf
         self.lost: Path | None = None
         self._first = place.path
-        self._vocabulary = folders.vocabulary_of(start)  # its files may disappear as well
+        self._vocabulary = folders.vocabulary_of(start)  # kept: its files may disappear too
 
     @property
     def folder(self) -> Path:
@@ -62,7 +62,7 @@ class Checkpoints:
         return self.step == step and self.place.find()
 
     def _move(self, config: ModelConfig) -> None:
-        """Continue in a new folder, because the run's own is gone or has an unusable name.
+        """Continue in a new folder, because the run's own has gone or has an unusable name.
 
         Raises:
             UserError: the new folder cannot be written.
@@ -90,7 +90,7 @@ class Checkpoints:
         if not (self.place.find() and folders.can_be_read(self.folder)):
             self._move(trainer.model.config)
         options, now = plan.options, time.time()
-        state.kept_at = min(state.kept_at, now)  # the clock may have been wrong, and gone back
+        state.kept_at = min(state.kept_at, now)  # the clock may have been put back
         record, hours = state.record(plan), options.keep_every_hours
         if hours and now - state.kept_at >= hours * 3600:
             record |= {"permanent": True, "kept_at": now}

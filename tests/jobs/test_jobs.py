@@ -232,7 +232,7 @@ def test_a_job_of_an_earlier_version_resumes(cli, prompts, monkeypatch, processe
     [{"seed": "x"}, {"seed": [1]}, {"seed": True}, {"seed": 10**30}, {"seed": None},
      {"processes": "2"}, {"processes": [2]}],
 )  # fmt: skip
-def test_a_record_of_a_job_with_odd_numbers_is_of_another_job(cli, prompts, change):
+def test_a_job_note_with_odd_numbers_belongs_to_a_different_job(cli, prompts, change):
     note = prompts / "out.jsonl.part.json"
     (prompts / "out.jsonl.part").write_text('{"index": 0, "tokens": 5}\n')
     note.write_text(json.dumps({"seed": 5, "processes": 1} | change))
@@ -241,7 +241,7 @@ def test_a_record_of_a_job_with_odd_numbers_is_of_another_job(cli, prompts, chan
 
 
 @pytest.mark.parametrize("line", ['{"index": "0"}', '{"index": true}', '{"index": 0, "tokens": 5}'])
-def test_a_damaged_line_of_a_job_ends_its_lines(tmp_path, line):
+def test_the_lines_of_a_job_end_before_a_damaged_line(tmp_path, line):
     path = tmp_path / "out.jsonl"
     path.write_text(f'{{"index": 0}}\n{line}\n{{"index": 2}}\n')
     assert list(lines_file.read(path)) == [{"index": 0}]

@@ -171,7 +171,7 @@ def test_parts_that_answer_other_prompts_are_not_merged(cli, children, change):
     children.failing = set()
     for _ in range(2):
         result = job(cli, "out.jsonl", *words)
-        assert result.returncode == 1 and "do not answer the prompts of this job" in result.stderr
+        assert result.returncode == 1 and "do not fit the prompts of this job" in result.stderr
         assert "Delete out.jsonl.part.json to start from scratch" in result.stderr
         assert not Path("out.jsonl").exists()
     Path("out.jsonl.part.json").unlink()
@@ -393,7 +393,7 @@ def test_prompts_that_can_be_read_only_once_are_read_once_for_all_processes(cli,
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv"])
-def test_prompts_that_are_replaced_while_a_job_starts_do_not_count(cli, children, kind):
+def test_a_job_ignores_prompts_that_are_replaced_while_it_starts(cli, children, kind):
     """The new file has the size and the time of the old one."""
     path, more = Path("prompts.txt"), ()
     if kind == "csv":

@@ -131,7 +131,7 @@ def test_every_route_rejects_unknown_hosts(web, address):
 
 
 @pytest.mark.parametrize("flag", ["--allowed_hosts", "--allowed_origins"])
-def test_what_is_no_host_or_origin_is_rejected_at_the_start(cli, flag):
+def test_an_invalid_host_or_origin_is_rejected_at_the_start(cli, flag):
     wrong = {
         "--allowed_hosts": (
             "http://books.example",
@@ -242,7 +242,7 @@ def test_an_ambiguous_request_closes_the_connection(address, log, name):
     assert "Traceback" not in log.text and "bytearray" not in text
 
 
-def test_what_only_looks_odd_is_answered(address):
+def test_unusual_but_valid_requests_are_answered(address):
     for odd in (
         framed(LENGTH, LENGTH),
         framed(b"X: a", b" Transfer-Encoding: chunked", LENGTH),  # a folded line
@@ -253,7 +253,7 @@ def test_what_only_looks_odd_is_answered(address):
         assert statuses(exchange(address, odd + LAST)) == [200, 200]
 
 
-def test_a_broken_body_after_an_early_answer_is_no_failure(tiny, caplog):
+def test_a_broken_body_after_an_early_response_is_not_a_failure(tiny, caplog):
     head = POST.replace(b"/v1/completions", b"/nothing") + CHUNKED + b"\r\n\r\n"
     with serving(tiny, max_idle=2) as (address, _):
         port = int(address.rpartition(":")[2])
@@ -276,7 +276,7 @@ def one_too_many(address, limit):
         return held[-1].makefile(newline="").read()
 
 
-def test_each_answer_has_an_id_that_stands_in_the_log(tiny, log):
+def test_each_response_has_an_id_that_is_also_in_the_log(tiny, log):
     with serving(tiny, max_idle=0.3, max_body=200, max_connections=8) as (address, made):
         answers = [
             httpx.get(f"{address}{path}")
@@ -321,7 +321,7 @@ def test_a_clients_own_id_is_kept_if_it_is_plain(web, address, log):
 ELSEWHERE = ["chat/completions", "responses", "embeddings", "audio/speech", "messages", "images/a"]
 
 
-def test_routes_of_other_models_name_the_route_to_use(web, address):
+def test_routes_for_other_kinds_of_models_name_the_route_to_use(web, address):
     for path in ELSEWHERE:
         for method in ("GET", "POST"):
             found = web.request(method, f"{address}/v1/{path}", json={"messages": []})
@@ -338,7 +338,7 @@ def test_routes_of_other_models_name_the_route_to_use(web, address):
     assert web.get(f"{address}/docs/").status_code == 404
 
 
-HALF = "half a surrogate pair"
+HALF = "a lone surrogate"
 ODD = [
     (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
     (b'{"a":' * 150_000, "nested too deeply"),
@@ -361,7 +361,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("body, said", ODD, ids=lambda value: str(value)[:30])
-def test_odd_json_is_a_400(address, body, said):
+def test_invalid_json_gets_status_400(address, body, said):
     headers = {"content-type": "application/json"}
     found = httpx.post(f"{address}/v1/completions", content=body, headers=headers)
     error = found.json()["error"]
@@ -433,7 +433,7 @@ def test_large_bodies_do_not_hold_up_small_ones(address, monkeypatch):
         assert {one.result().status_code for one in large} == {400}
 
 
-def test_a_503_counts_the_prompts_that_are_being_encoded(tiny, monkeypatch):
+def test_a_503_counts_the_samples_whose_prompts_are_being_encoded(tiny, monkeypatch):
     real, finish = LanguageModel.check_prompt, threading.Event()
 
     def check_prompt(*given):
