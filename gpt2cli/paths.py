@@ -7,6 +7,7 @@ user.
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import socket
@@ -179,6 +180,12 @@ def check_access(place: Path, path: str | Path) -> None:
         raise UserError(
             f"cannot write {path}: no permission to write to {place}. Choose another folder"
         )
+
+
+def unused(path: str | Path, ending: str = "") -> Path:
+    """Return the first of NAME, NAME-2, NAME-3, ..., each with this ending, where nothing is."""
+    names = itertools.chain([f"{path}"], (f"{path}-{number}" for number in itertools.count(2)))
+    return next(Path(name + ending) for name in names if not os.path.lexists(name + ending))
 
 
 def open_own(path: str | Path, mode: str, is_code: bool = False, **options: Any) -> IO[Any]:

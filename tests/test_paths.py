@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from gpt2cli import files, paths
+from gpt2cli import files, locks, paths
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines import litert_program
 from gpt2cli.model.network import GPT2, random_weights
@@ -503,9 +503,9 @@ def test_a_group_shares_the_files_in_its_folder(tmp_path):
 def test_a_lock_is_removed_only_by_its_holder(tmp_path):
     """Its folder was renamed, and another command works in a new folder of the same name."""
     folder = tmp_path / "run"
-    with files.locked(folder / ".lock", "train"):
+    with locks.locked(folder / ".lock", "train"):
         folder.rename(tmp_path / "moved")
-        with files.locked(folder / ".lock", "train"):
+        with locks.locked(folder / ".lock", "train"):
             pass
         folder.joinpath(".lock").write_text("of another command")
     assert (folder / ".lock").exists() and not (tmp_path / "moved/.lock").exists()

@@ -19,7 +19,7 @@ from conftest import PROMPTS, ROOT
 from test_jobs import FLAGS, Stopped, job, lines
 
 from gpt2cli import cli as command_line
-from gpt2cli import files
+from gpt2cli import files, locks
 from gpt2cli.commands.sample import SampleOptions
 from gpt2cli.inference import generator as inference
 from gpt2cli.jobs import workers as processes
@@ -462,7 +462,7 @@ def test_a_process_that_fails_is_reported_and_the_others_finish_their_parts(
     with monkeypatch.context() as patch:
         patch.setattr(processes, "run", children.run)
         assert job(cli, "out.jsonl", *words).returncode == 1
-    with files.locked(prompts / ".out.jsonl.2-of-3.lock", "sample", target="out.jsonl.2-of-3"):
+    with locks.locked(prompts / ".out.jsonl.2-of-3.lock", "sample", target="out.jsonl.2-of-3"):
         result = job(cli, "out.jsonl", *words)
     assert (
         result.returncode == 1
@@ -477,7 +477,7 @@ def test_a_process_that_fails_is_reported_and_the_others_finish_their_parts(
 
 
 def test_a_new_job_waits_for_the_processes_of_an_old_one(cli, children):
-    with files.locked(Path(".out.jsonl.2-of-2.lock"), "sample", target="out.jsonl.2-of-2"):
+    with locks.locked(Path(".out.jsonl.2-of-2.lock"), "sample", target="out.jsonl.2-of-2"):
         result = job(cli, "out.jsonl", "--processes", 2)
     assert result.returncode == 75 and "writing out.jsonl.2-of-2" in result.stderr
     assert job(cli, "out.jsonl", "--processes", 2).returncode == 0
