@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -65,7 +66,9 @@ def replacing(
         path.parent.mkdir(parents=True, exist_ok=True)
         old = _permissions_of(path)
         access = old if access is None else access
-        with open(part, mode, opener=_create, **open_options) as file:
+        # nobody may open a private file before it has its permissions
+        opener = functools.partial(_create, access=0o666 if access is None else 0o600)
+        with open(part, mode, opener=opener, **open_options) as file:
             if access is not None:
                 with contextlib.suppress(OSError):  # a disk without permissions
                     os.chmod(part, access)
@@ -123,9 +126,9 @@ def _permissions_of(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _create(path: str, flags: int) -> int:
+def _create(path: str, flags: int, access: int) -> int:
     """Open a file that must not exist, as `opener` of open."""
-    return os.open(path, flags | os.O_EXCL, 0o666)
+    return os.open(path, flags | os.O_EXCL, access)
 
 
 def sync_folder(path: str | Path) -> None:

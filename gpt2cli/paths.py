@@ -270,7 +270,7 @@ def check_own_folder(path: Path) -> None:
         OSError: it cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o755, exist_ok=True)
     if not hasattr(os, "geteuid"):  # Windows
         return
     for found in (path.lstat(), path.stat()):
@@ -278,6 +278,6 @@ def check_own_folder(path: Path) -> None:
             raise UserError(f"{path} belongs to user {found.st_uid}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         try:
-            path.chmod(0o700)
+            path.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
         except OSError:
             raise UserError(f"{path} can be changed by other users") from None

@@ -346,6 +346,16 @@ def test_a_file_keeps_its_permissions_when_it_is_replaced(cli, texts):
     assert "SAMPLE 1" in Path("secret.txt").read_text()
 
 
+@posix
+def test_a_private_file_is_private_from_the_start(tmp_path, monkeypatch):
+    """Whoever opened it before its permissions were set could read what is written later."""
+    (tmp_path / "secret").write_text("old")
+    (tmp_path / "secret").chmod(0o600)
+    monkeypatch.setattr(os, "chmod", lambda *_: None)
+    with files.replacing(tmp_path / "secret") as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+
+
 # Files that others may have put there
 
 
@@ -687,16 +697,27 @@ def test_only_its_owner_can_write_to_the_cache(cache, capsys):
     finally:
         os.umask(before)
     (path,) = cache.iterdir()
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    path.chmod(0o660)  # of a version that did not close the folder
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o755
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # as in an image that root has built
+    path.chmod(0o664)  # of a version that did not close it to others
     cache.chmod(0o775)
     litert_program._checked.cache_clear()
     make()
     assert "can be changed by other users" in capsys.readouterr().err
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o755
     make()
     assert capsys.readouterr().err == ""
+
+
+def test_a_cached_program_that_cannot_be_read_is_not_called_damaged(cache, capsys, monkeypatch):
+    def open_own(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    make()
+    monkeypatch.setattr(paths, "open_own", open_own)
+    assert make().size
+    said = capsys.readouterr().err
+    assert "cannot read" in said and ": Permission denied. The graph is converted again" in said
 
 
 @posix
