@@ -107,7 +107,7 @@ def check_file(path: str, flag: str) -> None:
     if os.path.basename(path) in ("", ".", "..") or (found and stat.S_ISDIR(found.st_mode)):
         raise UserError(f"{path} is a folder; --{flag} takes the name of a file")
     target = Path(target_of(path))
-    check_access(target if found and is_stream(path) else target.parent, path)
+    check_access(target if found and is_stream(path) else target.parent, path, flag)
 
 
 def check_folder(path: str | Path, flag: str) -> Path:
@@ -131,7 +131,7 @@ def check_folder(path: str | Path, flag: str) -> Path:
         kind = kind_of(found.st_mode)
         raise UserError(f"cannot write {path}: it is {kind}, not a folder. Name another folder")
     target = Path(target_of(path.rstrip(os.sep) or path))
-    check_access(target, path)
+    check_access(target, path, flag)
     return target
 
 
@@ -165,21 +165,21 @@ def _look_at(path: str, flag: str, wanted: str) -> os.stat_result | None:
         raise UserError(f"cannot write {path}: {why}. Name another {wanted}") from None
 
 
-def check_access(place: Path, path: str | Path) -> None:
+def check_access(place: Path, path: str | Path, flag: str) -> None:
     """Reject (UserError) `path` if this user may not write to `place` or the folder above it.
 
     Args:
         place: a stream or a folder; if it does not exist, the first folder above it that does.
         path: the path to name in the message.
+        flag: the flag that names it.
     """
-    place = next(each for each in (place, *place.absolute().parents) if os.path.lexists(each))
-    needed = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+    candidates = (place, *place.absolute().parents)
+    place = next((each for each in candidates if os.path.lexists(each)), place)
+    advice = f"Choose another folder (--{flag})"
     if not place.is_dir() and not is_stream(place):
-        raise UserError(f"cannot write {path}: {place} is not a folder. Choose another folder")
-    if not os.access(place, needed):
-        raise UserError(
-            f"cannot write {path}: no permission to write to {place}. Choose another folder"
-        )
+        raise UserError(f"cannot write {path}: {place} is not a folder. {advice}")
+    if not os.access(place, os.W_OK | os.X_OK if place.is_dir() else os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write to {place}. {advice}")
 
 
 def unused(path: str | Path, ending: str = "") -> Path:
