@@ -25,7 +25,7 @@ from gpt2cli.inference.engines import litert_program
 from gpt2cli.model.network import GPT2, random_weights
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.remote import transfer
-from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.storage import checkpoint, destinations, folders, runs
 from gpt2cli.storage.held import HeldFolder
 from gpt2cli.text import encoder
 from gpt2cli.training.journal import Journal
@@ -901,8 +901,8 @@ def test_a_path_that_cannot_be_read_back_is_rejected_before_training(cli, a_run,
 @posix
 @pytest.mark.parametrize("name", READABLE)
 def test_a_path_that_only_looks_odd_is_used(tmp_path, name):
-    assert checkpoint.can_read_back([name, "model-1"])
-    folders.check_path(tmp_path / name)
+    assert destinations.can_read_back([name, "model-1"])
+    destinations.check_path(tmp_path / name)
 
 
 @posix

@@ -161,13 +161,13 @@ def _check_folder(models: str, name: str) -> Path:
     """Reject a folder that a model cannot be downloaded to or read from; return its path.
 
     Raises:
-        UserError: see `paths.check_folder` and `folders.check_path`; or it is a link to a folder
-            whose files would be replaced.
+        UserError: see `paths.check_folder` and `destinations.check_path`; or it is a link to a
+            folder whose files would be replaced.
     """
-    from gpt2cli.storage import folders
+    from gpt2cli.storage import destinations
 
     folder = paths.check_folder_in(models, name, "models_dir")
-    folders.check_path(folder)
+    destinations.check_path(folder)
     if name.startswith(".") and folder.is_symlink():
         raise UserError(f"{folder} is a link. Remove it, then run the same command again")
     return folder

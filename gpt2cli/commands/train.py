@@ -218,7 +218,7 @@ def run(options: TrainOptions) -> Path:
         BusyError: another process trains this run, or another host was asked to stop.
     """
     from gpt2cli import locks
-    from gpt2cli.storage import folders, runs
+    from gpt2cli.storage import destinations, folders, runs
     from gpt2cli.text import encoder
     from gpt2cli.training import hosts, start
 
@@ -227,7 +227,7 @@ def run(options: TrainOptions) -> Path:
     paths.check_folder_in(options.checkpoint_dir, options.run_name, "checkpoint_dir")
     if options.sample_every:
         paths.check_folder_in(options.sample_dir, options.run_name, "sample_dir")
-    folders.check_path(run_folder)
+    destinations.check_path(run_folder)
     cluster = hosts.of_strategy(options.strategy)
     with locks.filling(run_folder, "train") if cluster.is_chief else contextlib.nullcontext():
         if cluster.is_chief:

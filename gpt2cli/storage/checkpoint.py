@@ -16,7 +16,6 @@ import math
 import os
 import re
 import secrets
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.model.network import GPT2, weight_shapes
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.storage import folders, runs
+from gpt2cli.storage import destinations, folders, runs
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.tensorflow import tf
 
@@ -56,7 +55,7 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
     """
     config, described, prefix = folder.known_sizes(), folder.sizes_path, folder.checkpoint
     assert described is not None and prefix is not None
-    folders.check_path(prefix.parent, prefix.name)
+    destinations.check_path(prefix.parent, prefix.name)
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         found = reader.get_variable_to_shape_map()
@@ -88,23 +87,6 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
                 f"requires float32 {list(shape)}. Use the {described.name} of this checkpoint"
             )
     return reader, config
-
-
-def can_read_back(names: Iterable[str]) -> bool:
-    """Return whether TensorFlow reads a checkpoint whose path consists of these names, by trying.
-
-    TensorFlow takes a path for a pattern. Which characters are special differs between versions.
-    """
-    with tempfile.TemporaryDirectory() as empty:
-        prefix = os.path.join(empty, *names)
-        os.makedirs(os.path.dirname(prefix))
-        try:
-            tf.raw_ops.SaveV2(
-                prefix=prefix, tensor_names=["x"], shape_and_slices=[""], tensors=[tf.constant(1.0)]
-            )
-            return bool(tf.train.load_checkpoint(prefix).get_tensor("x") == 1)
-        except (tf.errors.OpError, ValueError, RuntimeError, LookupError):
-            return False
 
 
 # A model's weights, as opposed to an optimizer's slots and counters in the same checkpoint.

@@ -12,7 +12,7 @@ from gpt2cli import files, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.storage import checkpoint, destinations, folders, runs
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.storage.held import HeldFolder
 from gpt2cli.training.journal import Journal
@@ -83,7 +83,7 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be written; the old ones stay.
         """
-        if not (self.place.find() and folders.can_be_read(self.folder)):
+        if not (self.place.find() and destinations.can_be_read(self.folder)):
             self._move(trainer.model.config)
         options, now = plan.options, time.time()
         state.kept_at = min(state.kept_at, now)  # the clock may have been put back
