@@ -328,7 +328,7 @@ def writing(workdir):
 
 
 def check_writer(faulty, words, faults):
-    """Check that a writer leaves its old or new output after a fault, and succeeds the next time."""
+    """Check that a writer leaves its old or new output after a fault, and succeeds after that."""
     assert faulty(*words).returncode == 0
     new = content("out")
     assert new
