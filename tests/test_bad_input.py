@@ -76,7 +76,7 @@ def test_every_odd_value_everywhere_in_a_json_file_is_read_or_rejected(name):
 
 
 def read_or_reject(name, data):
-    """Read some bytes; a UserError must be one line that can be read."""
+    """Read some bytes; a UserError must be one readable line."""
     try:
         TARGETS[name](data)
     except UserError as error:

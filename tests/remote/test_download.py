@@ -595,7 +595,7 @@ def test_the_older_names_fetch_into_the_newer_folders(
 
 
 def make_openais(monkeypatch, name):
-    """Make MODEL the files that `name` must have."""
+    """Treat MODEL's files as those that `name` must have."""
     sums = {file: hashlib.sha256(content).hexdigest() for file, content in MODEL.items()}
     del sums["hparams.json"]  # compared by its values
     sizes = {name: ModelConfig.from_json(MODEL["hparams.json"])}
@@ -646,7 +646,7 @@ def test_changed_files_of_an_earlier_download_are_fetched_again(
 ):
     mirror.contents = {f"/models/124M/{file}": content for file, content in MODEL.items()}
     mirror.contents[f"/models/124M/{DATA}"] = changed(DATA)
-    with monkeypatch.context() as patch:  # a version that knew no checksum
+    with monkeypatch.context() as patch:  # an earlier version, without checksums
         patch.setattr(released, "SHA256", {})
         patch.setattr(released, "SIZES", {})
         folder = fetch("124M")
@@ -805,7 +805,7 @@ def fetch_again(mirror, fetch):
 
 
 @pytest.mark.parametrize("status", [302, 404, 500])
-def test_a_body_of_no_use_is_not_read(fetch, mirror, status):
+def test_the_body_of_an_error_or_a_redirect_is_not_read(fetch, mirror, status):
     headers = ENDLESS | {"Location": "encoder.json"}
     fault = {"body": b"", "headers": headers, "endless": b"x" * 10_000, "status": status}
     mirror.faults["encoder.json"] = [fault]

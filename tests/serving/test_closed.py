@@ -44,7 +44,7 @@ def address(served):
 
 @pytest.fixture(scope="module")
 def web():
-    """One client for many requests: to make one takes longer than to answer."""
+    """One client for many requests: making one takes longer than answering."""
     with httpx.Client(timeout=60) as client:
         yield client
 
@@ -103,7 +103,7 @@ def test_without_a_key_only_known_hosts_are_answered():
     assert allows("[FE80:0::1]:9", **named) and not allows("www.books.example", **named)
     assert allows("mine.lan", host="mine.lan") and allows("10.0.0.7:5000", host="mine.lan")
     assert not allows("10.0.0.8", host="mine.lan")
-    for every in ("0.0.0.0", "::"):  # an address is no name that a page could point here
+    for every in ("0.0.0.0", "::"):  # a website can point a name here, but not an address
         assert allows("192.168.1.5", host=every) and allows(socket.gethostname(), host=every)
         assert not allows("evil.example", host=every)
 
@@ -334,7 +334,7 @@ def test_routes_for_other_kinds_of_models_name_the_route_to_use(web, address):
     assert "accepts POST, not GET" in found.json()["error"]["message"]
     found = web.post(f"{address}/chat/completions", json={})
     assert found.status_code == 404 and "begin with /v1" in found.json()["error"]["message"]
-    # a redirect would name the host that the client sent
+    # a redirect would repeat the host that the client sent
     assert web.get(f"{address}/docs/").status_code == 404
 
 
