@@ -1,28 +1,21 @@
-"""Files and folders: replaced as a whole, read, locked, compared."""
+"""Files and folders: replaced as a whole, read, compared."""
 
 import contextlib
 import errno
+import functools
 import hashlib
-import itertools
 import json
 import os
 import secrets
 import shutil
-import socket
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from gpt2cli import __version__, paths
-from gpt2cli.errors import BusyError, NewerFormatError, UserError
-
-try:
-    import fcntl
-except ImportError:  # on Windows two processes in one folder go unnoticed
-    fcntl = None  # type: ignore[assignment]  # checked before use
+from gpt2cli.errors import NewerFormatError, UserError
 
 SPARE = 2**20  # bytes that must stay free on a disk after a large file is written
 
@@ -73,7 +66,9 @@ def replacing(
         path.parent.mkdir(parents=True, exist_ok=True)
         old = _permissions_of(path)
         access = old if access is None else access
-        with open(part, mode, opener=_create, **open_options) as file:
+        # nobody may open a private file before it has its permissions
+        opener = functools.partial(_create, access=0o666 if access is None else 0o600)
+        with open(part, mode, opener=opener, **open_options) as file:
             if access is not None:
                 with contextlib.suppress(OSError):  # a disk without permissions
                     os.chmod(part, access)
@@ -132,9 +127,9 @@ def _permissions_of(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _create(path: str, flags: int) -> int:
+def _create(path: str, flags: int, access: int) -> int:
     """Open a file that must not exist, as `opener` of open."""
-    return os.open(path, flags | os.O_EXCL, 0o666)
+    return os.open(path, flags | os.O_EXCL, access)
 
 
 def sync_folder(path: str | Path) -> None:
@@ -285,9 +280,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 def move_away(path: Path) -> Path:
     """Rename a file to NAME.old, NAME.old-2, ..., whichever is free; return the new path."""
-    endings = itertools.chain([".old"], (f".old-{n}" for n in itertools.count(2)))
-    names = (path.with_name(path.name + ending) for ending in endings)
-    old = next(name for name in names if not os.path.lexists(name))
+    old = paths.unused(f"{path}.old")
     os.replace(path, old)
     return old
 
@@ -322,94 +315,3 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
         while block := file.read(1 << 20):
             hasher.update(block)
     return hasher.hexdigest()
-
-
-@contextlib.contextmanager
-def locked(path: str | Path, work: str, target: str | Path | None = None) -> Iterator[None]:
-    """Let one process at a time do some work; a dead process holds no lock.
-
-    Args:
-        path: the lock file, which exists while the lock is held.
-        work: name of the work for messages: "download", "train".
-        target: file or folder that the work writes, for messages (default: the lock's folder).
-
-    Raises:
-        BusyError: another process holds the lock.
-        UserError: the lock file cannot be created.
-    """
-    path = Path(path)
-    file = None
-    while file is None:
-        file = _open_lock(path, work, target or path.parent)
-    with file, _folder_of(path) as folder:
-        with contextlib.suppress(OSError):  # the lock works on a full disk too
-            file.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
-            file.flush()
-        try:
-            yield
-        finally:
-            place = path if folder is None else path.name
-            with contextlib.suppress(OSError):
-                found = os.stat(place, dir_fd=folder, follow_symlinks=False)
-                if os.path.samestat(found, os.fstat(file.fileno())):
-                    os.unlink(place, dir_fd=folder)
-
-
-@contextlib.contextmanager
-def _folder_of(path: Path) -> Iterator[int | None]:
-    """Open a file's folder, to find it after a rename too; None where that is impossible."""
-    if os.unlink not in os.supports_dir_fd:  # Windows
-        yield None
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        yield folder
-    finally:
-        os.close(folder)
-
-
-def _open_lock(path: Path, work: str, target: str | Path) -> IO[str] | None:
-    """Open and lock a file; None if its last holder removed it between the two."""
-    with contextlib.ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(paths.open_own(path, "a+", encoding="utf-8"))
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip()
-            raise BusyError(
-                f"another gpt2cli {work} is writing {target}{f' ({holder})' if holder else ''}. "
-                "Wait for it to end, or choose another name"
-            ) from None
-        except OSError as error:  # a file system without locks
-            raise UserError(f"cannot lock {path}: {error.strerror}. Use another disk") from error
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                stack.pop_all()
-                return file
-    return None
-
-
-@contextlib.contextmanager
-def filling(folder: str | Path, work: str) -> Iterator[None]:
-    """Lock a folder as `locked` does; remove it again if nothing was written to it."""
-    folder = Path(folder)
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    made: dict[Path, os.stat_result] = {}
-    try:
-        with locked(folder / ".lock", work):
-            made = {each: os.stat(each) for each in missing}
-            yield
-    finally:
-        for empty in missing:
-            with contextlib.suppress(OSError):  # not empty: the work succeeded
-                # keep a folder that somebody else has put in its place
-                if empty not in made or os.path.samestat(os.stat(empty), made[empty]):
-                    empty.rmdir()

@@ -7,6 +7,7 @@ user.
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import socket
@@ -107,7 +108,7 @@ def check_file(path: str, flag: str) -> None:
     if os.path.basename(path) in ("", ".", "..") or (found and stat.S_ISDIR(found.st_mode)):
         raise UserError(f"{path} is a folder; --{flag} takes the name of a file")
     target = Path(target_of(path))
-    check_access(target if found and is_stream(path) else target.parent, path)
+    check_access(target if found and is_stream(path) else target.parent, path, flag)
 
 
 def check_folder(path: str | Path, flag: str) -> Path:
@@ -131,7 +132,7 @@ def check_folder(path: str | Path, flag: str) -> Path:
         kind = kind_of(found.st_mode)
         raise UserError(f"cannot write {path}: it is {kind}, not a folder. Name another folder")
     target = Path(target_of(path.rstrip(os.sep) or path))
-    check_access(target, path)
+    check_access(target, path, flag)
     return target
 
 
@@ -165,30 +166,36 @@ def _look_at(path: str, flag: str, wanted: str) -> os.stat_result | None:
         raise UserError(f"cannot write {path}: {why}. Name another {wanted}") from None
 
 
-def check_access(place: Path, path: str | Path) -> None:
+def check_access(place: Path, path: str | Path, flag: str) -> None:
     """Reject (UserError) `path` if this user may not write to `place` or the folder above it.
 
     Args:
         place: a stream or a folder; if it does not exist, the first folder above it that does.
         path: the path to name in the message.
+        flag: the flag that names it.
     """
-    place = next(each for each in (place, *place.absolute().parents) if os.path.lexists(each))
-    needed = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+    candidates = (place, *place.absolute().parents)
+    place = next((each for each in candidates if os.path.lexists(each)), place)
+    advice = f"Choose another folder (--{flag})"
     if not place.is_dir() and not is_stream(place):
-        raise UserError(f"cannot write {path}: {place} is not a folder. Choose another folder")
-    if not os.access(place, needed):
-        raise UserError(
-            f"cannot write {path}: no permission to write to {place}. Choose another folder"
-        )
+        raise UserError(f"cannot write {path}: {place} is not a folder. {advice}")
+    if not os.access(place, os.W_OK | os.X_OK if place.is_dir() else os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write to {place}. {advice}")
+
+
+def unused(path: str | Path, ending: str = "") -> Path:
+    """Return the first of NAME, NAME-2, NAME-3, ..., each with this ending, where nothing is."""
+    names = itertools.chain([f"{path}"], (f"{path}-{number}" for number in itertools.count(2)))
+    return next(Path(name + ending) for name in names if not os.path.lexists(name + ending))
 
 
 def open_own(path: str | Path, mode: str, is_code: bool = False, **options: Any) -> IO[Any]:
     """Open one of the program's own files, if no other user can have prepared it.
 
     It must be a file, not a link, and if it is written, it must have only one name. It must belong
-    to this user, to root, or to the owner of its folder, who could replace it anyway. Other users
-    must not be able to write to it, unless everyone may write to the folder, as on disks without
-    permissions.
+    to this user, to root, to the owner of its folder, or to a group that may write to the folder:
+    they could replace it anyway. Other users must not be able to write to it, unless everyone may
+    write to the folder, as on disks without permissions.
 
     Args:
         path: the file.
@@ -240,11 +247,20 @@ def _fault(found: os.stat_result, path: str, flags: int, is_code: bool) -> str |
         return None
     folder = os.stat(os.path.dirname(path) or ".")
     owners = {os.geteuid(), 0} | (set() if is_code else {folder.st_uid})
-    if found.st_uid not in owners:
+    if found.st_uid not in owners and (is_code or not _is_shared(found, folder)):
         return f"belongs to user {found.st_uid}"
     open_to_all = folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
     others = stat.S_IWGRP | stat.S_IWOTH if is_code else 0 if open_to_all else stat.S_IWOTH
     return "can be changed by other users" if found.st_mode & others else None
+
+
+def _is_shared(found: os.stat_result, folder: os.stat_result) -> bool:
+    """Return whether a file is of a group that works in its folder, and that nobody else may use.
+
+    Each of its members could replace the file anyway, and only they can give it this group.
+    """
+    writers = folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH | stat.S_ISVTX)
+    return writers == stat.S_IWGRP and found.st_gid == folder.st_gid
 
 
 def check_own_folder(path: Path) -> None:
@@ -255,7 +271,7 @@ def check_own_folder(path: Path) -> None:
         OSError: it cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o755, exist_ok=True)
     if not hasattr(os, "geteuid"):  # Windows
         return
     for found in (path.lstat(), path.stat()):
@@ -263,6 +279,6 @@ def check_own_folder(path: Path) -> None:
             raise UserError(f"{path} belongs to user {found.st_uid}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         try:
-            path.chmod(0o700)
+            path.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
         except OSError:
             raise UserError(f"{path} can be changed by other users") from None

@@ -86,7 +86,8 @@ def install() -> None:
     if not _requests.is_watched:
         _requests.is_watched = True
         reader, writer = os.pipe()
-        os.set_blocking(writer, False)
+        if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on, and needs it nowhere
+            os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=_watch, args=[reader], daemon=True).start()
 
@@ -112,6 +113,21 @@ def noted(answer: str = "") -> Iterator[Stop]:
         _requests.is_noting = False
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """In a command, raise the exception of a request only at the end of the block.
+
+    In another Python program its own handlers decide.
+    """
+    if not _requests.is_watched:
+        yield
+        return
+    with noted() as stop:
+        yield
+    if stop.received:
+        raise stopped(stop.received)
 
 
 def check() -> None:
@@ -142,18 +158,23 @@ def keep_ctrl_c() -> None:
 
 
 def _numbers() -> list[int]:
-    """Return the signals that are requests to stop; under nohup, SIGHUP is not one."""
-    found = [int(signal.SIGINT), int(signal.SIGTERM)]
+    """Return the signals that are requests to stop.
+
+    Under nohup, SIGHUP is not one. Nor is a signal that a program handles in C, for which Python
+    returns None: Python could not restore that handler.
+    """
+    found = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        found.append(int(signal.SIGHUP))  # Windows has none
-    return found
+        found.append(signal.SIGHUP)  # Windows has none
+    return [int(number) for number in found if signal.getsignal(number) is not None]
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     order = _requests.handled.count(number)
     if not order:
         return
-    console.stop_waiting()
+    if _requests.is_watched:  # another program's output is not this module's
+        console.stop_waiting()
     if _requests.is_noting and order == 1:
         if _requests.answer:
             console.say(_requests.answer)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "gpt2cli"
 FOLDERS = sorted(path.parent for path in PACKAGE.glob("**/__init__.py") if path.parent != PACKAGE)
 # A module at the top of the package imports only modules before its own.
 TOP = ("errors", "console", "signals", "counts", "machine", "flags", "peers", "paths", "files")
-TOP += ("tensorflow", "options", "cli", "python")
+TOP += ("locks", "tensorflow", "options", "cli", "python")
 WITHOUT_TENSORFLOW = tuple(name for name in TOP if name != "tensorflow")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from gpt2cli import files, paths
+from gpt2cli import files, locks, paths
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines import litert_program
 from gpt2cli.model.network import GPT2, random_weights
@@ -346,6 +346,16 @@ def test_a_file_keeps_its_permissions_when_it_is_replaced(cli, texts):
     assert "SAMPLE 1" in Path("secret.txt").read_text()
 
 
+@posix
+def test_a_private_file_is_private_from_the_start(tmp_path, monkeypatch):
+    """Whoever opened it before its permissions were set could read what is written later."""
+    (tmp_path / "secret").write_text("old")
+    (tmp_path / "secret").chmod(0o600)
+    monkeypatch.setattr(os, "chmod", lambda *_: None)
+    with files.replacing(tmp_path / "secret") as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+
+
 # Files that others may have put there
 
 
@@ -478,12 +488,34 @@ def test_the_owner_of_a_folder_may_own_the_files_in_it(tmp_path):
         paths.open_own(tmp_path / "home/own", "rb", is_code=True)
 
 
+@posix
+@needs_root
+def test_a_group_shares_the_files_in_its_folder(tmp_path):
+    """One of them resumes what another one began, as with a umask of 002."""
+    place = tmp_path / "group"
+    place.mkdir()
+    (place / "own").write_text("x")
+    os.chown(place, 0, 777)
+    os.chown(place / "own", 12345, 777)
+    modes = {0o2775: True, 0o770: True, 0o2755: False, 0o3775: False, 0o2777: False}
+    for mode, is_shared in modes.items():
+        place.chmod(mode)
+        with contextlib.nullcontext() if is_shared else pytest.raises(UserError, match="12345"):
+            paths.open_own(place / "own", "r+").close()
+        with pytest.raises(UserError, match="belongs to user 12345"):
+            paths.open_own(place / "own", "rb", is_code=True)
+    place.chmod(0o2775)
+    os.chown(place / "own", 12345, 778)
+    with pytest.raises(UserError, match="belongs to user 12345"):
+        paths.open_own(place / "own", "r+")
+
+
 def test_a_lock_is_removed_only_by_its_holder(tmp_path):
     """Its folder was renamed, and another command works in a new folder of the same name."""
     folder = tmp_path / "run"
-    with files.locked(folder / ".lock", "train"):
+    with locks.locked(folder / ".lock", "train"):
         folder.rename(tmp_path / "moved")
-        with files.locked(folder / ".lock", "train"):
+        with locks.locked(folder / ".lock", "train"):
             pass
         folder.joinpath(".lock").write_text("of another command")
     assert (folder / ".lock").exists() and not (tmp_path / "moved/.lock").exists()
@@ -665,16 +697,27 @@ def test_only_its_owner_can_write_to_the_cache(cache, capsys):
     finally:
         os.umask(before)
     (path,) = cache.iterdir()
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    path.chmod(0o660)  # of a version that did not close the folder
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o755
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # as in an image that root has built
+    path.chmod(0o664)  # of a version that did not close it to others
     cache.chmod(0o775)
     litert_program._checked.cache_clear()
     make()
     assert "can be changed by other users" in capsys.readouterr().err
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o755
     make()
     assert capsys.readouterr().err == ""
+
+
+def test_a_cached_program_that_cannot_be_read_is_not_called_damaged(cache, capsys, monkeypatch):
+    def open_own(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    make()
+    monkeypatch.setattr(paths, "open_own", open_own)
+    assert make().size
+    said = capsys.readouterr().err
+    assert "cannot read" in said and ": Permission denied. The graph is converted again" in said
 
 
 @posix

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -347,6 +348,7 @@ class Program:
 
 
 SAVING = """
+signals.SAME = 60
 signals.install()
 with signals.noted("saving") as stop:
     print("ready", flush=True)
@@ -377,6 +379,7 @@ def test_a_second_signal_ends_at_once(first, second):
     code = """
 import atexit
 from gpt2cli import cli
+signals.SAME, signals.LEAVE = 0, 60
 atexit.register(time.sleep, 60)
 def run(words):
     with signals.noted("saving"):
@@ -387,10 +390,10 @@ cli.main([])
 """
     program = Program(code, stderr=subprocess.STDOUT)
     program.send(first)
-    time.sleep(signals.SAME + 0.1)
+    assert program.process.stdout.readline() == "saving\n"
     program.send(second)
     name = {1: "SIGHUP", 2: "Ctrl-C", 15: "SIGTERM"}[second]
-    assert program.end() == (128 + second, f"saving\ngpt2cli: stopped by {name}\n")
+    assert program.end() == (128 + second, f"gpt2cli: stopped by {name}\n")
 
 
 def test_a_second_signal_ends_a_call_that_ignores_signals():
@@ -402,7 +405,10 @@ def test_a_second_signal_ends_a_call_that_ignores_signals():
     program = Program(code)
     program.send(signal.SIGTERM, pause=signals.SAME + 0.2)
     assert program.process.poll() is None
-    program.send(signal.SIGTERM)
+    for _ in range(100):  # on a busy machine the first may have been noticed only now
+        program.send(signal.SIGTERM, pause=0.2)
+        if program.process.poll() is not None:
+            break
     assert program.end() == (143, "")
 
 
@@ -414,32 +420,68 @@ def test_a_reader_that_does_not_read_does_not_delay_a_stop():
     code += "    while not stop.received: console.say('x' * 1000)\n"
     code += "print('saved', console.lost.reason)"
     program = Program(code, stderr=writer)
-    time.sleep(0.5)
+    while select.select([], [writer], [], 0)[1]:  # until the pipe is full
+        time.sleep(0.01)
     program.send(signal.SIGTERM)
     assert program.end() == (0, "saved nobody reads standard error\n")
     os.close(reader)
     os.close(writer)
 
 
-def test_a_signal_while_tensorflow_is_loaded_ends_the_command_afterwards(tmp_path):
-    """TensorFlow's libraries would turn the exception into an ImportError."""
+def test_a_program_keeps_its_output_when_it_is_stopped():
+    """Only a command, which ends, gives up an output that nobody takes."""
+    reader, writer = os.pipe()
+    code = "os.set_blocking(2, False)\nbefore = os.fstat(2)\n"
+    code += "try:\n    while True: os.write(2, bytes(4096))\nexcept BlockingIOError: pass\n"
+    code += "with signals.noted() as stop:\n    print('ready', flush=True)\n"
+    code += "    while not stop.received: time.sleep(0.01)\n"
+    code += "print(os.path.samestat(before, os.fstat(2)))"
+    program = Program(code, stderr=writer)
+    program.send(signal.SIGTERM)
+    assert program.end() == (0, "True\n")
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.fixture
+def stopped_import(tmp_path):
+    """The environment with a TensorFlow that gets a signal while it is loaded."""
     (tmp_path / "tensorflow.py").write_text(
         "import os, signal, sys, time, unittest.mock\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\n"
         "except BaseException:\n    raise ImportError('initialization failed')\n"
         "sys.modules['tensorflow'] = unittest.mock.MagicMock(__version__='2.21.0')\n"
     )
+    return {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+
+def test_a_signal_while_tensorflow_is_loaded_ends_the_command_afterwards(tmp_path, stopped_import):
+    """TensorFlow's libraries would turn the exception into an ImportError."""
     (tmp_path / "text.txt").write_text("a text")
     words = ("evaluate", "text.txt", "--model_name", "tiny", "--models_dir", ROOT / "models")
     result = subprocess.run(
         [sys.executable, "-m", "gpt2cli", *words],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env=stopped_import,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 130 and "Traceback" not in result.stderr
     assert result.stderr.endswith("gpt2cli: stopped by Ctrl-C\n")
+
+
+def test_a_program_keeps_its_own_handlers_while_tensorflow_is_loaded(stopped_import):
+    code = "signal.signal(signal.SIGINT, lambda *_: print('own'))\nprint('ready', flush=True)\n"
+    code += "import gpt2cli.tensorflow\nprint('loaded')"
+    assert Program(code, env=stopped_import).end() == (0, "own\nloaded\n")
+
+
+def test_a_signal_that_a_program_handles_in_c_is_left_to_it(monkeypatch):
+    """Python returns None for such a handler, and cannot set it again."""
+    look, before = signal.getsignal, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with signals.noted():
+        assert look(signal.SIGTERM) is before
 
 
 def start(*words, **options):

@@ -217,7 +217,7 @@ def run(options: TrainOptions) -> Path:
         UserError: the run cannot start or continue.
         BusyError: another process trains this run, or another host was asked to stop.
     """
-    from gpt2cli import files
+    from gpt2cli import locks
     from gpt2cli.storage import folders, runs
     from gpt2cli.text import encoder
     from gpt2cli.training import hosts, start
@@ -229,7 +229,7 @@ def run(options: TrainOptions) -> Path:
         paths.check_folder_in(options.sample_dir, options.run_name, "sample_dir")
     folders.check_path(run_folder)
     cluster = hosts.of_strategy(options.strategy)
-    with files.filling(run_folder, "train") if cluster.is_chief else contextlib.nullcontext():
+    with locks.filling(run_folder, "train") if cluster.is_chief else contextlib.nullcontext():
         if cluster.is_chief:
             runs.clear(run_folder)
         folder, resumed = start.starting_point(options, run_folder)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2cli import __version__, counts, files, paths
+from gpt2cli import __version__, counts, files, locks, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import MAX_SEED
@@ -77,7 +77,7 @@ def gathered(
             version.
     """
     part, note, lock = _beside(path)
-    with files.locked(lock, "sample", target=path):
+    with locks.locked(lock, "sample", target=path):
         before: dict[str, Any] = {}
         if os.path.lexists(part):
             before = _recorded(note, usual)
@@ -98,7 +98,7 @@ def gathered(
             # may be called NAME.3-of-8 too
             for each in sorted({*_parts_of(path, before.get("processes")), *parts}):
                 unfinished, own_note, own_lock = _beside(each)
-                with files.locked(own_lock, "sample", target=each):  # of a process that still runs
+                with locks.locked(own_lock, "sample", target=each):  # of a process that still runs
                     _move_away(each)
                     _move_away(unfinished)
                     own_note.unlink(missing_ok=True)

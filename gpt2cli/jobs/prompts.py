@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,24 +62,22 @@ def read(
 
 @contextlib.contextmanager
 def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[SampleOptions]:
-    """Write the prompts to OUT.prompts.jsonl, and yield the options of a job that reads this file.
+    """Write the prompts to a temporary file, and yield the options of a job that reads it.
 
     The processes of a job read this file instead of --prompts, which may be a pipe, or be replaced
-    while the job runs. The file is removed when the block ends.
+    while the job runs. No other user can read it. It is removed when the block ends.
 
     Raises:
         UserError: it cannot be written.
     """
-    path = Path(f"{options.out}.prompts.jsonl")
     usual: dict[str, Any] = {
         f.name: f.default for f in dataclasses.fields(FileOptions) if f.name != "errors"
     }
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "prompts.jsonl")
         with files.replacing(path, "w", encoding="ascii") as file:
             file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
         yield dataclasses.replace(options, prompts=str(path), **usual)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _all_in(path: Path, options: FileOptions) -> list[Prompt]:

@@ -354,7 +354,7 @@ def check_destination(dst: str | Path, overwrite: bool, *sources: Path) -> Path:
     for source in sources:
         if target.resolve() in (source.resolve(), *source.resolve().parents):
             raise UserError(f"{dst} is or contains the source, {source}. Name another folder")
-    paths.check_access(target.parent, dst)
+    paths.check_access(target.parent, dst, "dst")
     if not target.exists():
         return target
     if not overwrite:

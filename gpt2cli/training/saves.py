@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
-from gpt2cli import files
+from gpt2cli import files, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
@@ -67,9 +65,7 @@ class Checkpoints:
         Raises:
             UserError: the new folder cannot be written.
         """
-        lost, first = self.folder, self._first
-        others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-        new = next(p for p in itertools.chain([first], others) if not os.path.lexists(p))
+        lost, new = self.folder, paths.unused(self._first)
         with files.replacing_folder(new) as part:
             folders.write_description(part, config, self._vocabulary)
         self.place.hold(new)

@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import PROMPTS, ROOT
 
-from gpt2cli import files
+from gpt2cli import locks
 from gpt2cli.inference import generator as inference
 from gpt2cli.jobs import lines as lines_file
 
@@ -152,7 +152,7 @@ def test_a_prompt_that_cannot_be_answered_does_not_stop_the_others(cli, prompts)
 
 
 def test_a_second_command_on_the_same_output_is_rejected_as_busy(cli, prompts):
-    with files.locked(prompts / ".out.jsonl.lock", "sample"):
+    with locks.locked(prompts / ".out.jsonl.lock", "sample"):
         result = job(cli, "out.jsonl")
     assert result.returncode == 75 and f"process {os.getpid()}" in result.stderr
     assert result.stderr.count("\n") == 1 and not (prompts / "out.jsonl").exists()

@@ -19,7 +19,7 @@ from conftest import PROMPTS, ROOT
 from test_jobs import FLAGS, Stopped, job, lines
 
 from gpt2cli import cli as command_line
-from gpt2cli import files
+from gpt2cli import files, locks
 from gpt2cli.commands.sample import SampleOptions
 from gpt2cli.inference import generator as inference
 from gpt2cli.jobs import workers as processes
@@ -45,6 +45,7 @@ class Children:
         failing: numbers of the parts whose process ends at once.
         started: numbers of the parts whose process was started.
         checkpoints: the --checkpoint of each of them.
+        prompts: the --prompts of all of them.
         meanwhile: called when they start.
     """
 
@@ -52,11 +53,13 @@ class Children:
         self.failing = set()
         self.started = []
         self.checkpoints = []
+        self.prompts = None
         self.meanwhile = lambda: None
 
     def run(self, command, configs):
         self.started = []
         self.checkpoints = [config.checkpoint for config in configs.values()]
+        self.prompts = next((config.prompts for config in configs.values()), None)
         self.meanwhile()
         for key, config in configs.items():
             part = int(config.out.rpartition(".")[2].partition("-")[0])
@@ -134,6 +137,15 @@ def test_prompts_without_an_answer_are_counted_over_all_parts(cli, children):
     result = cli(*words, "--out", "whole.jsonl")
     assert result.returncode == 1 and ", 2 failed. The lines with" in result.stderr
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_the_prompts_of_the_processes_replace_no_file_and_are_closed_to_others(cli, children):
+    modes = []
+    children.meanwhile = lambda: modes.append(Path(children.prompts).parent.stat().st_mode & 0o777)
+    Path("out.jsonl.prompts.jsonl").write_text("PRECIOUS")
+    assert job(cli, "out.jsonl", "--processes", 2).returncode == 0
+    assert Path("out.jsonl.prompts.jsonl").read_text() == "PRECIOUS"
+    assert modes == [0o700] and not Path(children.prompts).exists()
 
 
 @pytest.mark.parametrize("seed", [(), ("--seed", 5)])
@@ -450,7 +462,7 @@ def test_a_process_that_fails_is_reported_and_the_others_finish_their_parts(
     with monkeypatch.context() as patch:
         patch.setattr(processes, "run", children.run)
         assert job(cli, "out.jsonl", *words).returncode == 1
-    with files.locked(prompts / ".out.jsonl.2-of-3.lock", "sample", target="out.jsonl.2-of-3"):
+    with locks.locked(prompts / ".out.jsonl.2-of-3.lock", "sample", target="out.jsonl.2-of-3"):
         result = job(cli, "out.jsonl", *words)
     assert (
         result.returncode == 1
@@ -465,7 +477,7 @@ def test_a_process_that_fails_is_reported_and_the_others_finish_their_parts(
 
 
 def test_a_new_job_waits_for_the_processes_of_an_old_one(cli, children):
-    with files.locked(Path(".out.jsonl.2-of-2.lock"), "sample", target="out.jsonl.2-of-2"):
+    with locks.locked(Path(".out.jsonl.2-of-2.lock"), "sample", target="out.jsonl.2-of-2"):
         result = job(cli, "out.jsonl", "--processes", 2)
     assert result.returncode == 75 and "writing out.jsonl.2-of-2" in result.stderr
     assert job(cli, "out.jsonl", "--processes", 2).returncode == 0

@@ -186,7 +186,7 @@ def skeleton(part: Part, config: ModelConfig) -> Skeleton:
         made = converter.convert()
     with contextlib.suppress(UserError):
         if path:
-            with files.replacing(path, access=0o600) as file:
+            with files.replacing(path, access=0o644) as file:  # whatever the umask
                 file.write(_sealed(made, key.digest()))
     return _parsed(made)
 
@@ -204,6 +204,8 @@ def _kept(path: Path, key: bytes) -> Skeleton | None:
         return None
     except UserError as error:
         say(f"{error}. For this command, the graph is converted again")
+    except OSError as error:
+        say(f"cannot read {path}: {error.strerror}. The graph is converted again")
     except Exception as error:  # flatbuffers raises anything
         say(f"{path} is damaged ({error}). The graph is converted again")
     return None
