@@ -40,6 +40,9 @@ SLOWEST = 100  # bytes
 ABSENT = (403, 404, 410)  # storage services answer 403 where names may not be listed
 BROKEN = (requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError)
 INTERRUPTED = (*BROKEN, urllib3.exceptions.TimeoutError, urllib3.exceptions.SSLError)
+PACKED = ("gzip", "x-gzip", "deflate")  # what is unpacked, though it was not asked for
+# Not unpacked. Storage services also state others, such as aws-chunked, for content as it is.
+UNKNOWN = ("br", "zstd", "compress", "x-compress")
 HTML_PAGE = "an HTML page instead of the file; is a proxy intercepting the download?"
 OTHER_CONTENT = "it contains something else"
 
@@ -234,15 +237,21 @@ def _unpacker(response: requests.Response, url: str) -> Any:
     Raises:
         UserError: it is compressed by another method.
     """
-    packing = response.headers.get("Content-Encoding", "identity").lower()
-    if packing == "identity":
+    packing = _packing_of(response.headers)
+    if not packing:
         return None
-    if packing not in ("gzip", "x-gzip", "deflate"):
+    if packing not in PACKED:
         raise UserError(
             f"{url} is compressed by {packing!r:.50}, which we did not ask for. Choose another "
             "server"
         )
     return zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its first bytes
+
+
+def _packing_of(headers: Mapping[str, str]) -> str:
+    """Return the methods by which a body is compressed, or ""."""
+    codings = re.split("[, ]+", headers.get("Content-Encoding", "").lower())
+    return ", ".join(coding for coding in codings if coding in PACKED + UNKNOWN)
 
 
 def _unpacked(unpacker: Any, raw: bytes) -> Iterator[bytes]:
@@ -297,7 +306,7 @@ def is_rest(response: requests.Response, start: int, note: Note) -> bool:
     """Return whether a 206 is the rest of the same file that `note` describes."""
     span = f"bytes {start}-{note['bytes'] - 1}/{note['bytes']}"
     same = validator_of(response.headers) in ("", note["validator"])
-    is_plain = "Content-Encoding" not in response.headers
+    is_plain = not _packing_of(response.headers)
     return response.headers.get("Content-Range") == span and same and is_plain
 
 
@@ -321,7 +330,7 @@ def note_of(response: requests.Response, url: str) -> Note:
     # S3's ETag is the MD5, unless the file was uploaded in parts ("...-7") or is encrypted by KMS.
     if not headers.get("x-amz-server-side-encryption", "").startswith("aws:kms"):
         md5 += re.findall(r'^"([0-9a-f]{32})"$', etag.lower())
-    if headers.get("Content-Encoding", "identity") != "identity":
+    if _packing_of(headers):
         length, validator, md5 = "", "", []  # they describe the compressed form
     size = counts.whole_of(length, counts.MAX_BYTES)
     return {"url": url, "validator": validator, "etag": etag, "bytes": size, "md5": md5}
@@ -335,7 +344,7 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
     if total is not None and total > wanted.most:
         raise UserError(
             f"{wanted.url} has {total:,} bytes, but it may have at most {wanted.most:,}. Check "
-            f"{wanted.mirror}"
+            f"the model's name and {wanted.mirror}"
         )
     most = (wanted.most if total is None else total) - start
     pieces = body_of(response, wanted.url, most)

@@ -835,6 +835,17 @@ def test_a_packed_body_arrives_unpacked(fetch, mirror, packing):
     assert_whole(fetch())
 
 
+@pytest.mark.parametrize("coding", ["", "identity", "aws-chunked", "UTF-8"])
+def test_a_body_that_is_called_something_else_than_packed_arrives_and_resumes(
+    fetch, mirror, coding
+):
+    """Storage services state odd codings for content as it is."""
+    mirror.headers = {name: {"Content-Encoding": coding} for name in MODEL}
+    mirror.faults[DATA] = [{"cut": 60_000}]
+    assert_whole(fetch())
+    assert mirror.ranges(DATA)[1].startswith("bytes=5") and mirror.sent(DATA) < 102_000
+
+
 @pytest.mark.parametrize("packing", ["gzip", "deflate", "br", "zstd", "gzip, gzip"])
 def test_a_packed_bomb_is_not_unpacked(fetch, mirror, monkeypatch, packing):
     monkeypatch.setitem(released.MOST, "encoder.json", 100_000)
