@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2cli import files
+from gpt2cli import files, machine
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions
@@ -20,7 +20,9 @@ from gpt2cli.text.documents import Record, text_of
 if TYPE_CHECKING:
     from gpt2cli.commands.sample import SampleOptions
 
-MOST = 2**30  # bytes of memory for all prompts of a command, which every process of a job reads
+# All prompts of a command may take this many bytes of memory, or a quarter of what is free: every
+# process of a job reads them. A GiB has 3.7 million prompts of 200 letters, or 22,000 of 1,000 ids.
+LEAST_ROOM = 2**30
 ITEM = 40  # bytes of an item of a list, and of the number that it is
 
 Prompt = str | list[int] | None  # a text, token ids, or nothing to continue
@@ -82,16 +84,16 @@ def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[Samp
 
 
 def _all_in(path: Path, options: FileOptions) -> list[Prompt]:
-    """Return the prompts of a file; UserError if there are none, or more than MOST bytes."""
+    """Return the prompts of a file; UserError if there are none, or more than fit into memory."""
     found: list[Prompt] = []
-    room = MOST
+    most = room = max(LEAST_ROOM, (machine.free_memory() or 0) // 4)
     for prompt in _prompts_in(path, options):
         found.append(prompt)
         room -= sys.getsizeof(prompt) + ITEM * (len(prompt) if isinstance(prompt, list) else 1)
         if room < 0:
             raise UserError(
                 f"{path} has more prompts than a command keeps: the first {len(found):,} take "
-                f"{MOST:,} bytes of memory. Split the file"
+                f"{most:,} bytes of memory. Split the file"
             )
     if not found:
         raise UserError(f"{path} contains no prompt; write one per line")

@@ -157,11 +157,15 @@ def test_a_value_that_would_fill_the_memory_is_rejected(tmp_path, monkeypatch, n
 
 
 def test_prompts_that_would_fill_the_memory_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "MOST", 10**5)
     path = tmp_path / "a.txt"
     path.write_text("a b\n" * 5000)
-    with pytest.raises(UserError, match=r"a.txt has more prompts than a command keeps"):
-        prompts.read(None, None, str(path), TextOptions())
+    monkeypatch.setattr(prompts, "LEAST_ROOM", 10**5)
+    monkeypatch.setattr(machine, "free_memory", lambda: 4 * 10**7)  # a quarter is enough
+    assert len(prompts.read(None, None, str(path), TextOptions())) == 5000
+    for free in (None, 4 * 10**5):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        with pytest.raises(UserError, match=r"a.txt has more prompts .* take 100,000 bytes"):
+            prompts.read(None, None, str(path), TextOptions())
     monkeypatch.setattr(jsontext, "LONGEST", LONG)
     with pytest.raises(UserError, match=r"a.txt has more than .* characters"):
         prompts.read(None, str(path), None, TextOptions())
