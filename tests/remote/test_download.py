@@ -1042,6 +1042,7 @@ def test_a_download_killed_a_hundred_times_arrives(mirror, tmp_path):
     print(check_kills(mirror, tmp_path, 100), "whole ones between 100 kills")
 
 
+@pytest.mark.slow
 def test_two_downloads_at_once_do_not_harm_each_other(mirror, tmp_path):
     """One exits with the status of a busy folder; the other completes."""
     contents = {name: (TINY / name).read_bytes() for name in MODEL if (TINY / name).exists()}
