@@ -175,6 +175,23 @@ def test_prompts_that_would_fill_the_memory_are_rejected(tmp_path, monkeypatch):
             prompts.read("-", None, None, TextOptions())
 
 
+def test_copies_of_files_do_not_fill_the_memory_of_a_container(tmp_path, monkeypatch):
+    """Linux counts them as used, and keeps them until memory is needed."""
+    files = {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n",
+        "sys/fs/cgroup/memory.max": "5000000\n",
+        "sys/fs/cgroup/memory.current": "4900000\n",
+        "sys/fs/cgroup/memory.stat": "anon 900000\nactive_file 1000000\ninactive_file 3000000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name.lstrip("/"))
+    assert machine.free_memory() == 4_100_000
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert machine.free_memory() == 8000 * 1024
+
+
 def test_plain_arrays_are_still_mapped(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(5, dtype=np.uint16))
     (found,) = stored.read(tmp_path / "a.npy", 2048)
