@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 KEY = re.compile(r"[!-~]+")  # one word of an HTTP header
 HOST = re.compile(r"[\w.-]+|\[?[\da-fA-F.]*:[\da-fA-F:.]*:[\da-fA-F:.]*\]?", re.ASCII)
-ORIGIN = re.compile(r"[a-z][a-z\d+.-]*://[^\s/?#@]+", re.ASCII | re.IGNORECASE)
+ORIGIN = re.compile(r"[a-z][a-z\d+.-]*://[\w.:\[\]-]+", re.ASCII | re.IGNORECASE)
 RESERVED = 128  # open files besides connections: the model, a reload of it, static files
 
 
