@@ -1,4 +1,4 @@
-"""The HTTP API: routes, request bodies, the log. service.py computes the responses."""
+"""The HTTP API: routes, request bodies, the log. service.py and answer.py compute the responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from gpt2cli.serving.api import CompletionRequest, RequestError
 from gpt2cli.serving.sites import Sites
 
 if TYPE_CHECKING:
-    from gpt2cli.serving.service import Answer, Service
+    from gpt2cli.serving.answer import Answer
+    from gpt2cli.serving.service import Service
 
 T = TypeVar("T")
 CLOSE = {"connection": "close"}

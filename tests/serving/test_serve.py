@@ -35,6 +35,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.inference import generator
 from gpt2cli.options import GenerateOptions
 from gpt2cli.serving import connections, scheduler, service
+from gpt2cli.serving.answer import token_text
 from gpt2cli.serving.api import CompletionRequest, RequestError, openapi_document
 from gpt2cli.serving.routes import make_app
 from gpt2cli.text import encoder
@@ -235,9 +236,7 @@ def test_logprobs_are_the_models_own(tiny, client):
 def test_a_token_that_is_not_utf_8_is_shown_as_bytes(tiny):
     half = next(i for i in range(tiny.encoder.n_vocab) if tiny.encoder.decode([i]) == "\ufffd")
     raw = tiny.encoder.bytes_of([half])
-    assert service.token_text(tiny.encoder, half) == "bytes:" + "".join(
-        f"\\x{byte:02x}" for byte in raw
-    )
+    assert token_text(tiny.encoder, half) == "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def test_special_decides_whether_a_prompt_contains_a_token(tiny, address):
