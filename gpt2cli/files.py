@@ -106,7 +106,8 @@ def _writing_into(path: str | Path, mode: str, **open_options: Any) -> Iterator[
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write into {path}: {reason}. Choose another output") from error
 
 
 def _permissions_of(path: Path) -> int | None:
@@ -203,7 +204,7 @@ def check_format(record: Mapping[str, Any], known: int, where: str | Path) -> No
         return
     raise NewerFormatError(
         f"{where} has format {found!r:.20} and was written by gpt2cli "
-        f"{record.get('gpt2cli', 'of another version')!s:.20}. This is gpt2cli {__version__}, "
+        f"{record.get('gpt2cli', '(unknown version)')!s:.20}. This is gpt2cli {__version__}, "
         f"which reads formats up to {known}. Install that version, or use another folder"
     )
 

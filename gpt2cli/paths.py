@@ -102,7 +102,8 @@ def check_file(path: str, flag: str) -> None:
         try:
             os.fstat(number)
         except OSError as error:
-            raise UserError(f"cannot write into {path}: {error.strerror}") from None
+            reason = error.strerror
+            raise UserError(f"cannot write into {path}: {reason}. Choose another output") from None
         return
     if os.path.basename(path) in ("", ".", "..") or (found and stat.S_ISDIR(found.st_mode)):
         raise UserError(f"{path} is a folder; --{flag} takes the name of a file")

@@ -33,9 +33,14 @@ BYTES = st.one_of(
 )
 
 
+JSON_SEEDS = fuzz.json_seeds()
+MANY = pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.slow)])
+
+
+@MANY
 @pytest.mark.parametrize("name", TARGETS)
-def test_any_bytes_are_read_or_rejected_with_a_message(name):
-    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
+def test_any_bytes_are_read_or_rejected_with_a_message(name, examples):
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
     @given(BYTES)
     def check(data):
         read_or_reject(name, data)
@@ -53,12 +58,12 @@ def test_input_found_by_fuzzing_is_read_or_rejected(name, data):
         TARGETS[name](data)
 
 
-@pytest.mark.parametrize("name", fuzz.json_seeds())
-def test_an_odd_value_anywhere_in_a_json_file_is_read_or_rejected(name, capsys):
-    seed = fuzz.json_seeds()[name]
+@pytest.mark.parametrize("name", JSON_SEEDS)
+def test_an_odd_value_anywhere_in_a_json_file_is_read_or_rejected(name):
+    seed = JSON_SEEDS[name]
     spots = [*fuzz.places(seed)]
 
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=10, deadline=None, database=None, derandomize=True)
     @given(st.sampled_from(spots), st.sampled_from(fuzz.ODD) | JSON.map(json.dumps))
     def check(spot, odd):
         read_or_reject(name, fuzz.with_odd(seed, spot, odd).encode())
@@ -67,16 +72,16 @@ def test_an_odd_value_anywhere_in_a_json_file_is_read_or_rejected(name, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fuzz.json_seeds())
+@pytest.mark.parametrize("name", JSON_SEEDS)
 def test_every_odd_value_everywhere_in_a_json_file_is_read_or_rejected(name):
-    seed = fuzz.json_seeds()[name]
+    seed = JSON_SEEDS[name]
     for spot in fuzz.places(seed):
         for odd in fuzz.ODD:
             read_or_reject(name, fuzz.with_odd(seed, spot, odd).encode())
 
 
 def read_or_reject(name, data):
-    """Read some bytes; a UserError must be one line that can be read."""
+    """Read some bytes; a UserError must be one readable line."""
     try:
         TARGETS[name](data)
     except UserError as error:

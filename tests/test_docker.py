@@ -261,7 +261,7 @@ def test_the_cpu_image_is_built_and_samples_from_tiny_as_its_own_user(tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 
-    # The script builds on a Debian of its own, which has another digest.
+    # The script builds on its own Debian, which has another digest.
     text = (ROOT / "Dockerfile.cpu").read_text(encoding="utf-8")
     (tmp_path / "Dockerfile").write_text(re.sub("@sha256:[0-9a-f]+", "", text), encoding="utf-8")
     run(str(tmp_path / "Dockerfile"), tag, timeout=1800)

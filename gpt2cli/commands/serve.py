@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import os
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 KEY = re.compile(r"[!-~]+")  # one word of an HTTP header
 HOST = re.compile(r"[\w.-]+|\[?[\da-fA-F.]*:[\da-fA-F:.]*:[\da-fA-F:.]*\]?", re.ASCII)
-ORIGIN = re.compile(r"[a-z][a-z\d+.-]*://[^\s/?#@]+", re.ASCII | re.IGNORECASE)
+ORIGIN = re.compile(r"[a-z][a-z\d+.-]*://[\w.:\[\]-]+", re.ASCII | re.IGNORECASE)
 RESERVED = 128  # open files besides connections: the model, a reload of it, static files
 
 
@@ -140,47 +141,57 @@ def run(options: ServeOptions) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     from gpt2cli import tensorflow  # slow to import: after all cheap checks
-    from gpt2cli.inference import generator
-    from gpt2cli.serving import service, sites
+    from gpt2cli.serving import service
 
     tensorflow.keep_no_memory()
-
-    def load() -> tuple[LanguageModel, str]:
-        newest = folders.open_source(options)
-        assert newest.checkpoint is not None
-        model = generator.load_model(newest, options.precision)
-        model.network.read_apart()
-        model.warm(options.max_batch)
-        model.longest_token  # noqa: B018, counted here, not while the first request waits
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()  # else a large request makes Python look through all of TensorFlow's objects
-        return model, newest.checkpoint.name
-
-    def leave() -> None:
-        served.should_exit = True
-
     log = logging.getLogger("gpt2cli")  # the parent of every module's
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
     options = fitted(options)
-    shared = service.Service(options, load, leave)
+
+    def leave() -> None:
+        served.should_exit = True
+
+    shared = service.Service(options, functools.partial(load, options), leave)
     served = connections.make_server(routes.make_app(shared), options)
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    LOG.info(
-        "loading %s with %s", folder.checkpoint, tensorflow.describe_devices(options.precision)
-    )
-    LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
-    if not (options.api_key or sites.is_loopback(listener.getsockname()[0])):
-        LOG.warning(
-            "no API key is set: anyone who can reach this address can use the server. To require "
-            "one, set GPT2CLI_API_KEY"
-        )
+    _announce(options, listener, str(folder.checkpoint))
     with _terminated():
         served.run(sockets=[listener])
     if shared.failure:
         raise shared.failure
+
+
+def load(options: ServeOptions) -> tuple[LanguageModel, str]:
+    """Return the newest model, ready to answer at full speed, and the name of its checkpoint."""
+    from gpt2cli.inference import generator
+    from gpt2cli.storage import folders
+
+    newest = folders.open_source(options)
+    assert newest.checkpoint is not None
+    model = generator.load_model(newest, options.precision)
+    model.network.read_apart()
+    model.warm(options.max_batch)
+    model.longest_token  # noqa: B018, counted here, not while the first request waits
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # else a large request makes Python look through all of TensorFlow's objects
+    return model, newest.checkpoint.name
+
+
+def _announce(options: ServeOptions, listener: socket.socket, checkpoint: str) -> None:
+    """Log the model, the address, and who may use it."""
+    from gpt2cli import tensorflow
+    from gpt2cli.serving import sites
+
+    address, port = listener.getsockname()[:2]
+    host = f"[{address}]" if ":" in address else address
+    LOG.info("loading %s with %s", checkpoint, tensorflow.describe_devices(options.precision))
+    LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
+    if not (options.api_key or sites.is_loopback(address)):
+        LOG.warning(
+            "no API key is set: anyone who can reach this address can use the server. To require "
+            "one, set GPT2CLI_API_KEY"
+        )
 
 
 def with_key(options: ServeOptions) -> ServeOptions:

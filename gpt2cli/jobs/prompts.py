@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2cli import files
+from gpt2cli import files, machine
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions
@@ -21,7 +21,9 @@ from gpt2cli.text.documents import Record, text_of
 if TYPE_CHECKING:
     from gpt2cli.commands.sample import SampleOptions
 
-MOST = 2**30  # bytes of memory for all prompts of a command, which every process of a job reads
+# All prompts of a command may need this many bytes of memory, or a quarter of the free memory. Each
+# process of a job reads them. A GiB has 3.7 million prompts of 200 letters, or 22,000 of 1,000 ids.
+LEAST_ROOM = 2**30
 ITEM = 40  # bytes of a list's item and of its number
 
 Prompt = str | list[int] | None  # a text, token ids, or nothing to continue
@@ -81,15 +83,15 @@ def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[Samp
 
 
 def _all_in(path: Path, options: FileOptions) -> list[Prompt]:
-    """Return the prompts of a file; UserError if there are none, or they need more than MOST."""
+    """Return the prompts of a file; UserError if there are none, or they need too much memory."""
     found: list[Prompt] = []
-    room = MOST
+    most = room = max(LEAST_ROOM, (machine.free_memory() or 0) // 4)
     for prompt in _prompts_in(path, options):
         found.append(prompt)
         room -= sys.getsizeof(prompt) + ITEM * (len(prompt) if isinstance(prompt, list) else 1)
         if room < 0:
             raise UserError(
-                f"{path} has too many prompts: the first {len(found):,} need {MOST:,} bytes of "
+                f"{path} has too many prompts: the first {len(found):,} need {most:,} bytes of "
                 "memory, the limit. Split the file"
             )
     if not found:

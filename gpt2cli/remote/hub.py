@@ -20,7 +20,7 @@ import urllib3
 
 from gpt2cli import counts, files
 from gpt2cli.errors import UserError
-from gpt2cli.remote import transfer
+from gpt2cli.remote import bodies, transfer
 
 ENDPOINT = "https://huggingface.co"
 # The config is first, as it shows whether the model is a GPT-2 at all.
@@ -126,16 +126,16 @@ def _listing(repository: Repository, endpoint: str, revision: str) -> bytes:
     try:
         with requests.Session() as session:
             session.auth = repository.authorize
-            with transfer.answer_of(session, f"{address}?blobs=true") as response:
+            with bodies.answer_of(session, f"{address}?blobs=true") as response:
                 if response.status_code != 200:
                     raise _denial(response, page, endpoint, revision)
-                return b"".join(transfer.body_of(response, address, LISTING))
-    except (requests.ConnectionError, requests.Timeout, *transfer.INTERRUPTED) as error:
+                return b"".join(bodies.body_of(response, address, LISTING))
+    except (requests.ConnectionError, requests.Timeout, *bodies.INTERRUPTED) as error:
         raise UserError(
-            f"cannot reach {endpoint} ({transfer.reason_of(error):.200}). Check the network and "
+            f"cannot reach {endpoint} ({bodies.reason_of(error):.200}). Check the network and "
             "HF_ENDPOINT, and run the same command again"
         ) from error
-    except (OSError, ValueError, transfer.TryAgain, urllib3.exceptions.HTTPError) as error:
+    except (OSError, ValueError, bodies.TryAgain, urllib3.exceptions.HTTPError) as error:
         raise _no_hub(endpoint, str(error)) from error
 
 

@@ -404,7 +404,7 @@ def openapi_document(has_key: bool = False) -> dict[str, Any]:
     model = _operation(
         "retrieveModel", "Describe a model", "Model", [404, *keys], parameters=[name]
     )
-    health = _operation("getHealth", "Report whether the server is ready", "Health", [403, 503])
+    health = _operation("getHealth", "Report whether the server is ready", "Health", [503])
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "gpt2cli serve", "version": __version__},

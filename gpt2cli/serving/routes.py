@@ -1,4 +1,4 @@
-"""The HTTP API: routes, request bodies, the log. service.py computes the responses."""
+"""The HTTP API: routes, request bodies, the log. service.py and answer.py compute the responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from gpt2cli.serving.api import CompletionRequest, RequestError
 from gpt2cli.serving.sites import Sites
 
 if TYPE_CHECKING:
-    from gpt2cli.serving.service import Answer, Service
+    from gpt2cli.serving.answer import Answer
+    from gpt2cli.serving.service import Service
 
 T = TypeVar("T")
 CLOSE = {"connection": "close"}
@@ -111,7 +112,8 @@ class Logged:
 
         try:
             _check_framing(scope["http_version"], headers)
-            self.sites.check(scope["method"], headers, (scope.get("server") or [None])[0])
+            if scope["path"] != "/health":  # load balancers send any Host, or none
+                self.sites.check(scope["method"], headers, (scope.get("server") or [None])[0])
             await self.app(scope, receive, sending)
         except RequestError as error:  # of the checks; the application answers its own
             await _error(error)(scope, receive, sending)
