@@ -64,15 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command line and exit with a status of EXIT_STATUSES.
 
     Any exception that is not the user's to fix is a bug and keeps its traceback.
+
+    Args:
+        argv: the words, from a Python program that continues afterwards; None for sys.argv.
     """
-    argv = sys.argv[1:] if argv is None else argv
     _open_closed_streams()
-    signals.install()
+    restore = signals.install()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a text that cannot be shown must not end a run
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        _run(argv)
+        _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         console.say(f"gpt2cli: {error}")
         sys.exit(next(status for kind, status in STATUS_OF.items() if isinstance(error, kind)))
@@ -102,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
         except (OSError, ValueError):  # Python would try again, and end with status 120
             console.drop(sys.stdout)
+        if argv is not None:
+            restore()
 
 
 def _run(argv: Sequence[str]) -> None:

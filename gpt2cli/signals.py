@@ -60,7 +60,7 @@ class _Requests:
         is_noting: whether the main thread is inside `noted`.
         answer: the line to print there.
         raised: the signal that raised an exception, or 0.
-        is_watched: whether the thread of `install` runs.
+        is_watched: whether this process is a command; the thread of `install` runs.
     """
 
     def __init__(self) -> None:
@@ -73,23 +73,33 @@ class _Requests:
 _requests = _Requests()
 
 
-def install() -> None:
+def install() -> Callable[[], None]:
     """Let the signals stop the command that this process runs.
 
     Ctrl-C and SIGTERM stop it even if they are ignored at the start: a shell script starts its
     background commands with SIGINT ignored, but may send it to them, and a container's first
     process ignores every signal for which it has no handler.
+
+    Returns:
+        A function that restores the handlers, for a Python program that continues afterwards.
     """
     _requests.handled, _requests.arrived, _requests.raised = Stop(), Stop(), 0
-    for number in _numbers():
-        signal.signal(number, _handle)
-    if not _requests.is_watched:
-        _requests.is_watched = True
-        reader, writer = os.pipe()
-        if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on, and needs it nowhere
-            os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=_watch, args=[reader], daemon=True).start()
+    before = {number: signal.signal(number, _handle) for number in _numbers()}
+    reader, writer = os.pipe()
+    if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on, and needs it nowhere
+        os.set_blocking(writer, False)
+    others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    was_watched, _requests.is_watched = _requests.is_watched, True
+    threading.Thread(target=_watch, args=[reader], daemon=True).start()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _requests.is_watched = was_watched
+        signal.set_wakeup_fd(others)
+        os.close(writer)  # which ends the thread
+
+    return restore
 
 
 @contextlib.contextmanager
@@ -193,3 +203,4 @@ def _watch(reader: int) -> None:
         if is_ours and _requests.arrived.count(number) > 1:
             time.sleep(LEAVE)
             os._exit(ENDED + number)
+    os.close(reader)

@@ -476,6 +476,20 @@ def test_a_program_keeps_its_own_handlers_while_tensorflow_is_loaded(stopped_imp
     assert Program(code, env=stopped_import).end() == (0, "own\nloaded\n")
 
 
+def test_a_program_that_runs_a_command_line_has_its_own_handlers_afterwards():
+    """Else a second Ctrl-C would end it without a question, as in a notebook."""
+    code = "from gpt2cli import cli\nnames = (1, 2, 15)\n"
+    code += "look = lambda: ([signal.getsignal(n) for n in names], signal.set_wakeup_fd(-1),"
+    code += " len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0)\n"
+    code += "before, usual = look(), threading.active_count()\n"
+    code += "print('ready', flush=True)\n"
+    code += "try: cli.main(['nothing'])\nexcept SystemExit as end: print(end.code)\n"
+    code += "while threading.active_count() > usual: time.sleep(0.01)\n"
+    code += "print(look() == before)"
+    program = Program(code, stderr=subprocess.DEVNULL)
+    assert program.end() == (0, "2\nTrue\n")
+
+
 def test_a_signal_that_a_program_handles_in_c_is_left_to_it(monkeypatch):
     """Python returns None for such a handler, and cannot set it again."""
     look, before = signal.getsignal, signal.getsignal(signal.SIGTERM)
