@@ -26,19 +26,23 @@ class Sites:
     """
 
     def __init__(self, options: ServeOptions) -> None:
-        self.open = bool(options.api_key) and not options.allowed_hosts
+        self.has_key = bool(options.api_key)
+        self.open = self.has_key and not options.allowed_hosts
         self.every_address = _is_wildcard(options.host)
         named = ["localhost", options.host, *options.allowed_hosts]
-        named += [socket.gethostname()] if self.every_address else []
+        if self.every_address:
+            named += [socket.gethostname(), f"{socket.gethostname()}.local"]  # the second: mDNS
         self.hosts = {_normal(name.strip("[]").removesuffix(".")) for name in named}
         self.origins = [_without_default_port(origin) for origin in options.allowed_origins]
 
     def check(self, method: str, headers: Mapping[str, str], listens: str | None) -> None:
         """Raise RequestError if a web page from elsewhere may have caused a request.
 
-        A website can point its own name at this machine (DNS rebinding), so the Host must be known,
-        unless a key is required, which the website does not have. A page can also send a form, or
-        JSON that is declared as one, to a known name; then the Origin is that of the page.
+        A website can point its own name at this machine (DNS rebinding), so the Host must be known.
+        A page can also send a form, or JSON that is declared as one, to a known name; then the
+        Origin is that of the page. If a key is required, the page does not have it. Then the Origin
+        is not checked, because some programs send one (browser extensions, Electron), and some
+        proxies change the Host.
 
         Args:
             method: of the request.
@@ -51,7 +55,7 @@ class Sites:
             raise RequestError(
                 403, f"this server does not accept {given}; --allowed_hosts allows a name"
             )
-        if method in READS or is_from_this_site(headers):
+        if self.has_key or method in READS or is_from_this_site(headers):
             return
         if "*" not in self.origins and headers.get("origin") not in self.origins:
             message = "this server does not accept requests from other websites' pages"

@@ -875,6 +875,27 @@ def test_a_server_that_sends_almost_nothing_is_given_up(fetch, mirror, waits, mo
     assert waits == [1, 2, 4, 8]
 
 
+@pytest.mark.parametrize("rate, arrives", [(7000, True), (101, True), (90, False), (1, False)])
+def test_a_slow_but_steady_server_is_not_given_up(monkeypatch, rate, arrives):
+    """Seconds pass as bytes are read: a modem brings 7,000 each."""
+    clock, left = [0.0], [200 * rate]
+
+    def read1(size, decode_content):
+        clock[0] += 1
+        left[0] -= rate
+        return b"x" * rate if left[0] >= 0 else b""
+
+    monkeypatch.setattr(bodies, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    response = types.SimpleNamespace(raw=types.SimpleNamespace(read1=read1), headers={})
+    found = bodies.body_of(response, "http://x/y", 10**9)
+    if arrives:
+        assert len(b"".join(found)) == 200 * rate
+    else:
+        with pytest.raises(bodies.TryAgain, match="bytes arrive per second"):
+            list(found)
+        assert clock[0] < 2 * bodies.WINDOW
+
+
 def test_redirect_loops_and_floods_of_headers_are_one_error(fetch, mirror):
     for headers in ({"Location": "encoder.json"}, {"X-Long": "a" * 70_000}):
         mirror.faults["encoder.json"] = [{"status": 302, "headers": headers, "body": b""}] * 40

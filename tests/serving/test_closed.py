@@ -105,6 +105,7 @@ def test_without_a_key_only_known_hosts_are_answered():
     assert not allows("10.0.0.8", host="mine.lan")
     for every in ("0.0.0.0", "::"):  # a website can point a name here, but not an address
         assert allows("192.168.1.5", host=every) and allows(socket.gethostname(), host=every)
+        assert allows(f"{socket.gethostname()}.local", host=every)
         assert not allows("evil.example", host=every)
 
 
@@ -215,6 +216,23 @@ def test_pages_of_allowed_origins_may_use_the_api(tiny):
         headers = {"origin": "null", "content-type": "application/json"}
         found = httpx.post(f"{address}/v1/completions", content=BODY, headers=headers)
         assert found.status_code == 401 and found.headers["access-control-allow-origin"] == "*"
+
+
+def test_with_a_key_the_key_decides_and_no_page_may_read_the_answer(tiny):
+    """Extensions and Electron send an Origin; behind a proxy, the page's own is not the Host."""
+    with serving(tiny, api_key="sesame") as (address, _):
+        for origin in ("chrome-extension://abc", "app://obsidian.md", "http://books.lan", "null"):
+            for key, status in (("Bearer sesame", 200), ("Bearer x", 401)):
+                sent = {"origin": origin, "authorization": key, "content-type": "application/json"}
+                found = httpx.post(f"{address}/v1/completions", content=BODY, headers=sent)
+                assert found.status_code == status
+                assert not [name for name in found.headers if name.startswith("access-control")]
+            found = httpx.post(address, data={"seed": "a"}, headers={"origin": origin})
+            assert found.status_code == 401
+        asks = {"origin": "http://books.lan", "access-control-request-method": "POST"}
+        found = httpx.options(f"{address}/v1/completions", headers=asks)
+        assert found.status_code == 405
+        assert not [name for name in found.headers if name.startswith("access-control")]
 
 
 def framed(*lines, body=BODY):

@@ -74,7 +74,7 @@ class Client:
                 "whole",
             ),
             "too long": (self.completion(f', "stop": "{"x" * 2000}"'), 400, "whole"),
-            "other page": (self.completion(headers=JSON + "Origin: http://x\r\n"), 403, "whole"),
+            "other page": (self.completion(headers=JSON + "Origin: http://x\r\n"), 401, "whole"),
             "smuggled": (self.completion(headers=smuggled), 400, "whole"),
             "noise": (self.random.randbytes(50) + b"\r\n\r\n", 400, "whole"),
             "page": (self.request("GET", "/"), 200, "whole"),
