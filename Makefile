@@ -11,7 +11,7 @@ test-all:  ## run the slow tests too
 	bin/test -m ''
 
 TRUST = trust or paths or signals or faults or jobs or download or bad_input or closed or soak
-trust:  ## run the full-length tests of docs/promises.md: kills, full disks, flipped bits; an hour
+trust:  ## run most tests of docs/promises.md in full (kills, full disks, flipped bits): an hour
 	bin/test -m '' -k "$(TRUST)"
 
 serve-proof:  ## test the server in a browser (apt-get install chromium) and with generated requests
@@ -28,12 +28,12 @@ lint:  ## check the code with ruff
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# setup.py's ranges -> one version and the checksums of its files. Releases younger than a week are
-# left out: most malicious ones are found within days.
+# From setup.py's ranges, choose one version of each package and list the checksums of its files.
+# Leave out releases younger than a week: most malicious ones are found within days.
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/bin/uv pip compile --quiet --universal \
     --python-version 3.11 --generate-hashes --upgrade --exclude-newer "1 week" --extra serve setup.py
 
-lock:  ## choose the versions of the Docker images again: requirements/
+lock:  ## update the versions of the packages in the Docker images: requirements/
 	bin/install supply
 	$(LOCK) requirements/cpu.in --override requirements/cpu.in --output-file requirements/cpu.txt
 	$(LOCK) --extra gpu --constraint requirements/cpu.txt --output-file requirements/gpu.txt
@@ -45,7 +45,7 @@ audit:  ## look for known vulnerabilities in the packages of the Docker images
 
 PACKAGES = cpu
 
-sbom:  ## list the packages of an image and their licenses in build/; PACKAGES=gpu for Dockerfile.gpu
+sbom:  ## list an image's packages and their licenses in build/; PACKAGES=gpu for Dockerfile.gpu
 	bin/install supply
 	.venv/bin/uv venv --quiet --clear --python .venv/bin/python build/packages
 	.venv/bin/uv pip install --quiet --python build/packages --only-binary :all: --require-hashes \

@@ -41,10 +41,10 @@ setup(
         "regex>=2023.12",  # where a long text may be cut before it is encoded
         "fire>=0.7,<0.8",  # command lines; pinned, its parsing hook is called experimental
         "tqdm>=4.66.3",  # progress bars
-        # download; older ones may send a password in .netrc to another host (CVE-2024-47081)
+        # download; older ones can send a password from .netrc to another host (CVE-2024-47081)
         "requests>=2.32.4",
-        # download: reads what has arrived (read1); requests' too; older ones unpack a small answer
-        # to gigabytes (CVE-2026-21441)
+        # download (read1), and requests; older ones can unpack a small answer to gigabytes
+        # (CVE-2026-21441)
         "urllib3>=2.6.3",
         "huggingface-hub>=0.26",  # download hf:OWNER/NAME: the token; tokenizers' too
         "safetensors>=0.4.3",  # convert: Hugging Face's weights
@@ -55,7 +55,7 @@ setup(
         "serve": SERVE,
         "data": DATA,
         "torch": ["torch>=2.6"],  # convert: weights in a .bin of PyTorch's
-        # tokenizers in a spiece.model, such as rinna's; a file can crash older ones (CVE-2026-1260)
+        # tokenizers in a spiece.model, like rinna's; a bad file crashes older ones (CVE-2026-1260)
         "sentencepiece": ["sentencepiece>=0.2.1"],
         "gpu": ["tensorflow[and-cuda]>=2.18,<2.22"],  # with CUDA's libraries from PyPI
         "test": [

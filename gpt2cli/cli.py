@@ -64,15 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command line and exit with a status of EXIT_STATUSES.
 
     Any exception that is not the user's to fix is a bug and keeps its traceback.
+
+    Args:
+        argv: the words, from a Python program that continues afterwards; None for sys.argv.
     """
-    argv = sys.argv[1:] if argv is None else argv
     _open_closed_streams()
-    signals.install()
+    restore = signals.install()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a text that cannot be shown must not end a run
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        _run(argv)
+        _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         console.say(f"gpt2cli: {error}")
         sys.exit(next(status for kind, status in STATUS_OF.items() if isinstance(error, kind)))
@@ -102,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
         except (OSError, ValueError):  # Python would try again, and end with status 120
             console.drop(sys.stdout)
+        if argv is not None:
+            restore()
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -117,9 +121,9 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Give standard streams that the caller closed (`<&-`) to the null device.
+    """Connect standard streams that the caller closed (`<&-`) to the null device.
 
-    Standard output is opened for reading, so that a result that is written there fails.
+    Standard output is opened for reading only, so that writing a result to it fails.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

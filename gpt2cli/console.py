@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 # Whether TensorFlow's own messages are shown; set from --verbose before TensorFlow is imported.
 verbose = False
-# Characters that change how a terminal shows the rest of a message, or that nobody sees: controls
-# but tabs, line and paragraph separators, spaces and joiners of no width, the controls of direction
-# of Unicode's UAX #9 that hide or reorder text, tags, and half characters. The joiners U+200C and
-# U+200D and the marks U+200E, U+200F and U+061C are ordinary in Persian, Hebrew, Arabic and emoji.
+# Characters that are invisible, or that change how a terminal shows the rest of a message: control
+# characters except tabs, line and paragraph separators, zero-width spaces and joiners, the
+# directional controls of Unicode's UAX #9 that reorder text, tags, and lone surrogates. The joiners
+# U+200C and U+200D and the marks U+200E, U+200F and U+061C are ordinary in Persian, Hebrew, Arabic
+# and emoji.
 HIDDEN = re.compile(
     r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     r"\U000e0000-\U000e007f\ud800-\udfff]"
 )
-LONGEST = 2000  # characters of a line; a longer one has a name or a reason that nobody reads
+LONGEST = 2000  # characters of a line; nobody reads a longer one
 
 
 class Lost:
@@ -29,8 +30,8 @@ class Lost:
 
     Attributes:
         count: their number.
-        reason: why the last one could not.
-        stream: a standard error that nobody reads any more.
+        reason: why the last one could not be printed.
+        stream: a standard error whose reader has exited.
     """
 
     def __init__(self) -> None:
@@ -53,8 +54,8 @@ lost = Lost()
 def say(text: str, *more: str) -> bool:
     """Print a line, or several, to standard error; standard output is for results alone.
 
-    A message that cannot be printed, as on a full disk, ends no work; `lost` counts it. Characters
-    that a server or a file put into a line to hide something are made visible, line ends included.
+    A message that cannot be printed, for example on a full disk, does not end the command; `lost`
+    counts it. HIDDEN characters, which may come from a server or a file, are printed as escapes.
 
     Returns:
         False if nobody reads the messages any more: their pipe is closed.
@@ -70,7 +71,7 @@ def say(text: str, *more: str) -> bool:
         _to_null(sys.stderr)
         return False
     except (OSError, ValueError, RuntimeError) as error:
-        # ValueError: a Python program closed it; RuntimeError: a signal came during another line
+        # ValueError: a Python program closed it. RuntimeError: a signal interrupted another line
         lost.add(getattr(error, "strerror", None) or str(error))
         drop(sys.stderr)
     return True
@@ -89,7 +90,7 @@ def drop(stream: Any) -> None:
 
 
 def stop_waiting() -> None:
-    """Discard further output that nobody takes, as a paused `less` does: the command must end."""
+    """Discard further output if its reader has paused, as `less` does: the command must end."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if not select.select([], [stream.fileno()], [], 0)[1]:
@@ -108,7 +109,7 @@ def _to_null(stream: Any) -> None:
 
 
 def visible(text: str) -> str:
-    """Return a text as one line: HIDDEN characters as escapes, and the middle of a long one cut."""
+    """Return a text as one line: HIDDEN characters as escapes, the middle of a long text cut."""
     if len(text) > LONGEST:
         left = LONGEST // 2
         text = f"{text[:left]} ... ({len(text) - 2 * left:,} characters) ... {text[-left:]}"

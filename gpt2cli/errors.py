@@ -18,7 +18,7 @@ class BusyError(UserError):
 
 
 class NewerFormatError(UserError):
-    """A file of a later version of gpt2cli: it is not damaged, and must not be replaced."""
+    """A later version of gpt2cli wrote a file: it is not damaged, and must not be replaced."""
 
 
 @contextlib.contextmanager

@@ -1,32 +1,25 @@
-"""Files and folders: replaced as a whole, read, locked, compared."""
+"""Files and folders: replaced as a whole, read, compared."""
 
 import contextlib
 import errno
+import functools
 import hashlib
-import itertools
 import json
 import os
 import secrets
 import shutil
-import socket
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from gpt2cli import __version__, paths
-from gpt2cli.errors import BusyError, NewerFormatError, UserError
-
-try:
-    import fcntl
-except ImportError:  # on Windows two processes in one folder go unnoticed
-    fcntl = None  # type: ignore[assignment]  # checked before use
+from gpt2cli.errors import NewerFormatError, UserError
 
 SPARE = 2**20  # bytes that must stay free on a disk after a large file is written
 
-# What to do now, by the reason for which a file cannot be written.
+# What the user can do, by the reason why a file cannot be written.
 ADVICE = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space",
@@ -55,7 +48,7 @@ def replacing(
         path: the file.
         mode: as in open.
         through: for a path that the user named: replace the target of a link, and write into a
-            device, a pipe or a socket; binary content only when it is complete.
+            device, a pipe or a socket. Binary content is written there only when it is complete.
         access: the permissions of the file (default: those of the old file).
         open_options: more arguments of open.
 
@@ -73,7 +66,9 @@ def replacing(
         path.parent.mkdir(parents=True, exist_ok=True)
         old = _permissions_of(path)
         access = old if access is None else access
-        with open(part, mode, opener=_create, **open_options) as file:
+        # nobody may open a private file before it has its permissions
+        opener = functools.partial(_create, access=0o666 if access is None else 0o600)
+        with open(part, mode, opener=opener, **open_options) as file:
             if access is not None:
                 with contextlib.suppress(OSError):  # a disk without permissions
                     os.chmod(part, access)
@@ -93,7 +88,7 @@ def replacing(
 
 @contextlib.contextmanager
 def _writing_into(path: str | Path, mode: str, **open_options: Any) -> Iterator[IO[Any]]:
-    """Open a stream for writing; binary content, whose format may seek, only when it is complete.
+    """Open a stream for writing. Binary content, whose writer may seek, is written at the end.
 
     Raises:
         UserError: it cannot be written to.
@@ -111,7 +106,8 @@ def _writing_into(path: str | Path, mode: str, **open_options: Any) -> Iterator[
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write into {path}: {reason}. Choose another output") from error
 
 
 def _permissions_of(path: Path) -> int | None:
@@ -131,9 +127,9 @@ def _permissions_of(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _create(path: str, flags: int) -> int:
+def _create(path: str, flags: int, access: int) -> int:
     """Open a file that must not exist, as `opener` of open."""
-    return os.open(path, flags | os.O_EXCL, 0o666)
+    return os.open(path, flags | os.O_EXCL, access)
 
 
 def sync_folder(path: str | Path) -> None:
@@ -166,7 +162,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
-    except UserError as error:  # of a file in it: name the folder that the user knows
+    except UserError as error:  # about a file in `part`: name the folder that the user knows
         error.args = (str(error).replace(str(part), str(path)),)
         raise
     finally:
@@ -198,8 +194,8 @@ def check_format(record: Mapping[str, Any], known: int, where: str | Path) -> No
     """Reject (UserError) a record that a later version of gpt2cli wrote in another format.
 
     Args:
-        record: a JSON object with its "format", 1 where it has none, and perhaps "gpt2cli", the
-            version that wrote it.
+        record: a JSON object with "format" (default: 1), and perhaps "gpt2cli", the version that
+            wrote it.
         known: the latest format that this version reads.
         where: the record's file.
     """
@@ -208,7 +204,7 @@ def check_format(record: Mapping[str, Any], known: int, where: str | Path) -> No
         return
     raise NewerFormatError(
         f"{where} has format {found!r:.20} and was written by gpt2cli "
-        f"{record.get('gpt2cli', 'of another version')!s:.20}. This is gpt2cli {__version__}, "
+        f"{record.get('gpt2cli', '(unknown version)')!s:.20}. This is gpt2cli {__version__}, "
         f"which reads formats up to {known}. Install that version, or use another folder"
     )
 
@@ -260,7 +256,7 @@ def parse_json(
 def parse_object(content: bytes | str, where: str | Path) -> dict[str, Any]:
     """Return the object of a JSON text; UserError names `where` it came from.
 
-    An object may have a key twice only with the same value: programs differ in which one counts.
+    A key may appear twice only with the same value, because programs differ in which one they use.
     """
 
     def with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -268,7 +264,7 @@ def parse_object(content: bytes | str, where: str | Path) -> dict[str, Any]:
         if len(values) < len(pairs):
             for key, value in pairs:
                 if values[key] != value:
-                    raise UserError(f"{where} has {key!r:.50} twice, with other values. Keep one")
+                    raise UserError(f"{where} has {key!r:.50} twice, with two values. Keep one")
         return values
 
     values = parse_json(content, where, with_each_key_once)
@@ -284,22 +280,20 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 def move_away(path: Path) -> Path:
     """Rename a file to NAME.old, NAME.old-2, ..., whichever is free; return the new path."""
-    endings = itertools.chain([".old"], (f".old-{n}" for n in itertools.count(2)))
-    names = (path.with_name(path.name + ending) for ending in endings)
-    old = next(name for name in names if not os.path.lexists(name))
+    old = paths.unused(f"{path}.old")
     os.replace(path, old)
     return old
 
 
 def read_own(path: str | Path, known: int) -> dict[str, Any]:
-    """Return the object in a JSON file that this program keeps for itself; {} where it is damaged.
+    """Return the object in one of the program's own JSON files; {} if it is missing or damaged.
 
     Args:
         path: the file.
         known: the latest format that this version reads.
 
     Raises:
-        UserError: others may have prepared it; see `paths.open_own`.
+        UserError: another user may have prepared it; see `paths.open_own`.
         NewerFormatError: see `check_format`.
     """
     record: dict[str, Any] = {}
@@ -321,94 +315,3 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
         while block := file.read(1 << 20):
             hasher.update(block)
     return hasher.hexdigest()
-
-
-@contextlib.contextmanager
-def locked(path: str | Path, work: str, target: str | Path | None = None) -> Iterator[None]:
-    """Let one process at a time do some work; a dead process holds no lock.
-
-    Args:
-        path: the lock file, which exists while the lock is held.
-        work: name of the work for messages: "download", "train".
-        target: file or folder that the work writes, for messages (default: the lock's folder).
-
-    Raises:
-        BusyError: another process holds the lock.
-        UserError: the lock file cannot be created.
-    """
-    path = Path(path)
-    file = None
-    while file is None:
-        file = _open_lock(path, work, target or path.parent)
-    with file, _folder_of(path) as folder:
-        with contextlib.suppress(OSError):  # the lock works on a full disk too
-            file.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
-            file.flush()
-        try:
-            yield
-        finally:
-            place = path if folder is None else path.name
-            with contextlib.suppress(OSError):
-                found = os.stat(place, dir_fd=folder, follow_symlinks=False)
-                if os.path.samestat(found, os.fstat(file.fileno())):
-                    os.unlink(place, dir_fd=folder)
-
-
-@contextlib.contextmanager
-def _folder_of(path: Path) -> Iterator[int | None]:
-    """Open the folder of a file, to find it there under any name; None where that is impossible."""
-    if os.unlink not in os.supports_dir_fd:  # Windows
-        yield None
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        yield folder
-    finally:
-        os.close(folder)
-
-
-def _open_lock(path: Path, work: str, target: str | Path) -> IO[str] | None:
-    """Open and lock a file; None if its last holder removed it between the two."""
-    with contextlib.ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(paths.open_own(path, "a+", encoding="utf-8"))
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip()
-            raise BusyError(
-                f"another gpt2cli {work} is writing {target}{f' ({holder})' if holder else ''}. "
-                "Wait for it to end, or choose another name"
-            ) from None
-        except OSError as error:  # a file system without locks
-            raise UserError(f"cannot lock {path}: {error.strerror}. Use another disk") from error
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                stack.pop_all()
-                return file
-    return None
-
-
-@contextlib.contextmanager
-def filling(folder: str | Path, work: str) -> Iterator[None]:
-    """Lock a folder as `locked` does; remove it again if nothing was written to it."""
-    folder = Path(folder)
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    made: dict[Path, os.stat_result] = {}
-    try:
-        with locked(folder / ".lock", work):
-            made = {each: os.stat(each) for each in missing}
-            yield
-    finally:
-        for empty in missing:
-            with contextlib.suppress(OSError):  # not empty: the work succeeded
-                # a folder that somebody else put there meanwhile stays
-                if empty not in made or os.path.samestat(os.stat(empty), made[empty]):
-                    empty.rmdir()

@@ -24,7 +24,14 @@ def free_memory() -> int | None:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(1024 * int(line.split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
-        used, most = (Path(f"/sys/fs/cgroup/memory.{n}").read_text() for n in ("current", "max"))
-        free.append(int(most) - int(used))
+    with contextlib.suppress(
+        OSError, ValueError, KeyError
+    ):  # a container's own limit; "max" is none
+        used, most, state = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("current", "max", "stat")
+        )
+        parts = dict(line.split() for line in state.splitlines())
+        # the system's copies of files count as used, but it drops them as soon as memory is needed
+        copies = int(parts["active_file"]) + int(parts["inactive_file"])
+        free.append(int(most) - int(used) + copies)
     return min(free, default=None)

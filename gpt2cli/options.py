@@ -29,7 +29,7 @@ def check_name(flag: str, name: str) -> None:
     """
     if not name or name in (".", "..") or re.search(r"[/\\\0]", name) or name != name.strip():
         raise UsageError(
-            f"--{flag} must be a single name without / \\, got {name!r}; "
+            f"--{flag} must be a single name without / or \\, got {name!r}; "
             "set its parent folder with --models_dir or --checkpoint_dir"
         )
 

@@ -1,11 +1,13 @@
-"""Paths: looked at before they are touched.
+"""Checks of paths, made before anything is written.
 
-A path of the user's may be a device, a pipe, a socket or a link, and is then written through. A
-file that this program keeps for itself, such as a lock, may have been put there by somebody else.
+A path that the user names may be a device, a pipe or a socket, which is written into, or a link,
+which is followed. One of the program's own files, such as a lock, may have been prepared by another
+user.
 """
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import socket
@@ -15,8 +17,8 @@ from typing import IO, Any
 
 from gpt2cli.errors import UsageError, UserError
 
-TRIES = 9  # times to create a file that somebody else creates and removes meanwhile
-MAX_LINKS = 40  # as Linux: more links in a row count as a loop
+TRIES = 9  # to create a file while another process creates and removes it
+MAX_LINKS = 40  # as in Linux, which takes more links in a row for a loop
 # Not 0o666: with a umask of 0 others could write to the file, and `open_own` would reject it.
 OWN_MODE = 0o664
 
@@ -51,7 +53,7 @@ def descriptor_of(path: str | Path) -> int | None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Return whether a path is a device, a pipe, a socket or an open file, to be written into."""
+    """Return whether a path is something to write into: a device, pipe, socket or open file."""
     if descriptor_of(path) is not None:
         return True
     try:
@@ -62,13 +64,13 @@ def is_stream(path: str | Path) -> bool:
 
 
 def target_of(path: str | Path) -> str:
-    """Return the path that a link leads to, or else the path; a stream keeps its own."""
+    """Return the path that a link leads to; any other path, and that of a stream, is unchanged."""
     is_link = os.path.islink(path) and not is_stream(path)
     return os.path.realpath(path) if is_link else str(path)
 
 
 def open_stream(path: str | Path, mode: str, **options: Any) -> IO[Any]:
-    """Open a stream to write into it, as open does; nothing is created or cut off."""
+    """Open a stream to write into it, as open does; nothing is created or truncated."""
     number = descriptor_of(path)
     if number is not None:
         return os.fdopen(os.dup(number), mode, **options)
@@ -84,7 +86,7 @@ def open_stream(path: str | Path, mode: str, **options: Any) -> IO[Any]:
 
 
 def check_file(path: str, flag: str) -> None:
-    """Reject, before any work, a path that a file cannot be written to.
+    """Reject, before any work, a path where no file can be written.
 
     Args:
         path: as the user typed it.
@@ -100,16 +102,17 @@ def check_file(path: str, flag: str) -> None:
         try:
             os.fstat(number)
         except OSError as error:
-            raise UserError(f"cannot write into {path}: {error.strerror}") from None
+            reason = error.strerror
+            raise UserError(f"cannot write into {path}: {reason}. Choose another output") from None
         return
     if os.path.basename(path) in ("", ".", "..") or (found and stat.S_ISDIR(found.st_mode)):
         raise UserError(f"{path} is a folder; --{flag} takes the name of a file")
     target = Path(target_of(path))
-    check_access(target if found and is_stream(path) else target.parent, path)
+    check_access(target if found and is_stream(path) else target.parent, path, flag)
 
 
 def check_folder(path: str | Path, flag: str) -> Path:
-    """Reject, before any work, a path that a folder cannot be written to.
+    """Reject, before any work, a path where no folder can be written.
 
     Returns:
         The folder, which a link may lead to.
@@ -129,12 +132,12 @@ def check_folder(path: str | Path, flag: str) -> Path:
         kind = kind_of(found.st_mode)
         raise UserError(f"cannot write {path}: it is {kind}, not a folder. Name another folder")
     target = Path(target_of(path.rstrip(os.sep) or path))
-    check_access(target, path)
+    check_access(target, path, flag)
     return target
 
 
 def check_folder_in(parent: str, name: str, flag: str) -> Path:
-    """Reject a folder that cannot be written, as `check_folder`; return its path.
+    """Reject a folder that cannot be written, as `check_folder` does; return its path.
 
     Args:
         parent: the folder above it, as the user typed it.
@@ -151,7 +154,7 @@ def _look_at(path: str, flag: str, wanted: str) -> os.stat_result | None:
     if not path:
         raise UsageError(f"--{flag} must name a {wanted}, got ''")
     if _ADDRESS.match(path):
-        raise UserError(f"{path} is an address, and results go to files. Name a {wanted}")
+        raise UserError(f"{path} is an address, not a path on this machine. Name a {wanted}")
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -159,41 +162,50 @@ def _look_at(path: str, flag: str, wanted: str) -> os.stat_result | None:
     except ValueError:  # a NUL
         raise UsageError(f"--{flag} must name a {wanted}, got {path!r}") from None
     except OSError as error:
-        why = "its links lead in a circle" if error.errno == errno.ELOOP else error.strerror
+        why = "its links form a loop" if error.errno == errno.ELOOP else error.strerror
         raise UserError(f"cannot write {path}: {why}. Name another {wanted}") from None
 
 
-def check_access(place: Path, path: str | Path) -> None:
-    """Reject (UserError) `path` if this user may not write to `place`, or to the folder above it.
+def check_access(place: Path, path: str | Path, flag: str) -> None:
+    """Reject (UserError) `path` if this user may not write to `place` or the folder above it.
 
     Args:
         place: a stream or a folder; if it does not exist, the first folder above it that does.
         path: the path to name in the message.
+        flag: the flag that names it.
     """
-    place = next(each for each in (place, *place.absolute().parents) if os.path.lexists(each))
-    needed = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+    candidates = (place, *place.absolute().parents)
+    place = next((each for each in candidates if os.path.lexists(each)), place)
+    advice = f"Choose another folder (--{flag})"
     if not place.is_dir() and not is_stream(place):
-        raise UserError(f"cannot write {path}: {place} is not a folder. Choose another folder")
-    if not os.access(place, needed):
-        raise UserError(f"cannot write {path}: you may not write to {place}. Choose another folder")
+        raise UserError(f"cannot write {path}: {place} is not a folder. {advice}")
+    if not os.access(place, os.W_OK | os.X_OK if place.is_dir() else os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write to {place}. {advice}")
+
+
+def unused(path: str | Path, ending: str = "") -> Path:
+    """Return the first of NAME, NAME-2, NAME-3, ..., each with this ending, where nothing is."""
+    names = itertools.chain([f"{path}"], (f"{path}-{number}" for number in itertools.count(2)))
+    return next(Path(name + ending) for name in names if not os.path.lexists(name + ending))
 
 
 def open_own(path: str | Path, mode: str, is_code: bool = False, **options: Any) -> IO[Any]:
-    """Open a file that this program keeps for itself, if nobody else can have prepared it.
+    """Open one of the program's own files, if no other user can have prepared it.
 
-    It must be a file and no link, with one name only if it is written, and belong to this user,
-    to root or to the owner of its folder, who could replace it anyway. Others must not be able to
-    write to it, unless they may write to the whole folder, as on disks without permissions.
+    It must be a file, not a link, and if it is written, it must have only one name. It must belong
+    to this user, to root, to the owner of its folder, or to a group that may write to the folder:
+    they could replace it anyway. Other users must not be able to write to it, unless everyone may
+    write to the folder, as on disks without permissions.
 
     Args:
         path: the file.
-        mode: as in open; nothing is cut off before the file has been looked at.
-        is_code: what it contains is run: it must belong to this user or root, and nobody else may
+        mode: as in open; nothing is truncated before the file has been checked.
+        is_code: its content is executed: it must belong to this user or root, and nobody else may
             write to it.
         options: more arguments of open.
 
     Raises:
-        UserError: it is something else; the text says what.
+        UserError: another user may have prepared it; the message says why.
         OSError: it cannot be opened.
     """
 
@@ -226,31 +238,40 @@ def _not_own(path: str, fault: str) -> UserError:
 
 
 def _fault(found: os.stat_result, path: str, flags: int, is_code: bool) -> str | None:
-    """Say why others may have prepared a file; None if they cannot have."""
+    """Describe why another user may have prepared a file; None if that is impossible."""
     if not stat.S_ISREG(found.st_mode):
         return f"is {kind_of(found.st_mode)}, not a file"
     if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
-        return "is also the file of another name"
+        return "has a second name (a hard link)"
     if not hasattr(os, "geteuid"):  # Windows has no such owners
         return None
     folder = os.stat(os.path.dirname(path) or ".")
     owners = {os.geteuid(), 0} | (set() if is_code else {folder.st_uid})
-    if found.st_uid not in owners:
+    if found.st_uid not in owners and (is_code or not _is_shared(found, folder)):
         return f"belongs to user {found.st_uid}"
     open_to_all = folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
     others = stat.S_IWGRP | stat.S_IWOTH if is_code else 0 if open_to_all else stat.S_IWOTH
     return "can be changed by other users" if found.st_mode & others else None
 
 
+def _is_shared(found: os.stat_result, folder: os.stat_result) -> bool:
+    """Return whether a file is of a group that works in its folder, and that nobody else may use.
+
+    Each of its members could replace the file anyway, and only they can give it this group.
+    """
+    writers = folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH | stat.S_ISVTX)
+    return writers == stat.S_IWGRP and found.st_gid == folder.st_gid
+
+
 def check_own_folder(path: Path) -> None:
-    """Make a folder of this user's own, or close one that others may write to.
+    """Create a folder of this user's own, or make an existing one writable for this user alone.
 
     Raises:
         UserError: it is not a folder, or it belongs to another user.
         OSError: it cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o755, exist_ok=True)
     if not hasattr(os, "geteuid"):  # Windows
         return
     for found in (path.lstat(), path.stat()):
@@ -258,6 +279,6 @@ def check_own_folder(path: Path) -> None:
             raise UserError(f"{path} belongs to user {found.st_uid}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         try:
-            path.chmod(0o700)
+            path.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
         except OSError:
             raise UserError(f"{path} can be changed by other users") from None

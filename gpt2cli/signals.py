@@ -1,7 +1,7 @@
 """Requests to stop: Ctrl-C (SIGINT), SIGTERM, and SIGHUP from a terminal that closes.
 
-The first one raises an exception in the main thread, or is only noted where the work must be saved
-first (`noted`). The second one ends the process at once, even during a long call of TensorFlow.
+The first request raises an exception in the main thread. Where the work must be saved first, it is
+only noted (`noted`). The second one ends the process at once, even during a long TensorFlow call.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from types import FrameType
 from gpt2cli import console
 
 ENDED = 128  # a shell adds this to a signal's number in an exit status
-SAME = 0.5  # seconds; `timeout`, systemd and a closing terminal send two signals for one request
+SAME = 0.5  # seconds: `timeout`, systemd and a closing terminal send two signals for one request
 AGAIN = "run the same command again"  # for messages
-LEAVE = 1.0  # seconds that a second request leaves for removing unfinished files
+LEAVE = 1.0  # seconds after a second request in which unfinished files can be removed
 
 
 class Stopped(SystemExit):
@@ -26,7 +26,7 @@ class Stopped(SystemExit):
     Attributes:
         number: the signal.
         name: its name for messages.
-        is_second: whether to end at once, without a library's work at the end of the process.
+        is_second: whether to end at once, without the libraries' work at exit.
     """
 
     def __init__(self, number: int, is_second: bool = False) -> None:
@@ -43,7 +43,7 @@ class Stop:
         self._at = 0.0  # time.monotonic()
 
     def count(self, number: int) -> int:
-        """Note a signal: 1 for the first request, 2 for a later one, 0 for one of the first."""
+        """Note a signal; return 1 for the first request, 2 for a later one, 0 for a duplicate."""
         now = time.monotonic()
         if not self.received:
             self.received, self._at = number, now
@@ -60,7 +60,7 @@ class _Requests:
         is_noting: whether the main thread is inside `noted`.
         answer: the line to print there.
         raised: the signal that raised an exception, or 0.
-        is_watched: whether the thread of `install` runs.
+        is_watched: whether this process is a command; the thread of `install` runs.
     """
 
     def __init__(self) -> None:
@@ -73,27 +73,38 @@ class _Requests:
 _requests = _Requests()
 
 
-def install() -> None:
+def install() -> Callable[[], None]:
     """Let the signals stop the command that this process runs.
 
-    Ctrl-C and SIGTERM stop it even if they were ignored: a shell script starts its background
-    commands without Ctrl-C, but may send it, and a container's first process ignores every signal
-    that it does not handle.
+    Ctrl-C and SIGTERM stop it even if they are ignored at the start: a shell script starts its
+    background commands with SIGINT ignored, but may send it to them, and a container's first
+    process ignores every signal for which it has no handler.
+
+    Returns:
+        A function that restores the handlers, for a Python program that continues afterwards.
     """
     _requests.handled, _requests.arrived, _requests.raised = Stop(), Stop(), 0
-    for number in _numbers():
-        signal.signal(number, _handle)
-    if not _requests.is_watched:
-        _requests.is_watched = True
-        reader, writer = os.pipe()
+    before = {number: signal.signal(number, _handle) for number in _numbers()}
+    reader, writer = os.pipe()
+    if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on, and needs it nowhere
         os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=_watch, args=[reader], daemon=True).start()
+    others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    was_watched, _requests.is_watched = _requests.is_watched, True
+    threading.Thread(target=_watch, args=[reader], daemon=True).start()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _requests.is_watched = was_watched
+        signal.set_wakeup_fd(others)
+        os.close(writer)  # which ends the thread
+
+    return restore
 
 
 @contextlib.contextmanager
 def noted(answer: str = "") -> Iterator[Stop]:
-    """Only note the first request while the block runs, which has to look at the Stop.
+    """Only note the first request while the block runs; the block must check the Stop.
 
     Args:
         answer: the line to print when it arrives, if any.
@@ -114,8 +125,23 @@ def noted(answer: str = "") -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """In a command, raise the exception of a request only at the end of the block.
+
+    In another Python program its own handlers decide.
+    """
+    if not _requests.is_watched:
+        yield
+        return
+    with noted() as stop:
+        yield
+    if stop.received:
+        raise stopped(stop.received)
+
+
 def check() -> None:
-    """Raise the exception of a request again, if a library turned it into one of its own."""
+    """Raise a request's exception again, if a library has replaced it by one of its own."""
     if _requests.raised:
         raise stopped(_requests.raised)
 
@@ -136,24 +162,29 @@ def leaving(describe: Callable[[], str]) -> Iterator[None]:
 
 
 def keep_ctrl_c() -> None:
-    """From now on let Ctrl-C raise KeyboardInterrupt only, which does not stop the command."""
+    """From now on, let each Ctrl-C raise KeyboardInterrupt, which the command handles itself."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _numbers() -> list[int]:
-    """Return the signals that are requests to stop; under nohup SIGHUP is none."""
-    found = [int(signal.SIGINT), int(signal.SIGTERM)]
+    """Return the signals that are requests to stop.
+
+    Under nohup, SIGHUP is not one. Nor is a signal that a program handles in C, for which Python
+    returns None: Python could not restore that handler.
+    """
+    found = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        found.append(int(signal.SIGHUP))  # Windows has none
-    return found
+        found.append(signal.SIGHUP)  # Windows has none
+    return [int(number) for number in found if signal.getsignal(number) is not None]
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     order = _requests.handled.count(number)
     if not order:
         return
-    console.stop_waiting()
+    if _requests.is_watched:  # another program's output is not this module's
+        console.stop_waiting()
     if _requests.is_noting and order == 1:
         if _requests.answer:
             console.say(_requests.answer)
@@ -172,3 +203,4 @@ def _watch(reader: int) -> None:
         if is_ours and _requests.arrived.count(number) > 1:
             time.sleep(LEAVE)
             os._exit(ENDED + number)
+    os.close(reader)

@@ -51,8 +51,8 @@ def without_noise() -> Iterator[None]:
 
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # a setting for other programs would break this one
-# an exception while libraries are loaded would become a different one
-with signals.noted() as _stop, without_noise():
+# a library would replace an exception that is raised while it is loaded
+with signals.deferred(), without_noise():
     import tensorflow as tf
 
     if not console.verbose:
@@ -67,8 +67,6 @@ with signals.noted() as _stop, without_noise():
     if OLDEST <= VERSION < QUIET and not os.environ.get("TF_CONFIG"):
         tf.function(lambda: tf.constant(0) + 1, jit_compile=True)()
 
-if _stop.received:
-    raise signals.stopped(_stop.received)
 if VERSION < OLDEST:
     raise UserError(
         f"TensorFlow {tf.__version__} is too old: gpt2cli needs {'.'.join(map(str, OLDEST))} or "

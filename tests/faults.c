@@ -1,4 +1,4 @@
-/* A failing disk and a wrong clock: a library that LD_PRELOAD puts before libc, for test_faults.py.
+/* A failing disk and a wrong clock: a library for test_faults.py, which LD_PRELOAD puts before libc.
 
    Only calls on files below FAULT_UNDER are counted, by kind: open (for writing), write, flush,
    sync, close, rename, unlink, read. TensorFlow writes with fwrite and reads with pread.
@@ -89,7 +89,7 @@ static int is_file(int fd) {
     return is_path(path);
 }
 
-/* Die if this is the place; called before and after a call. */
+/* Die if the process is to be killed here; called before and after each call. */
 static void place(const char *kind) {
     if (is_listed(kills, kind) && ++places == kill_at)
         kill(getpid(), SIGKILL);
@@ -105,7 +105,7 @@ static int has_failed(const char *kind) {
     return 1;
 }
 
-/* How many of `size` bytes the disk still takes; -1 (and errno) if none. */
+/* Return how many of `size` bytes fit on the disk; -1 (and errno) if none. */
 static ssize_t fitting(size_t size) {
     if (room < 0 || !size)
         return size;
@@ -199,7 +199,7 @@ int fflush(FILE *file) {
 
 int fsync(int fd) { FAULTY("sync", is_file(fd), -1, REAL(fsync)(fd)); }
 
-/* A file that fails to close is closed all the same. */
+/* A file that fails to close is closed nevertheless. */
 static int close_badly(int fd) {
     REAL(close)(fd);
     errno = error;

@@ -1,4 +1,4 @@
-"""Commands in processes with a failing disk, a wrong clock, or an end at a chosen call.
+"""Run commands in processes with a failing disk or a wrong clock, or killed at a chosen call.
 
 Run as a program, this is a server that has loaded gpt2cli and TensorFlow behind the library of
 faults.c. It forks a process for each command that it reads: that takes a third of a second, where a
@@ -81,7 +81,7 @@ def serve():
     import gpt2cli.training.devices
     import gpt2cli.training.run  # noqa: F401
 
-    for line in os.fdopen(os.dup(0)):  # a stream that was read from cannot be reconfigured
+    for line in os.fdopen(os.dup(0)):  # a stream that has been read cannot be reconfigured
         task = json.loads(line)
         child = os.fork()
         if not child:

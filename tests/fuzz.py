@@ -6,6 +6,7 @@ test_bad_input.py is the short form without it.
 
 import bz2
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -264,6 +265,7 @@ def targets():
     }
 
 
+@functools.cache
 def seeds():
     """Return name of a target -> valid bytes, from which fuzzing starts."""
     import pyarrow.parquet

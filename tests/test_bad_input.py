@@ -33,9 +33,14 @@ BYTES = st.one_of(
 )
 
 
+JSON_SEEDS = fuzz.json_seeds()
+MANY = pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.slow)])
+
+
+@MANY
 @pytest.mark.parametrize("name", TARGETS)
-def test_any_bytes_are_read_or_rejected_with_a_message(name):
-    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
+def test_any_bytes_are_read_or_rejected_with_a_message(name, examples):
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
     @given(BYTES)
     def check(data):
         read_or_reject(name, data)
@@ -53,12 +58,12 @@ def test_input_found_by_fuzzing_is_read_or_rejected(name, data):
         TARGETS[name](data)
 
 
-@pytest.mark.parametrize("name", fuzz.json_seeds())
-def test_an_odd_value_at_any_place_of_a_json_file_is_read_or_rejected(name, capsys):
-    seed = fuzz.json_seeds()[name]
+@pytest.mark.parametrize("name", JSON_SEEDS)
+def test_an_odd_value_anywhere_in_a_json_file_is_read_or_rejected(name):
+    seed = JSON_SEEDS[name]
     spots = [*fuzz.places(seed)]
 
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=10, deadline=None, database=None, derandomize=True)
     @given(st.sampled_from(spots), st.sampled_from(fuzz.ODD) | JSON.map(json.dumps))
     def check(spot, odd):
         read_or_reject(name, fuzz.with_odd(seed, spot, odd).encode())
@@ -67,16 +72,16 @@ def test_an_odd_value_at_any_place_of_a_json_file_is_read_or_rejected(name, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fuzz.json_seeds())
-def test_every_odd_value_at_every_place_of_a_json_file_is_read_or_rejected(name):
-    seed = fuzz.json_seeds()[name]
+@pytest.mark.parametrize("name", JSON_SEEDS)
+def test_every_odd_value_everywhere_in_a_json_file_is_read_or_rejected(name):
+    seed = JSON_SEEDS[name]
     for spot in fuzz.places(seed):
         for odd in fuzz.ODD:
             read_or_reject(name, fuzz.with_odd(seed, spot, odd).encode())
 
 
 def read_or_reject(name, data):
-    """Read some bytes; a UserError must be one line that can be read."""
+    """Read some bytes; a UserError must be one readable line."""
     try:
         TARGETS[name](data)
     except UserError as error:
@@ -90,7 +95,7 @@ def test_a_key_with_two_values_is_rejected(text):
         files.parse_object(text, "x.json")
 
 
-def test_a_key_twice_with_one_value_is_read():
+def test_a_repeated_key_with_one_value_is_read():
     assert files.parse_object('{"a": 1, "a": 1}', "x.json") == {"a": 1}
 
 
@@ -100,15 +105,15 @@ def test_a_key_twice_with_one_value_is_read():
      ("-1", None), ("+1", None), (" 1", None), ("1_0", None), ("\u0663", None), ("\u00b2", None),
      ("", None), ("1.0", None), ("1\n", None), (7, None), (None, None)],
 )  # fmt: skip
-def test_a_number_in_a_text_has_ascii_digits_alone(text, number):
+def test_a_number_in_a_text_has_only_ascii_digits(text, number):
     assert counts.whole_of(text) == number
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None, [1], -1, 2**31, 10**4000])
-def test_a_whole_number_of_json_is_nothing_else(value):
+def test_only_an_integer_is_a_whole_number_in_json(value):
     assert not counts.is_whole(value) and counts.is_whole(1)
 
 
 @pytest.mark.parametrize("value", [True, "1", None, 10**4000, float("nan"), float("inf"), 1e31])
-def test_a_real_number_of_json_is_finite(value):
+def test_a_real_number_in_json_is_finite(value):
     assert not counts.is_real(value) and counts.is_real(1) and counts.is_real(-1.5)

@@ -320,7 +320,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_closed_stream_is_no_error_unless_the_result_goes_there(tmp_path):
+def test_a_closed_stream_is_not_an_error_unless_the_result_goes_there(tmp_path):
     import subprocess
 
     from conftest import ROOT

@@ -125,14 +125,14 @@ def test_it_ends_as_a_user_who_is_not_root_with_the_command_as_process_one(name)
     assert arguments(name, "WORKDIR")[-1] == "/gpt2cli"
 
 
-def test_both_have_the_same_steps_but_for_the_packages():
+def test_both_dockerfiles_have_the_same_steps_except_for_the_packages():
     cpu, gpu = (steps(name) for name in DOCKERFILES)
     differing = [pair for pair in zip(cpu, gpu, strict=True) if pair[0] != pair[1]]
     assert differing == [("ARG PACKAGES=cpu", "ARG PACKAGES=gpu")]
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
-def test_packages_are_installed_before_the_sources_come_and_only_with_checksums(name):
+def test_packages_are_installed_before_the_sources_and_only_with_checksums(name):
     order = steps(name)
     installs = [i for i, step in enumerate(order) if "pip install" in step]
     first, last = installs
@@ -261,7 +261,7 @@ def test_the_cpu_image_is_built_and_samples_from_tiny_as_its_own_user(tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 
-    # The script builds on a Debian of its own, which has another digest.
+    # The script builds on its own Debian, which has another digest.
     text = (ROOT / "Dockerfile.cpu").read_text(encoding="utf-8")
     (tmp_path / "Dockerfile").write_text(re.sub("@sha256:[0-9a-f]+", "", text), encoding="utf-8")
     run(str(tmp_path / "Dockerfile"), tag, timeout=1800)

@@ -90,7 +90,7 @@ def outcome(name):
 
 
 def check_run(faulty, name, steps):
-    """A run that a fault hit is usable, and resumes to what an undisturbed run leaves."""
+    """Check that a run is usable after a fault, and resumes to the result of a run without one."""
     result = faulty("sample", "--run_name", name, "--length", 2, "--seed", 1)
     assert result.returncode == 0 and "damaged" not in result.stderr, result.stderr
     result = faulty(*TRAIN, "--run_name", name, "--steps", steps)
@@ -193,7 +193,7 @@ def test_training_continues_when_a_call_fails(faulty, trained, kind, number):
 
 
 @pytest.mark.slow
-def test_a_disk_that_becomes_read_only_stops_no_training(faulty, mini):
+def test_a_disk_that_becomes_read_only_does_not_stop_training(faulty, mini):
     words = ("train", "text.txt", *FLAGS, "--save_every", 1, "--steps", 3, "--run_name", "hit")
     faults = {"under": mini / "checkpoint", "fail": "open,rename,unlink", "errno": errno.EROFS}
     result = faulty(*words, **faults, at=30)  # among the renames of the first checkpoint
@@ -254,7 +254,7 @@ def test_lines_of_the_log_that_are_lost_are_reported(tmp_path, capsys):
     assert "log.jsonl lacks the lines after step 1" in capsys.readouterr().err
 
 
-def test_a_clock_that_goes_back_keeps_permanent_checkpoints_coming(tmp_path, monkeypatch):
+def test_permanent_checkpoints_continue_after_the_clock_is_put_back(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     saves = Checkpoints(HeldFolder(tmp_path / "run"), ModelFolder(tmp_path / "run"), 0, True)
     plan = types.SimpleNamespace(
@@ -329,7 +329,7 @@ def writing(workdir):
 
 
 def check_writer(faulty, words, faults):
-    """A writer that a fault hits leaves its old output or the new one, and then succeeds again."""
+    """Check that after a fault a writer leaves its old or new output, and next time succeeds."""
     assert faulty(*words).returncode == 0
     new = content("out")
     assert new
@@ -388,7 +388,7 @@ def test_the_advice_fits_the_fault(faulty, writing):
 
 
 @pytest.mark.slow
-def test_files_that_cannot_be_read_are_one_line(faulty, writing):
+def test_files_that_cannot_be_read_are_reported_in_one_line(faulty, writing):
     messages = set()
     for words in (*WRITERS.values(), ("evaluate", "text.txt", "--model_name", "tiny")):
         for at in (1, 2, 3, 5, 8, 12, 20, 30, 45, 60):
@@ -498,7 +498,7 @@ CHANGES = [
         (*("--sampling", "documents", "--batch_size", 4, "--seed", 8, "--lr_schedule", "linear"),),
         "resumed with changes: --sampling documents (was random), --batch_size 4 (was 1), "
         "--lr_schedule linear (was constant), --seed 8 (was 7)\n"
-        "the text continues as if each step so far had read 4 rows\n",
+        "the text continues as if each earlier step had read 4 rows\n",
     ),
     (("--model_name", "tiny"), "--model_name tiny is ignored: this run started from mini."),
     (("--dataset", "other.txt"), "resumed with changes: another text in --dataset\n"),
@@ -538,6 +538,6 @@ def test_another_text_or_number_of_devices_is_named():
     assert changes(before, plan) == [] == changes({"step": 3}, plan)
     before["flags"] |= {"text": 4, "devices": 1}
     named, place, held_out = changes(before, plan)
-    assert named == "resumed with changes: devices 2 (were 1), another text in --dataset"
-    assert place == "the text continues as if each step so far had read 2 rows"
-    assert "other documents are held out than before" in held_out
+    assert named == "resumed with changes: devices 2 (was 1), another text in --dataset"
+    assert place == "the text continues as if each earlier step had read 2 rows"
+    assert "holds out other documents than before" in held_out

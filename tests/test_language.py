@@ -29,6 +29,11 @@ BANNED = (
     r"\b(is|are|be|would be) learnt\b",  # counts in the loss
     r"\bits kind is\b",  # is a ... file
     r"\b(is|are|be|also) packed\b",  # compressed
+    r"\b(end|stop|hold up)s? no (command|run|work|training|stop)\b",  # does not end
+    r"\bhalf a surrogate\b",  # a lone surrogate
+    r"\bin a circle\b",  # a loop
+    r"\bstands? in the (log|file)\b",  # is in
+    r"\b(is|are) made again\b",  # written, encoded, converted again
 )
 PATTERN = re.compile("|".join(BANNED), re.IGNORECASE)
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]

@@ -1,4 +1,4 @@
-"""Paths are looked at before they are touched: what the user names, and what others left there."""
+"""Paths are checked before anything is written: those that users name, and the program's own."""
 
 import contextlib
 import io
@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from gpt2cli import files, paths
+from gpt2cli import files, locks, paths
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines import litert_program
 from gpt2cli.model.network import GPT2, random_weights
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.remote import transfer
-from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.storage import checkpoint, destinations, folders, runs
 from gpt2cli.storage.held import HeldFolder
 from gpt2cli.text import encoder
 from gpt2cli.training.journal import Journal
@@ -68,7 +68,7 @@ def a_run(texts):
 
 
 def device(path, minor):
-    """Make a device of our own; without the right to make one, a test with devices is skipped."""
+    """Make a device; skip the test if this user may not."""
     try:
         os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
         open(path, "wb").close()
@@ -180,9 +180,9 @@ def test_an_output_that_cannot_be_a_file_is_rejected_before_any_work(
     for out, said in (
         (f"full-{name}", "is a folder"),
         (f"link-{name}", "is a folder"),
-        (f"loop-{name}", "its links lead in a circle"),
+        (f"loop-{name}", "its links form a loop"),
         (f"file/{name}", "Not a directory"),
-        (f"loop-{name}/{name}", "its links lead in a circle"),
+        (f"loop-{name}/{name}", "its links form a loop"),
         (f"gs://bucket/{name}", "is an address"),
         (f"{'x' * 300}{name}", "File name too long"),
     ):
@@ -200,14 +200,14 @@ def test_an_empty_output_and_one_that_ends_in_a_slash_are_rejected(cli, texts):
 
 
 @posix
-def test_several_files_are_not_written_beside_a_device(cli, texts):
+def test_several_outputs_are_not_written_beside_a_device(cli, texts):
     os.mkfifo("pipe")
     one_line(cli(*SAMPLE, "--nfiles", 2, "--out", "pipe"), "pipe is not a file")
     assert not list(Path().glob("pipe-*"))
 
 
 @posix
-def test_a_job_into_a_pipe_says_that_one_process_writes_it(cli, prompts):
+def test_a_job_into_a_pipe_reports_that_one_process_writes_it(cli, prompts):
     os.mkfifo("pipe")
     words = ("sample", "--model_name", "tiny", "--prompts", "prompts.txt", "--length", 2)
     with reader(Path("pipe")) as got:
@@ -219,8 +219,8 @@ def test_a_job_into_a_pipe_says_that_one_process_writes_it(cli, prompts):
 
 @posix
 @pytest.mark.parametrize("how", ["append", pytest.param("replace", marks=pytest.mark.slow)])
-def test_an_open_file_of_the_shell_is_written_where_it_stands(cli, texts, how):
-    """As `--out /dev/stdout >> log` is: the log keeps its lines and stays the same file."""
+def test_an_open_file_of_the_shell_is_written_at_its_position(cli, texts, how):
+    """For example `--out /dev/stdout >> log`: the log keeps its lines and stays the same file."""
     Path("log").write_text("OLD\n")
     before = identity("log")
     with open("log", "ab" if how == "append" else "wb") as log:
@@ -237,7 +237,7 @@ def test_an_open_file_of_the_shell_is_written_where_it_stands(cli, texts, how):
 
 
 @posix
-def test_names_of_open_files():
+def test_paths_of_open_files_are_recognized():
     names = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2, "/dev/fd/63": 63}
     names |= {"/proc/self/fd/7": 7, "/dev/null": None, "/dev/fd/": None, "/dev/fd/x": None}
     assert {name: paths.descriptor_of(name) for name in names} == names
@@ -300,7 +300,7 @@ def test_a_folder_that_is_something_else_is_rejected_before_any_work(cli, a_run,
     with socket.socket(socket.AF_UNIX) as made:
         made.bind("socket")
     kinds = [("pipe", "is a pipe"), ("socket", "is a socket"), ("file", "is a file")]
-    kinds += [("link", "is a file"), ("loop", "in a circle"), ("dangling", "does not exist")]
+    kinds += [("link", "is a file"), ("loop", "form a loop"), ("dangling", "does not exist")]
     kinds += [("x" * 300, "File name too long")]
     if IS_ROOT:
         device("null", NULL)
@@ -346,11 +346,21 @@ def test_a_file_keeps_its_permissions_when_it_is_replaced(cli, texts):
     assert "SAMPLE 1" in Path("secret.txt").read_text()
 
 
+@posix
+def test_a_private_file_is_private_from_the_start(tmp_path, monkeypatch):
+    """Whoever opened it before its permissions were set could read what is written later."""
+    (tmp_path / "secret").write_text("old")
+    (tmp_path / "secret").chmod(0o600)
+    monkeypatch.setattr(os, "chmod", lambda *_: None)
+    with files.replacing(tmp_path / "secret") as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+
+
 # Files that others may have put there
 
 
 def prepared(path, how, target):
-    """Put something at a path that is no file of ours."""
+    """Put something at a path that is not the program's own file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if how == "link":
         path.symlink_to(target)
@@ -375,7 +385,7 @@ def prepared(path, how, target):
 HOW = {
     "link": "is a link",
     "dangling link": "is a link",
-    "second name": "is also the file of another name",
+    "second name": "has a second name",
     "pipe": "is a pipe",
     "folder": "is a folder",
     "writable by all": "can be changed by other users",
@@ -430,7 +440,7 @@ def test_a_file_of_ours_that_others_prepared_is_rejected(cli, mini, own, how):
 
 @posix
 @pytest.mark.parametrize("how", HOW)
-def test_open_own(tmp_path, how):
+def test_open_own_rejects_files_that_others_may_have_prepared(tmp_path, how):
     if how in ("another user's", "device") and not IS_ROOT:
         pytest.skip("only root makes such files")
     (tmp_path / "precious").write_text("PRECIOUS")
@@ -443,7 +453,7 @@ def test_open_own(tmp_path, how):
 
 @posix
 def test_the_files_of_ordinary_users_are_opened(tmp_path):
-    """With any umask; of a group; on a disk where everybody may do everything."""
+    """With any umask, with a shared group, and on a disk without permissions."""
     for umask in (0o000, 0o002, 0o022, 0o077):
         before = os.umask(umask)
         try:
@@ -478,12 +488,34 @@ def test_the_owner_of_a_folder_may_own_the_files_in_it(tmp_path):
         paths.open_own(tmp_path / "home/own", "rb", is_code=True)
 
 
+@posix
+@needs_root
+def test_a_group_shares_the_files_in_its_folder(tmp_path):
+    """One of them resumes what another one began, as with a umask of 002."""
+    place = tmp_path / "group"
+    place.mkdir()
+    (place / "own").write_text("x")
+    os.chown(place, 0, 777)
+    os.chown(place / "own", 12345, 777)
+    modes = {0o2775: True, 0o770: True, 0o2755: False, 0o3775: False, 0o2777: False}
+    for mode, is_shared in modes.items():
+        place.chmod(mode)
+        with contextlib.nullcontext() if is_shared else pytest.raises(UserError, match="12345"):
+            paths.open_own(place / "own", "r+").close()
+        with pytest.raises(UserError, match="belongs to user 12345"):
+            paths.open_own(place / "own", "rb", is_code=True)
+    place.chmod(0o2775)
+    os.chown(place / "own", 12345, 778)
+    with pytest.raises(UserError, match="belongs to user 12345"):
+        paths.open_own(place / "own", "r+")
+
+
 def test_a_lock_is_removed_only_by_its_holder(tmp_path):
     """Its folder was renamed, and another command works in a new folder of the same name."""
     folder = tmp_path / "run"
-    with files.locked(folder / ".lock", "train"):
+    with locks.locked(folder / ".lock", "train"):
         folder.rename(tmp_path / "moved")
-        with files.locked(folder / ".lock", "train"):
+        with locks.locked(folder / ".lock", "train"):
             pass
         folder.joinpath(".lock").write_text("of another command")
     assert (folder / ".lock").exists() and not (tmp_path / "moved/.lock").exists()
@@ -612,7 +644,7 @@ def garbage(content, other):
     }
 
 
-def test_a_cached_program_that_is_damaged_is_made_again(cache, capsys):
+def test_a_damaged_cached_graph_is_converted_again(cache, capsys):
     good, _ = make(), make(ModelConfig(41, 16, 8, 2, 1))
     assert capsys.readouterr().err == ""
     mine, other = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
@@ -621,13 +653,13 @@ def test_a_cached_program_that_is_damaged_is_made_again(cache, capsys):
         mine.write_bytes(damaged)
         again = make()
         assert packed(again) == packed(good), what
-        assert capsys.readouterr().err.count("; the program is made again\n") == 1, what
+        assert capsys.readouterr().err.count(". The graph is converted again\n") == 1, what
         assert mine.read_bytes() == content, what
     make()
     assert capsys.readouterr().err == ""
 
 
-def test_a_cached_program_that_cannot_be_parsed_is_made_again(cache, capsys, monkeypatch):
+def test_a_cached_graph_that_cannot_be_parsed_is_converted_again(cache, capsys, monkeypatch):
     make()
     (path,) = cache.iterdir()
     content = path.read_bytes()
@@ -640,7 +672,7 @@ def test_a_cached_program_that_cannot_be_parsed_is_made_again(cache, capsys, mon
 
 @posix
 @pytest.mark.parametrize("how", [how for how in HOW if how != "second name"])
-def test_a_cached_program_that_others_prepared_is_not_used(cache, capsys, how, tmp_path):
+def test_a_cached_graph_that_others_prepared_is_not_used(cache, capsys, how, tmp_path):
     if how in ("another user's", "device") and not IS_ROOT:
         pytest.skip("only root makes such files")
     make()
@@ -652,29 +684,40 @@ def test_a_cached_program_that_others_prepared_is_not_used(cache, capsys, how, t
         path.write_bytes(content)
     made = make()
     said = capsys.readouterr().err
-    assert f"{path.name} {HOW[how]}" in said and "the program is made again" in said
+    assert f"{path.name} {HOW[how]}" in said and "graph is converted again" in said
     assert packed(made) == packed(litert_program._parsed(content[32:]))
     assert (tmp_path / "precious").read_bytes() == content
 
 
 @posix
-def test_the_cache_is_closed_to_others(cache, capsys):
+def test_only_its_owner_can_write_to_the_cache(cache, capsys):
     before = os.umask(0o002)
     try:
         make()
     finally:
         os.umask(before)
     (path,) = cache.iterdir()
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    path.chmod(0o660)  # of a version that did not close the folder
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o755
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # as in an image that root has built
+    path.chmod(0o664)  # of a version that did not close it to others
     cache.chmod(0o775)
     litert_program._checked.cache_clear()
     make()
     assert "can be changed by other users" in capsys.readouterr().err
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o755
     make()
     assert capsys.readouterr().err == ""
+
+
+def test_a_cached_program_that_cannot_be_read_is_not_called_damaged(cache, capsys, monkeypatch):
+    def open_own(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    make()
+    monkeypatch.setattr(paths, "open_own", open_own)
+    assert make().size
+    said = capsys.readouterr().err
+    assert "cannot read" in said and ": Permission denied. The graph is converted again" in said
 
 
 @posix
@@ -697,7 +740,7 @@ def test_a_cache_folder_that_is_not_ours_is_not_used(cache, capsys, how, tmp_pat
         file, _ = litert_program._nameless_file()
         file.close()
     said = capsys.readouterr().err
-    assert said.count("so no programs are kept there. Set XDG_CACHE_HOME") == (how != "a file")
+    assert said.count("so no graphs are kept there. Set XDG_CACHE_HOME") == (how != "a file")
     assert how == "a file" or not list(cache.iterdir())
 
 
@@ -724,7 +767,7 @@ MOVED = (*TRAIN, "--run_name", "a", "--save_every", 2, "--seed", 1)
 
 @posix
 def test_a_run_follows_its_folder(cli, mini, monkeypatch):
-    """It is renamed, others take its name, and the folder above it is renamed."""
+    """It is renamed, another folder takes its name, and the folder above it is renamed."""
 
     def rename():
         os.rename("checkpoint/a", "checkpoint/b")
@@ -858,8 +901,8 @@ def test_a_path_that_cannot_be_read_back_is_rejected_before_training(cli, a_run,
 @posix
 @pytest.mark.parametrize("name", READABLE)
 def test_a_path_that_only_looks_odd_is_used(tmp_path, name):
-    assert checkpoint.can_read_back([name, "model-1"])
-    folders.check_path(tmp_path / name)
+    assert destinations.can_read_back([name, "model-1"])
+    destinations.check_path(tmp_path / name)
 
 
 @posix

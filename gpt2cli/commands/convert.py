@@ -99,7 +99,7 @@ def run(options: ConvertOptions) -> None:
 
 def check_paths(options: ConvertOptions) -> None:
     """Reject (UserError) wrong paths before anything is read."""
-    from gpt2cli.storage import folders
+    from gpt2cli.storage import destinations
 
     src = Path(options.src)
     if not src.exists() and not Path(f"{src}.index").exists():
@@ -113,4 +113,4 @@ def check_paths(options: ConvertOptions) -> None:
             raise UserError(f"--{flag}: nothing at {Path(named).absolute()}. Check the path")
     if options.config is not None and Path(options.config).is_dir():
         raise UserError(f"--config needs a JSON file, but {options.config} is a folder")
-    folders.check_destination(options.dst, options.overwrite, src)
+    destinations.check_destination(options.dst, options.overwrite, src)

@@ -89,7 +89,7 @@ def run(options: DownloadOptions) -> None:
 
 def download_released(model: str, url: str | None, models: str) -> Path:
     """Download one of OpenAI's models, or a mirror's model, to models/NAME; return that folder."""
-    from gpt2cli import files
+    from gpt2cli import locks
     from gpt2cli.model.sizes import ALIASES, RELEASED
     from gpt2cli.remote import manifest, released
 
@@ -103,7 +103,7 @@ def download_released(model: str, url: str | None, models: str) -> Path:
     found = manifest.read(folder)
     if not found.get("opened") or released.intact_names(folder, found, name) != set(released.FILES):
         _check_folder(models, name)
-        with signals.leaving(lambda: _kept(folder)), files.filling(folder, "download"):
+        with signals.leaving(lambda: _kept(folder)), locks.filling(folder, "download"):
             released.fetch_model(url or released.BUCKET, name, folder)
             released.open_checkpoint(folder)
     return folder
@@ -117,7 +117,7 @@ def download_hub(model: str, revision: str, models: str) -> Path:
     """
     import requests
 
-    from gpt2cli import files
+    from gpt2cli import locks
     from gpt2cli.remote import hub, manifest
 
     name = model.removeprefix("hf:")
@@ -127,7 +127,7 @@ def download_hub(model: str, revision: str, models: str) -> Path:
         return folder
     _check_folder(models, folder.name)
     hidden = _check_folder(models, part)
-    with signals.leaving(lambda: _kept(hidden)), files.filling(hidden, "download"):
+    with signals.leaving(lambda: _kept(hidden)), locks.filling(hidden, "download"):
         repository = hub.look_up(name, revision)
         say(f"downloading {repository.url} to {folder}")
         with requests.Session() as session:
@@ -161,13 +161,13 @@ def _check_folder(models: str, name: str) -> Path:
     """Reject a folder that a model cannot be downloaded to or read from; return its path.
 
     Raises:
-        UserError: see `paths.check_folder` and `folders.check_path`; or it is a link, into a folder
-            whose files would be replaced.
+        UserError: see `paths.check_folder` and `destinations.check_path`; or it is a link to a
+            folder whose files would be replaced.
     """
-    from gpt2cli.storage import folders
+    from gpt2cli.storage import destinations
 
     folder = paths.check_folder_in(models, name, "models_dir")
-    folders.check_path(folder)
+    destinations.check_path(folder)
     if name.startswith(".") and folder.is_symlink():
         raise UserError(f"{folder} is a link. Remove it, then run the same command again")
     return folder

@@ -70,7 +70,7 @@ def run(options: EncodeOptions) -> None:
     tally = Tally(found)
     size = sum(path.stat().st_size for path in found.paths)
     n_vocab = vocabulary.n_vocab
-    unwritten = f"{out} is not written: {signals.AGAIN} to start from the beginning"
+    unwritten = f"{out} was not written: {signals.AGAIN} to start from scratch"
     with signals.leaving(lambda: unwritten), progress(size, "B") as bar:
         parts = encoded.encode(
             found.paths,

@@ -48,11 +48,11 @@ def run(options: ExportOptions) -> None:
         UserError: no such run or step, a damaged one, or DST exists or cannot be written.
     """
     from gpt2cli import files
-    from gpt2cli.storage import folders
+    from gpt2cli.storage import destinations, folders
 
     run_folder = folders.run_dir(options.checkpoint_dir, options.run_name)
     folder = folders.open_model(chosen(run_folder, options.step))
-    dst = folders.check_destination(options.dst, options.overwrite, run_folder)
+    dst = destinations.check_destination(options.dst, options.overwrite, run_folder)
 
     from gpt2cli.model.network import weight_shapes  # wrong input was rejected before this import
     from gpt2cli.storage import checkpoint

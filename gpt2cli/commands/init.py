@@ -86,11 +86,11 @@ def run(options: InitOptions) -> None:
     """
     from gpt2cli import files, paths
     from gpt2cli.model.sizes import ALIASES, RELEASED, ModelConfig
-    from gpt2cli.storage import folders
+    from gpt2cli.storage import destinations
     from gpt2cli.text import encoder
 
     folder = paths.check_folder_in(options.models_dir, options.name, "models_dir")
-    folder = folders.check_destination(folder, options.overwrite)
+    folder = destinations.check_destination(folder, options.overwrite)
     n_layer, n_head, n_embd = layer_sizes(options)
     vocabulary = read_vocabulary(options)
     tokens = max(vocabulary.tokens.values()) + 1

@@ -258,7 +258,7 @@ def _write(samples: Iterator[Sample], options: SampleOptions, path: Path | None)
         except (KeyboardInterrupt, SystemExit, BrokenPipeError) as stop:
             if options.nsamples:
                 if path is not None:
-                    say(f"{path} is not written: {signals.AGAIN} to start from the beginning")
+                    say(f"{path} was not written: {signals.AGAIN} to start from scratch")
                 raise
             stopped = stop  # the usual end of an endless run, which keeps its samples
     if path is not None:
@@ -273,6 +273,4 @@ def free_path(folder: Path, options: SampleOptions, model_folder: ModelFolder) -
     assert model_folder.checkpoint is not None
     step = model_folder.checkpoint.name.removeprefix("model-")
     name = f"sample-{step}-seed{options.seed}"
-    suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-    names = (folder / f"{name}{suffix}.{ending}" for suffix in suffixes)
-    return next(path for path in names if not os.path.lexists(path))
+    return paths.unused(folder / name, f".{ending}")

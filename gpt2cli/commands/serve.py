@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import os
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from gpt2cli.inference.generator import LanguageModel
 
 LOG = logging.getLogger(__name__)
-KEY = re.compile(r"[!-~]+")  # what an HTTP header can carry as one word
+KEY = re.compile(r"[!-~]+")  # one word of an HTTP header
 HOST = re.compile(r"[\w.-]+|\[?[\da-fA-F.]*:[\da-fA-F:.]*:[\da-fA-F:.]*\]?", re.ASCII)
-ORIGIN = re.compile(r"[a-z][a-z\d+.-]*://[^\s/?#@]+", re.ASCII | re.IGNORECASE)
+ORIGIN = re.compile(r"[a-z][a-z\d+.-]*://[\w.:\[\]-]+", re.ASCII | re.IGNORECASE)
 RESERVED = 128  # open files besides connections: the model, a reload of it, static files
 
 
@@ -40,12 +41,11 @@ class ServeOptions(CheckpointOptions):
         port: port to listen on; 0 picks a free one and prints it.
         api_key: require this key (Authorization: Bearer KEY). Prefer the environment variable
             GPT2CLI_API_KEY, which other users of the machine cannot see.
-        allowed_hosts: host name to answer for besides localhost and --host, such as the one of a
-            proxy; others are rejected (403). With an API key and without this flag, every name is
-            accepted.
-        allowed_origins: website whose pages may use the server, such as https://books.example
-            (CORS); * allows all and needs an API key. Without this flag, only the server's own page
-            may.
+        allowed_hosts: host name to accept besides localhost and --host, such as a proxy's; others
+            are rejected (403). With an API key and without this flag, every name is accepted.
+        allowed_origins: website whose pages may use the server (CORS), such as
+            https://books.example; * allows all and needs an API key. Without this flag, only the
+            server's own page may use it.
         log_prompts: include prompts in the log.
 
     Limits:
@@ -58,7 +58,8 @@ class ServeOptions(CheckpointOptions):
         max_time: seconds for a request, including its time in the queue (504).
         max_idle: seconds a client may stay silent before its connection is closed (408 in the
             middle of a request).
-        max_connections: simultaneous connections (503). Lowered to fit the limit of open files.
+        max_connections: simultaneous connections (503); lowered if the limit on open files is
+            lower.
 
     Environment:
         GPT2CLI_API_KEY: API key that requests must send; see --api_key.
@@ -110,8 +111,8 @@ class ServeOptions(CheckpointOptions):
         for origin in self.allowed_origins:
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise UsageError(
-                    f"--allowed_origins {origin} is not an origin: give scheme, name and, if it is "
-                    "not the usual one, port, such as https://books.example, without a path"
+                    f"--allowed_origins {origin} is not an origin: give the scheme, the name and "
+                    "any unusual port, such as https://books.example, without a path"
                 )
 
 
@@ -140,47 +141,57 @@ def run(options: ServeOptions) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     from gpt2cli import tensorflow  # slow to import: after all cheap checks
-    from gpt2cli.inference import generator
-    from gpt2cli.serving import service, sites
+    from gpt2cli.serving import service
 
     tensorflow.keep_no_memory()
-
-    def load() -> tuple[LanguageModel, str]:
-        newest = folders.open_source(options)
-        assert newest.checkpoint is not None
-        model = generator.load_model(newest, options.precision)
-        model.network.read_apart()
-        model.warm(options.max_batch)
-        model.longest_token  # noqa: B018, counted here, not while the first request waits
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()  # else a large request makes Python look through all of TensorFlow's objects
-        return model, newest.checkpoint.name
-
-    def leave() -> None:
-        served.should_exit = True
-
     log = logging.getLogger("gpt2cli")  # the parent of every module's
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
     options = fitted(options)
-    shared = service.Service(options, load, leave)
+
+    def leave() -> None:
+        served.should_exit = True
+
+    shared = service.Service(options, functools.partial(load, options), leave)
     served = connections.make_server(routes.make_app(shared), options)
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    LOG.info(
-        "loading %s with %s", folder.checkpoint, tensorflow.describe_devices(options.precision)
-    )
-    LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
-    if not (options.api_key or sites.is_loopback(listener.getsockname()[0])):
-        LOG.warning(
-            "no API key is set: everyone who can reach this address can use the server. To require "
-            "one, set GPT2CLI_API_KEY"
-        )
+    _announce(options, listener, str(folder.checkpoint))
     with _terminated():
         served.run(sockets=[listener])
     if shared.failure:
         raise shared.failure
+
+
+def load(options: ServeOptions) -> tuple[LanguageModel, str]:
+    """Return the newest model, ready to answer at full speed, and the name of its checkpoint."""
+    from gpt2cli.inference import generator
+    from gpt2cli.storage import folders
+
+    newest = folders.open_source(options)
+    assert newest.checkpoint is not None
+    model = generator.load_model(newest, options.precision)
+    model.network.read_apart()
+    model.warm(options.max_batch)
+    model.longest_token  # noqa: B018, counted here, not while the first request waits
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # else a large request makes Python look through all of TensorFlow's objects
+    return model, newest.checkpoint.name
+
+
+def _announce(options: ServeOptions, listener: socket.socket, checkpoint: str) -> None:
+    """Log the model, the address, and who may use it."""
+    from gpt2cli import tensorflow
+    from gpt2cli.serving import sites
+
+    address, port = listener.getsockname()[:2]
+    host = f"[{address}]" if ":" in address else address
+    LOG.info("loading %s with %s", checkpoint, tensorflow.describe_devices(options.precision))
+    LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
+    if not (options.api_key or sites.is_loopback(address)):
+        LOG.warning(
+            "no API key is set: anyone who can reach this address can use the server. To require "
+            "one, set GPT2CLI_API_KEY"
+        )
 
 
 def with_key(options: ServeOptions) -> ServeOptions:
@@ -230,12 +241,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def fitted(options: ServeOptions) -> ServeOptions:
-    """Return the options with as many connections as this process may have."""
+    """Return the options with no more connections than this process may have; report a change."""
     most = fit_connections(options.max_connections)
     if most < options.max_connections:
         LOG.warning(
-            "--max_connections is lowered from %d to %d, because this process may open only a "
-            "limited number of files. Raise that limit with ulimit -n",
+            "--max_connections is lowered from %d to %d, because this process may not open more "
+            "files. To allow more, raise ulimit -n",
             options.max_connections,
             most,
         )

@@ -217,8 +217,8 @@ def run(options: TrainOptions) -> Path:
         UserError: the run cannot start or continue.
         BusyError: another process trains this run, or another host was asked to stop.
     """
-    from gpt2cli import files
-    from gpt2cli.storage import folders, runs
+    from gpt2cli import locks
+    from gpt2cli.storage import destinations, folders, runs
     from gpt2cli.text import encoder
     from gpt2cli.training import hosts, start
 
@@ -227,9 +227,9 @@ def run(options: TrainOptions) -> Path:
     paths.check_folder_in(options.checkpoint_dir, options.run_name, "checkpoint_dir")
     if options.sample_every:
         paths.check_folder_in(options.sample_dir, options.run_name, "sample_dir")
-    folders.check_path(run_folder)
+    destinations.check_path(run_folder)
     cluster = hosts.of_strategy(options.strategy)
-    with files.filling(run_folder, "train") if cluster.is_chief else contextlib.nullcontext():
+    with locks.filling(run_folder, "train") if cluster.is_chief else contextlib.nullcontext():
         if cluster.is_chief:
             runs.clear(run_folder)
         folder, resumed = start.starting_point(options, run_folder)
@@ -282,7 +282,7 @@ def how_to_resume(options: TrainOptions, run: Run | None) -> str:
 
 
 def show(text: str) -> None:
-    """Print the samples of a step; OSError if nothing can be printed now."""
+    """Print the samples of a step; OSError if that fails."""
     try:
         print(text, flush=True)
     except OSError:

@@ -31,7 +31,7 @@ from gpt2cli.formats.statedict import ReadWeight
 from gpt2cli.formats.vocabularies import Vocabulary
 from gpt2cli.model.network import GPT2, W_STDDEV, weight_shapes
 from gpt2cli.model.sizes import SIZES, ModelConfig
-from gpt2cli.storage import checkpoint, folders
+from gpt2cli.storage import checkpoint, destinations, folders
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import encoder
 
@@ -328,7 +328,7 @@ def convert(
             f"{source.path} cannot be converted for transformers, which has no class for GPT2_ML: "
             "its layer norms are in other places than in GPT-2. Leave out --to hf"
         )
-    target = folders.check_destination(dst, overwrite, source.path)
+    target = destinations.check_destination(dst, overwrite, source.path)
     with files.replacing_folder(os.path.abspath(target)) as part:
         difference = _write_checked(source, part, to)
         finish(part)

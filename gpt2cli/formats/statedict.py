@@ -205,7 +205,7 @@ def _sizes_of(names: dict[str, Stored], format: str, where: Path) -> dict[str, A
     for name in (table, positions):
         if len(names[name].shape) != 2:
             raise UserError(f"{names[name].file}: {name} is {list(names[name].shape)}, not 2-D")
-    # a number of more digits is no layer: _check_names_and_shapes rejects the name
+    # a longer number is not a layer's: _check_names_and_shapes rejects the name
     layer = re.compile(re.escape(LAYERS[format]) + r"([0-9]{1,4})\.")
     layers = {int(found[1]) for name in names if (found := layer.match(name))}
     n_vocab, n_embd = names[table].shape

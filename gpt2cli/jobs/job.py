@@ -66,15 +66,7 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     number = len({index // options.nsamples for index, _ in samples})
     count = _count_processes(options, number)
     parts = [Path(f"{options.out}.{k}-of-{count}") for k in range(1, count + 1) if count > 1]
-    job = {k: v for k, v in dataclasses.asdict(options).items() if k not in IRRELEVANT}
-    job["stop"] = list(options.stop)  # JSON has no tuples
-    job["prompts"] = hashlib.sha256(json.dumps(prompts).encode("ascii")).hexdigest()
-    # the index contains the checksum of each tensor
-    job["weights"] = files.digest(f"{folder.checkpoint}.index")
-    job["processes"] = count
-    usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in job}
-    usual["format"] = 1  # of our first versions
-    job["format"] = lines_file.FORMAT
+    job, usual = _record(options, folder, prompts, count)
 
     def kept() -> str:
         found = sum(1 for part in parts for _ in lines_file.read(part)) if parts else lines.count
@@ -101,6 +93,24 @@ def run(options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt]) 
     if made.failures:
         raise UserError(f'{summary}. The lines with "error" give the reasons')
     say(summary)
+
+
+def _record(
+    options: SampleOptions, folder: ModelFolder, prompts: Sequence[Prompt], count: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the job that `lines.gathered` records, and what a key means that a record lacks."""
+    job = {k: v for k, v in dataclasses.asdict(options).items() if k not in IRRELEVANT}
+    usual = {f.name: f.default for f in dataclasses.fields(options) if f.name in job}
+    usual["format"] = 1  # the notes of our first versions do not state it
+    job |= {
+        "stop": list(options.stop),  # JSON has no tuples
+        "prompts": hashlib.sha256(json.dumps(prompts).encode("ascii")).hexdigest(),
+        # the index contains the checksum of each tensor
+        "weights": files.digest(f"{folder.checkpoint}.index"),
+        "processes": count,
+        "format": lines_file.FORMAT,
+    }
+    return job, usual
 
 
 def samples_of(options: SampleOptions, prompts: Sequence[Item]) -> list[tuple[int, Item]]:
@@ -213,7 +223,7 @@ def _launch(
         answered = line and (line.get("index"), line.get("prompt"))
         if lines_file.encoded(answered) != lines_file.encoded(sample):
             raise UserError(
-                f"{parts[0]} to {parts[-1]} do not answer the prompts of this job: one of them was "
+                f"{parts[0]} to {parts[-1]} do not fit the prompts of this job: at least one was "
                 f"changed. Delete {options.out}.part.json to start from scratch"
             )
         lines.add([line])

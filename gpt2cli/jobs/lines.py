@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2cli import __version__, counts, files, paths
+from gpt2cli import __version__, counts, files, locks, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import MAX_SEED
 
-FORMAT = 1  # of a note and its lines; one that earlier versions must not resume gets the next
+FORMAT = 1  # of a note and its lines; raise it when earlier versions must not resume the job
 
 
 class Lines:
@@ -40,7 +40,7 @@ class Lines:
         self.count = len(self.found)
 
     def keep(self, number: int) -> None:
-        """Continue behind the first `number` of the lines in `found`; discard the others."""
+        """Continue after the first `number` of the lines in `found`; discard the others."""
         self.found, self.count = self.found[:number], number
         self._file.truncate(self._ends[number])
 
@@ -73,11 +73,11 @@ def gathered(
 
     Raises:
         BusyError: another process writes it.
-        UserError: it cannot be written, or another number of processes or a later version began
-            it.
+        UserError: it cannot be written, or was begun by another number of processes or by a later
+            version.
     """
     part, note, lock = _beside(path)
-    with files.locked(lock, "sample", target=path):
+    with locks.locked(lock, "sample", target=path):
         before: dict[str, Any] = {}
         if os.path.lexists(part):
             before = _recorded(note, usual)
@@ -98,7 +98,7 @@ def gathered(
             # may be called NAME.3-of-8 too
             for each in sorted({*_parts_of(path, before.get("processes")), *parts}):
                 unfinished, own_note, own_lock = _beside(each)
-                with files.locked(own_lock, "sample", target=each):  # of a process that still runs
+                with locks.locked(own_lock, "sample", target=each):  # of a process that still runs
                     _move_away(each)
                     _move_away(unfinished)
                     own_note.unlink(missing_ok=True)
@@ -120,7 +120,7 @@ def gathered(
 
 
 def _recorded(note: Path, usual: dict[str, Any]) -> dict[str, Any]:
-    """Return the job that a note records; nothing if it is damaged: the lines may be of any job."""
+    """Return the job that a note records; {} if it is damaged: the lines may be of any job."""
     noted = files.read_own(note, FORMAT)
     before = usual | noted
     before["processes"] = before.get("processes") or 1

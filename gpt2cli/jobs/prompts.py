@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2cli import files
+from gpt2cli import files, machine
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.options import FileOptions
@@ -20,8 +21,10 @@ from gpt2cli.text.documents import Record, text_of
 if TYPE_CHECKING:
     from gpt2cli.commands.sample import SampleOptions
 
-MOST = 2**30  # bytes of memory for all prompts of a command, which every process of a job reads
-ITEM = 40  # bytes of an item of a list, and of the number that it is
+# All prompts of a command may need this many bytes of memory, or a quarter of the free memory. Each
+# process of a job reads them. A GiB has 3.7 million prompts of 200 letters, or 22,000 of 1,000 ids.
+LEAST_ROOM = 2**30
+ITEM = 40  # bytes of a list's item and of its number
 
 Prompt = str | list[int] | None  # a text, token ids, or nothing to continue
 
@@ -61,37 +64,35 @@ def read(
 
 @contextlib.contextmanager
 def snapshot(options: SampleOptions, prompts: Sequence[Prompt]) -> Iterator[SampleOptions]:
-    """Write the prompts to OUT.prompts.jsonl, and yield the options of a job that reads this file.
+    """Write the prompts to a temporary file, and yield the options of a job that reads it.
 
-    The processes of a job read it in place of --prompts, which may be a pipe, or be replaced while
-    the job runs. It is removed when the block ends.
+    The processes of a job read this file instead of --prompts, which may be a pipe, or be replaced
+    while the job runs. No other user can read it. It is removed when the block ends.
 
     Raises:
         UserError: it cannot be written.
     """
-    path = Path(f"{options.out}.prompts.jsonl")
     usual: dict[str, Any] = {
         f.name: f.default for f in dataclasses.fields(FileOptions) if f.name != "errors"
     }
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "prompts.jsonl")
         with files.replacing(path, "w", encoding="ascii") as file:
             file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
         yield dataclasses.replace(options, prompts=str(path), **usual)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _all_in(path: Path, options: FileOptions) -> list[Prompt]:
-    """Return the prompts of a file; UserError if there are none, or more than MOST bytes."""
+    """Return the prompts of a file; UserError if there are none, or they need too much memory."""
     found: list[Prompt] = []
-    room = MOST
+    most = room = max(LEAST_ROOM, (machine.free_memory() or 0) // 4)
     for prompt in _prompts_in(path, options):
         found.append(prompt)
         room -= sys.getsizeof(prompt) + ITEM * (len(prompt) if isinstance(prompt, list) else 1)
         if room < 0:
             raise UserError(
-                f"{path} has more prompts than a command keeps: the first {len(found):,} take "
-                f"{MOST:,} bytes of memory. Split the file"
+                f"{path} has too many prompts: the first {len(found):,} need {most:,} bytes of "
+                "memory, the limit. Split the file"
             )
     if not found:
         raise UserError(f"{path} contains no prompt; write one per line")

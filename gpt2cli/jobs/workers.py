@@ -100,7 +100,7 @@ def _start(command: str, options: Any, gpu: str | None, log: IO[bytes]) -> subpr
 def _end_with(prctl: Callable[[int, int], int], parent: int) -> None:
     """Called in a new process: have Linux send it SIGTERM when its parent ends, however it ends.
 
-    Ctrl-C and the end of a terminal reach all processes; only the parent handles them, which sends
+    A terminal sends Ctrl-C and SIGHUP to all processes. Only the parent handles them; it sends
     SIGTERM to the others.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})

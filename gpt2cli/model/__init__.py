@@ -1,5 +1,5 @@
 """The network: token ids in, logits out.
 
-May import: console, counts, errors, files, flags, machine, options, paths, peers, signals,
-tensorflow.
+May import: console, counts, errors, files, flags, locks, machine, options, paths, peers,
+signals, tensorflow.
 """

@@ -126,7 +126,7 @@ class ModelConfig:
             raise UserError(f"{where}: {error}") from None
         except UnicodeEncodeError as error:  # no UTF-8 file can have it
             half = ascii(error.object[error.start])
-            raise UserError(f"{where} has half a character, {half}. Remove it") from None
+            raise UserError(f"{where} has a lone surrogate, {half}. Remove it") from None
         return config
 
     def to_json(self) -> str:

@@ -1,7 +1,7 @@
 """The Hugging Face hub: which files of a repository make a GPT-2, and how they are fetched.
 
-huggingface_hub finds the token (HF_TOKEN, or that of its login). `transfer` asks for the list of
-files and fetches them, because huggingface_hub reads answers of any length, and discards a partial
+huggingface_hub finds the token (HF_TOKEN, or the one of its login). `transfer` fetches the list of
+files and the files, because huggingface_hub reads answers of any length, and discards a partial
 file when it fails.
 """
 
@@ -20,7 +20,7 @@ import urllib3
 
 from gpt2cli import counts, files
 from gpt2cli.errors import UserError
-from gpt2cli.remote import transfer
+from gpt2cli.remote import bodies, transfer
 
 ENDPOINT = "https://huggingface.co"
 # The config is first, as it shows whether the model is a GPT-2 at all.
@@ -38,7 +38,7 @@ WEIGHTS = (
     rf"pytorch_model({_PART}\.bin|\.bin\.index\.json)",
 )
 # Bytes. GPT-2's own listing has 20 kB, and the largest tokenizer.json on the hub about 35 MB
-# (Gemma); its weights are in 1.5B's 6.4 GB, and a file may hold those of a model 16 times larger.
+# (Gemma's). GPT-2's largest weights, of 1.5B, have 6.4 GB; a file may have 16 times as much.
 LISTING = 1 << 24
 MOST_DESCRIPTION = 1 << 27
 MOST_WEIGHTS = 16 * 4 * 1_600_000_000
@@ -120,27 +120,27 @@ def look_up(name: str, revision: str) -> Repository:
 
 
 def _listing(repository: Repository, endpoint: str, revision: str) -> bytes:
-    """Return the hub's answer to `GET /api/models/...`; UserError if it is another."""
+    """Return the body of the hub's answer to `GET /api/models/...`; UserError if it fails."""
     page = repository.url
     address = f"{endpoint}/api/models/{repository.name}/revision/{quote(revision, safe='')}"
     try:
         with requests.Session() as session:
             session.auth = repository.authorize
-            with transfer.answer_of(session, f"{address}?blobs=true") as response:
+            with bodies.answer_of(session, f"{address}?blobs=true") as response:
                 if response.status_code != 200:
                     raise _denial(response, page, endpoint, revision)
-                return b"".join(transfer.body_of(response, address, LISTING))
-    except (requests.ConnectionError, requests.Timeout, *transfer.INTERRUPTED) as error:
+                return b"".join(bodies.body_of(response, address, LISTING))
+    except (requests.ConnectionError, requests.Timeout, *bodies.INTERRUPTED) as error:
         raise UserError(
-            f"cannot reach {endpoint} ({transfer.reason_of(error):.200}). Check the network and "
+            f"cannot reach {endpoint} ({bodies.reason_of(error):.200}). Check the network and "
             "HF_ENDPOINT, and run the same command again"
         ) from error
-    except (OSError, ValueError, transfer.TryAgain, urllib3.exceptions.HTTPError) as error:
+    except (OSError, ValueError, bodies.TryAgain, urllib3.exceptions.HTTPError) as error:
         raise _no_hub(endpoint, str(error)) from error
 
 
 def _denial(response: requests.Response, page: str, endpoint: str, revision: str) -> UserError:
-    """Return the UserError for an answer without a listing."""
+    """Return the UserError for an answer that is not a listing."""
     status, code = response.status_code, response.headers.get("X-Error-Code")
     reason = response.headers.get("X-Error-Message") or f"it answered {status}"
     if code == "GatedRepo":
@@ -161,7 +161,7 @@ def _denial(response: requests.Response, page: str, endpoint: str, revision: str
 
 
 def _no_hub(endpoint: str, reason: str) -> UserError:
-    """Return the UserError for an answer that is not a hub's."""
+    """Return the UserError for a server that does not answer like a hub."""
     return UserError(
         f"{endpoint} does not answer like a Hugging Face hub ({reason:.200}). Check HF_ENDPOINT, "
         "or run the same command later"
@@ -191,7 +191,7 @@ def _named(file: Any) -> tuple[str, Stated | None]:
     """Return a file's name, its size and checksum: SHA-256 for a large one, else its git blob.
 
     Raises:
-        ValueError: the hub's description has another form.
+        ValueError: the hub describes the file in another form.
     """
     name = file.get("rfilename") if isinstance(file, dict) else None
     if not isinstance(name, str):
@@ -206,7 +206,7 @@ def _named(file: Any) -> tuple[str, Stated | None]:
         return name, None
     is_sum = isinstance(checksum, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", checksum)
     if not is_sum or not counts.is_whole(size, 0, counts.MAX_BYTES):
-        raise ValueError(f"it states no size and checksum of {name!r:.80}")
+        raise ValueError(f"it states no valid size and checksum for {name!r:.80}")
     return name, Stated(size, algorithm, str(checksum))
 
 
@@ -250,7 +250,7 @@ def _most(name: str, stated: Stated | None) -> int:
     if stated is not None and stated.size > most:
         raise UserError(
             f"the hub states {stated.size:,} bytes for {name}, but such a file has at most "
-            f"{most:,}: it is not a GPT-2's"
+            f"{most:,}, so this is not a GPT-2. Check the name of the model"
         )
     return most if stated is None else stated.size
 

@@ -3,7 +3,7 @@
 url         the model on its server, or hf:OWNER/NAME; for the latter also revision and commit
 opened      whether the checkpoint was opened and checked
 files       file name -> bytes, sha256, etag; null for an optional file that the server lacks
-format      1; a format that earlier versions must not replace gets the next number
+format      1; raise it when earlier versions must not use the folder
 gpt2cli     the version that wrote it
 """
 

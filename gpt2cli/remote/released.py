@@ -33,15 +33,15 @@ SIZES = {
     if name in RELEASED
 }
 
-# SHA-256 of OpenAI's files that public sources state. hparams.json is compared by its values.
-# The encoder, the same for every size: openai/tiktoken tiktoken_ext/openai_public.py.
+# SHA-256 of OpenAI's files, as public sources state them. hparams.json is compared by its values.
+# The encoder, which is the same for every size: openai/tiktoken tiktoken_ext/openai_public.py.
 ENCODER = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-# 124M: MontrealAI/AGI-Alpha-Agent-v0 scripts/download_openai_gpt2.py has all seven. Others have
-# the same: for the weights, nathanhoulamy/securebench docs/benchmark-conversions/TerminalBench/
-# gpt2-codegolf.md; for the others, the files in finaivip/gpt-2-withdata models/117M.
+# 124M: MontrealAI/AGI-Alpha-Agent-v0 scripts/download_openai_gpt2.py states all seven. Other
+# repositories agree: for the weights, nathanhoulamy/securebench docs/benchmark-conversions/
+# TerminalBench/gpt2-codegolf.md; for the rest, the files in finaivip/gpt-2-withdata models/117M.
 SHA256: dict[str, dict[str, str]] = {name: ENCODER for name in RELEASED} | {
     "124M": ENCODER
     | {
@@ -55,8 +55,8 @@ SHA256: dict[str, dict[str, str]] = {name: ENCODER for name in RELEASED} | {
 }
 NOT_OPENAIS = "OpenAI's file (a model of your own needs another name)"
 
-# Bytes that a file of a mirror's own model may have. For the layers and tokens of other models,
-# they are far above the released ones: encoder.json has 1,042,301 bytes in all sizes and vocab.bpe
+# Bytes that a file may have. Models on mirrors may have more layers and tokens than the released
+# ones, so the limits are far higher: encoder.json has 1,042,301 bytes in all sizes and vocab.bpe
 # 456,318; 124M's model.ckpt.meta has 0.5 MB, .index 5 kB, hparams.json 90 bytes, checkpoint 77.
 MOST = {
     **dict.fromkeys(("encoder.json", "vocab.bpe", "model.ckpt.meta"), 1 << 26),
@@ -110,7 +110,7 @@ def fetch_model(base: str, name: str, folder: Path) -> None:
 
 
 def most_of(file: str, model: str) -> int:
-    """Return how many bytes a file of a model may have; released weights are four a parameter."""
+    """Return how many bytes a model's file may have; released weights have four per parameter."""
     if "data" in file and model in PARAMETERS:
         return 4 * PARAMETERS[model]
     return MOST[file]
@@ -158,7 +158,7 @@ def content_fault(path: Path, model: str) -> str | None:
 
 
 def intact_names(folder: Path, found: dict[str, Any], model: str) -> set[str]:
-    """Return the names of the files that are as the manifest records them, and without fault."""
+    """Return the names of the files that fit their records in the manifest and have no fault."""
     records = {name: found["files"][name] for name in FILES if name in found["files"]}
     return {
         name

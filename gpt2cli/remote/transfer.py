@@ -13,8 +13,7 @@ import os
 import re
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,54 +24,24 @@ import urllib3
 from gpt2cli import __version__, counts, files, paths
 from gpt2cli.console import progress, say
 from gpt2cli.errors import UserError
+from gpt2cli.remote import bodies
 from gpt2cli.remote.manifest import FORMAT, Record, record_of
 
-CONNECT_TIMEOUT = 10.0  # seconds
-READ_TIMEOUT = 30.0  # seconds without a byte
 TRIES = 5  # failures in a row that brought no new byte
-DAMAGED_TRIES = 2  # files that arrived complete but damaged: each may be 6 GB
 BACKOFF = 1.0  # seconds before the second try, then twice as long each time
 MAX_WAIT = 300.0  # seconds; a server that asks for a longer wait ends the download
-CHUNK = 1 << 16  # bytes
 HEAD = 64  # bytes of a file that show whether it is a page
-WINDOW = 60.0  # seconds in which SLOWEST bytes must arrive each second, or the server has stalled
-SLOWEST = 100  # bytes
 ABSENT = (403, 404, 410)  # storage services answer 403 where names may not be listed
-BROKEN = (requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError)
-INTERRUPTED = (*BROKEN, urllib3.exceptions.TimeoutError, urllib3.exceptions.SSLError)
 HTML_PAGE = "an HTML page instead of the file; is a proxy intercepting the download?"
 OTHER_CONTENT = "it contains something else"
 
-# RFC 9110, 8.8.3; servers' own are far shorter than 200 characters. It is sent back in If-Range.
+# RFC 9110, 8.8.3. It is sent back in If-Range; real ones are far shorter than 200 characters.
 ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e]{0,200}"')
 DATE = re.compile(r"[\x21-\x7e][\x20-\x7e]{0,60}")
 
 # The server's description of a whole file, as NAME.part.json records it: url, validator (for
 # If-Range), etag, bytes (or None), md5 (a list of checksums).
 Note = dict[str, Any]
-
-
-class TryAgain(Exception):
-    """A failure that may pass.
-
-    Args:
-        text: the reason.
-        wait: the number of seconds for which the server asked.
-        tries: failures in a row after which the file is given up.
-        least: bytes that an attempt must bring in order not to count as a failure.
-    """
-
-    def __init__(
-        self, text: str, wait: float | None = None, tries: int | None = None, least: int = 1
-    ) -> None:
-        super().__init__(text)
-        self.wait = wait
-        self.tries = tries or TRIES
-        self.least = least
-
-
-class TooLong(UserError):
-    """A body has more bytes than its file can have."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +51,7 @@ class Wanted:
     Attributes:
         url: its address.
         path: the file to write.
-        most: bytes of the largest file of its kind; nothing after them is read.
+        most: bytes of the largest file of its kind; the download stops there.
         fault: describes the fault in a finished file, None if there is none.
         mirror: the setting that names another server.
         denied: advice for 401 and 403 (default: check the name and the mirror).
@@ -119,10 +88,10 @@ def fetch(session: requests.Session, wanted: Wanted) -> Record | None:
     while True:
         try:
             return attempt(session, wanted)
-        except TryAgain as error:
+        except bodies.TryAgain as error:
             problem = error
-        except (requests.ConnectionError, requests.Timeout, *INTERRUPTED) as error:
-            problem = TryAgain(reason_of(error))
+        except (requests.ConnectionError, requests.Timeout, *bodies.INTERRUPTED) as error:
+            problem = bodies.TryAgain(bodies.reason_of(error))
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise UserError(f"cannot download {url} ({error}). Check {wanted.mirror}") from error
         except OSError as error:
@@ -133,7 +102,7 @@ def fetch(session: requests.Session, wanted: Wanted) -> Record | None:
         failures = 0 if size_of(part) >= best + problem.least else failures + 1
         best = max(best, size_of(part))
         wait = BACKOFF * 2 ** (failures - 1) if problem.wait is None else problem.wait
-        if failures >= problem.tries or wait > MAX_WAIT:
+        if failures >= (problem.tries or TRIES) or wait > MAX_WAIT:
             asked = f" and asks to wait {wait:,.0f} s" if wait > MAX_WAIT else ""
             raise UserError(
                 f"cannot download {url}: {problem}{asked}. Run the same command later to resume, "
@@ -141,13 +110,6 @@ def fetch(session: requests.Session, wanted: Wanted) -> Record | None:
             )
         say(f"{path.name}: {problem}; trying again in {wait:g} s")
         time.sleep(wait)
-
-
-def reason_of(error: Exception) -> str:
-    """Return the reason of a failed connection, which requests wraps in other exceptions."""
-    reason = getattr(next(iter(error.args), None), "reason", error)
-    interrupted = isinstance(error, BROKEN)
-    return "the connection was interrupted" if interrupted else str(reason).split(": ")[-1]
 
 
 def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
@@ -159,7 +121,7 @@ def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
     # The last byte is requested again, so that a complete .part gets 206 as well, and not 416.
     start = max(size_of(part) - 1, 0) if known else 0
     headers = {"Range": f"bytes={start}-", "If-Range": note["validator"]} if start else {}
-    with answer_of(session, url, headers) as response:
+    with bodies.answer_of(session, url, headers) as response:
         if response.status_code in ABSENT and wanted.optional:
             return None
         check_answer(response, wanted)
@@ -169,92 +131,14 @@ def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
                 return record_of(path, note["etag"])
         elif not (start and is_rest(response, start, note)):
             part.unlink(missing_ok=True)
-            raise TryAgain("the file on the server has changed")
+            raise bodies.TryAgain("the file on the server has changed")
         try:
             write_body(response, wanted, start, note)
-        except TooLong:
+        except bodies.TooLong:
             part.unlink()
             note_path.unlink()
             raise
     return put_in_place(wanted, note)
-
-
-def answer_of(
-    session: requests.Session, url: str, headers: Mapping[str, str] | None = None
-) -> requests.Response:
-    """Return the answer to a request, whose body is not read yet; that of a redirect never is."""
-
-    def drop_body(response: requests.Response, **_: Any) -> None:
-        if response.is_redirect:
-            response.close()
-
-    return session.get(
-        url,
-        headers={"Accept-Encoding": "identity", **(headers or {})},
-        stream=True,
-        timeout=(CONNECT_TIMEOUT, READ_TIMEOUT),
-        hooks={"response": drop_body},
-    )
-
-
-def body_of(response: requests.Response, url: str, most: int) -> Iterator[bytes]:
-    """Yield a body in the pieces in which it arrives; a compressed one is unpacked in small pieces.
-
-    Raises:
-        TryAgain: almost nothing arrives.
-        TooLong: it has more than `most` bytes.
-        UserError: it is compressed by another method than gzip.
-    """
-    left, since, recent = most, time.monotonic(), 0
-    unpacker = _unpacker(response, url)
-    while raw := response.raw.read1(CHUNK, decode_content=False):
-        recent += len(raw)
-        if time.monotonic() - since > WINDOW:
-            if recent < WINDOW * SLOWEST:
-                least = int(WINDOW * SLOWEST)
-                raise TryAgain(f"less than {SLOWEST} bytes arrive each second", least=least)
-            since, recent = time.monotonic(), 0
-        for piece in _unpacked(unpacker, raw) if unpacker else [raw]:
-            left -= len(piece)
-            if left < 0:
-                raise TooLong(
-                    f"{url} sends more than {most:,} bytes, which is more than this file can have. "
-                    "Choose another server"
-                )
-            yield piece
-    if unpacker and not unpacker.eof:
-        raise TryAgain("its compressed content ends too early")
-
-
-def _unpacker(response: requests.Response, url: str) -> Any:
-    """Return zlib's object for a body that is compressed by gzip; None for one that is not.
-
-    We ask for no compression, but a server may ignore that.
-
-    Raises:
-        UserError: it is compressed by another method.
-    """
-    packing = response.headers.get("Content-Encoding", "identity").lower()
-    if packing == "identity":
-        return None
-    if packing not in ("gzip", "x-gzip", "deflate"):
-        raise UserError(
-            f"{url} is compressed by {packing!r:.50}, which we did not ask for. Choose another "
-            "server"
-        )
-    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its first bytes
-
-
-def _unpacked(unpacker: Any, raw: bytes) -> Iterator[bytes]:
-    """Yield what some bytes unpack to, at most CHUNK bytes at a time; TryAgain if damaged."""
-    try:
-        while raw and not unpacker.eof:
-            yield unpacker.decompress(raw, CHUNK)
-            raw = unpacker.unconsumed_tail
-        if raw or unpacker.unused_data:
-            raise zlib.error
-    except zlib.error:
-        raise TryAgain("its compressed content is damaged", tries=DAMAGED_TRIES) from None
 
 
 def put_in_place(wanted: Wanted, note: Note) -> Record:
@@ -264,7 +148,7 @@ def put_in_place(wanted: Wanted, note: Note) -> Record:
     fault = fault_of(part, wanted, note)
     if fault:
         part.unlink()
-        raise TryAgain(fault, tries=DAMAGED_TRIES)
+        raise bodies.TryAgain(fault, tries=bodies.DAMAGED_TRIES)
     if path.exists():  # damaged, or the user's own fine-tuned weights: not ours to delete
         old = files.move_away(path)
         say(f"{path} differed from the server's file; the old file was moved to {old.name}")
@@ -280,8 +164,8 @@ def check_answer(response: requests.Response, wanted: Wanted) -> None:
     if status in (408, 425, 429) or status >= 500:
         wait = response.headers.get("Retry-After")
         with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-            raise TryAgain(answer, urllib3.Retry().parse_retry_after(wait) if wait else None)
-        raise TryAgain(answer)
+            raise bodies.TryAgain(answer, urllib3.Retry().parse_retry_after(wait) if wait else None)
+        raise bodies.TryAgain(answer)
     if status not in (200, 206, 416):
         advice = f"Check {wanted.mirror}"
         if status in ABSENT:
@@ -290,14 +174,14 @@ def check_answer(response: requests.Response, wanted: Wanted) -> None:
             advice = wanted.denied
         raise UserError(f"cannot download {wanted.url} ({answer}). {advice}")
     if status != 416 and re.search("html|xml", kind):
-        raise TryAgain(f"{answer} with {HTML_PAGE}")
+        raise bodies.TryAgain(f"{answer} with {HTML_PAGE}")
 
 
 def is_rest(response: requests.Response, start: int, note: Note) -> bool:
     """Return whether a 206 is the rest of the same file that `note` describes."""
     span = f"bytes {start}-{note['bytes'] - 1}/{note['bytes']}"
     same = validator_of(response.headers) in ("", note["validator"])
-    is_plain = "Content-Encoding" not in response.headers
+    is_plain = not bodies.packing_of(response.headers)
     return response.headers.get("Content-Range") == span and same and is_plain
 
 
@@ -321,7 +205,7 @@ def note_of(response: requests.Response, url: str) -> Note:
     # S3's ETag is the MD5, unless the file was uploaded in parts ("...-7") or is encrypted by KMS.
     if not headers.get("x-amz-server-side-encryption", "").startswith("aws:kms"):
         md5 += re.findall(r'^"([0-9a-f]{32})"$', etag.lower())
-    if headers.get("Content-Encoding", "identity") != "identity":
+    if bodies.packing_of(headers):
         length, validator, md5 = "", "", []  # they describe the compressed form
     size = counts.whole_of(length, counts.MAX_BYTES)
     return {"url": url, "validator": validator, "etag": etag, "bytes": size, "md5": md5}
@@ -334,16 +218,16 @@ def write_body(response: requests.Response, wanted: Wanted, start: int, note: No
     total = note["bytes"]
     if total is not None and total > wanted.most:
         raise UserError(
-            f"{wanted.url} has {total:,} bytes, but it may have at most {wanted.most:,}. Check "
-            f"{wanted.mirror}"
+            f"{wanted.url} has {total:,} bytes, but this file has at most {wanted.most:,}. Check "
+            f"the model's name and {wanted.mirror}"
         )
     most = (wanted.most if total is None else total) - start
-    pieces = body_of(response, wanted.url, most)
+    pieces = bodies.body_of(response, wanted.url, most)
     first = next(pieces, b"")
     while is_page(first) and len(first) < HEAD and (piece := next(pieces, b"")):
         first += piece
     if not start and not wanted.hashed and is_page(first):
-        raise TryAgain(f"the server sent {HTML_PAGE}")
+        raise bodies.TryAgain(f"the server sent {HTML_PAGE}")
     needed, free = (total or 0) - start, shutil.disk_usage(path.parent).free
     if needed > free:
         raise UserError(
@@ -394,7 +278,7 @@ def part_of(path: Path) -> tuple[Path, Path]:
 
 
 def read_note(path: Path) -> Note:
-    """Return the note about an incomplete file; an empty one where it is missing or damaged.
+    """Return the note about an incomplete file; {} if it is missing or damaged.
 
     Raises:
         UserError: see `files.read_own`.

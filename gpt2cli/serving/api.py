@@ -25,7 +25,7 @@ INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 MAX_LOGPROBS = 5  # OpenAI's limit
 MAX_STOPS = 16  # strings in `stop`; each is searched for after every token
-MAX_PROMPTS = 2048  # of a request; --max_n has a lower limit as a rule
+MAX_PROMPTS = 2048  # of a request; --max_n is usually lower
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 StreamOption = Literal["include_usage", "include_obfuscation"]
 
@@ -91,7 +91,7 @@ class RequestError(Exception):
 
 
 def _visible(text: str) -> str:
-    """Return a text that may repeat what a client sent, without control characters."""
+    """Return a text with escapes for hidden characters: it may repeat what a client sent."""
     return console.visible(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
@@ -172,16 +172,16 @@ class CompletionRequest(BaseModel):
         try:
             text = body.decode("utf-8")
             values = json.loads(text, parse_constant=_reject, object_pairs_hook=_object)
-            if "\\u" in text:  # only an escape can be half of a surrogate pair
+            if "\\u" in text:  # only an escape can be a lone surrogate
                 json.dumps(values, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             half = repr(error.object[error.start])
-            message = f"the body has half a surrogate pair, {half}, which is not a character"
+            message = f"the body has a lone surrogate, {half}, which is not a character"
             raise RequestError(400, message) from None
         except RecursionError:
             raise RequestError(400, "the body's JSON is nested too deeply") from None
         except ValueError as error:
-            reason = str(error).partition(";")[0]  # Python's advice to its programmers
+            reason = str(error).partition(";")[0]  # without Python's advice to programmers
             raise RequestError(400, f"the body is not valid JSON: {reason}") from None
         if not isinstance(values, dict):
             raise RequestError(400, "the body must be a JSON object")
@@ -404,7 +404,7 @@ def openapi_document(has_key: bool = False) -> dict[str, Any]:
     model = _operation(
         "retrieveModel", "Describe a model", "Model", [404, *keys], parameters=[name]
     )
-    health = _operation("getHealth", "Report whether the server is ready", "Health", [403, 503])
+    health = _operation("getHealth", "Report whether the server is ready", "Health", [503])
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "gpt2cli serve", "version": __version__},

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 GROUP = 16  # connections that are accepted at once
-WAITING = 2048  # connections that the system may keep until then; uvicorn's own number
-BETWEEN_LINES = 60.0  # seconds between two lines that say that there are too many open files
+WAITING = 2048  # connections that may wait for that in the system; uvicorn's default
+BETWEEN_LINES = 60.0  # seconds between two warnings about too many open files
 
 
 class Server(uvicorn.Server):
     """uvicorn's server; it accepts connections in small groups.
 
-    A group that is over the limit is closed before the next ones need open files of their own.
+    If a group exceeds the limit, it is closed before the next group needs open files.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen. The system keeps more connections waiting than a group has."""
+        """Listen; more connections than one group may wait in the system."""
         await super().startup(sockets)
         for one in sockets or ():
             one.listen(WAITING)
@@ -48,7 +48,7 @@ def make_server(app: Any, options: ServeOptions) -> Server:
     """Return the server of an ASGI app; set its `should_exit` to finish all requests and stop."""
     config = uvicorn.Config(
         app,
-        loop="asyncio",  # what report_exhaustion was written for
+        loop="asyncio",  # report_exhaustion knows its messages
         backlog=GROUP,
         http=connection_class(options.max_connections, options.max_idle),
         ws="none",
@@ -64,7 +64,7 @@ def make_server(app: Any, options: ServeOptions) -> Server:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether uvicorn's line is not one of ours in other words."""
+    """Return whether a log line of uvicorn says something that no line of ours says."""
     return record.msg != "Invalid HTTP request received."
 
 
@@ -95,7 +95,7 @@ class Connection(H11Protocol):
             error = sys.exc_info()[1]
             status = getattr(error, "error_status_hint", 400)
             reason = str(error).partition(": bytearray(")[0]  # not the bytes themselves
-            self._close(RequestError(status, f"this is not valid HTTP/1.1: {reason}"))
+            self._close(RequestError(status, f"the request is not valid HTTP/1.1: {reason}"))
         self.transport.close()  # also if a response has begun, or the request was answered
 
     def _close(self, error: RequestError) -> None:
@@ -109,7 +109,7 @@ class Connection(H11Protocol):
         log.write(self.client, "connection", error.status, str(error), name)
 
     def _should_upgrade(self) -> bool:
-        return False  # to ignore an Upgrade is right, and uvicorn would log two lines
+        return False  # ignoring an Upgrade is correct, and uvicorn would log two lines
 
     def data_received(self, data: bytes) -> None:
         # uvicorn stops the timer at the first byte; this waits for a complete head
@@ -167,7 +167,7 @@ def _error_bytes(error: RequestError, name: str) -> bytes:
 def report_exhaustion(loop: asyncio.AbstractEventLoop) -> None:
     """Make a loop log one line if no file can be opened for a connection.
 
-    asyncio tries again every second, a whole group at once, and would log each as a traceback.
+    asyncio tries again every second, a whole group at once, and would log a traceback each time.
     """
     silent_until = 0.0
 
@@ -178,8 +178,8 @@ def report_exhaustion(loop: asyncio.AbstractEventLoop) -> None:
         elif time.monotonic() >= silent_until:
             silent_until = time.monotonic() + BETWEEN_LINES
             LOG.warning(
-                "%s: new connections wait until others close. Allow more with ulimit -n, or fewer "
-                "connections with --max_connections",
+                "%s: new connections wait until others close. Raise ulimit -n, or lower "
+                "--max_connections",
                 context["exception"].strerror,
             )
 

@@ -1,4 +1,4 @@
-"""The id of each response: a header, and the end of the response's line in the log."""
+"""The id of each response, which is in a header and at the end of its line in the log."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PLAIN = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
 def new_id(wanted: str | None = None) -> str:
-    """Return an id for a response: the client's own if it is short and plain, else a new one."""
+    """Return an id for a response: the client's, if it is short and plain, or else a new one."""
     return wanted if wanted and PLAIN.fullmatch(wanted) else uuid.uuid4().hex
 
 
 def headers_of(name: str) -> list[tuple[bytes, bytes]]:
-    """Return the headers of every response: its id, and what a browser may do with it."""
+    """Return the headers that every response has: its id, and limits for browsers."""
     return [(b"x-request-id", name.encode()), *SECURITY]
 
 
@@ -29,7 +29,7 @@ def write(client: Any, request: str, status: int, rest: str, name: str) -> None:
 
     Args:
         client: the client's address and port, or None.
-        request: what was asked, without control characters.
+        request: method and path, without control characters.
         status: of the response.
         rest: more about the response.
         name: its id.

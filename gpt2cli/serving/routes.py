@@ -1,4 +1,4 @@
-"""The HTTP API: routes, request bodies, the log. service.py computes the responses."""
+"""The HTTP API: routes, request bodies, the log. service.py and answer.py compute the responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from gpt2cli.serving.api import CompletionRequest, RequestError
 from gpt2cli.serving.sites import Sites
 
 if TYPE_CHECKING:
-    from gpt2cli.serving.service import Answer, Service
+    from gpt2cli.serving.answer import Answer
+    from gpt2cli.serving.service import Service
 
 T = TypeVar("T")
 CLOSE = {"connection": "close"}
@@ -56,13 +57,13 @@ def make_app(service: Service) -> ASGIApp:
         },
     )
     app.state.service = service
-    app.router.redirect_slashes = False  # the target would be made of the client's Host
+    app.router.redirect_slashes = False  # a redirect would repeat the client's Host
     origins = Sites(service.options).origins
     return Logged(_shared_with(app, origins) if origins else app, service)
 
 
 def _shared_with(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """Let pages of other origins use an application (CORS); they send no cookies."""
+    """Let pages of other origins use an application (CORS), without cookies."""
     return CORSMiddleware(
         app,
         allow_origins=origins,
@@ -111,7 +112,8 @@ class Logged:
 
         try:
             _check_framing(scope["http_version"], headers)
-            self.sites.check(scope["method"], headers, (scope.get("server") or [None])[0])
+            if scope["path"] != "/health":  # load balancers send any Host, or none
+                self.sites.check(scope["method"], headers, (scope.get("server") or [None])[0])
             await self.app(scope, receive, sending)
         except RequestError as error:  # of the checks; the application answers its own
             await _error(error)(scope, receive, sending)
@@ -134,13 +136,13 @@ class Logged:
 
 
 def _check_framing(version: str, headers: Headers) -> None:
-    """Raise RequestError if a proxy in front of this server may see the body end elsewhere.
+    """Raise RequestError if a proxy in front of this server may find another end of the body.
 
-    RFC 9112, section 6.1: such a request may smuggle another one past the proxy.
+    Such a request may smuggle another one past the proxy (RFC 9112, section 6.1).
     """
     if "transfer-encoding" in headers and ("content-length" in headers or version == "1.0"):
         also = "HTTP/1.0" if version == "1.0" else "Content-Length"
-        raise RequestError(400, f"Transfer-Encoding does not go with {also}", headers=CLOSE)
+        raise RequestError(400, f"Transfer-Encoding is not allowed with {also}", headers=CLOSE)
 
 
 def _error(error: RequestError) -> JSONResponse:
@@ -154,7 +156,7 @@ def _not_found(request: Request, error: HTTPException) -> JSONResponse:
     if methods := (error.headers or {}).get("Allow"):
         text = f"{path} accepts {', '.join(sorted(methods.split(', ')))}, not {method}"
     elif path.startswith("/v1/"):
-        text += ": this server has a base model, which only continues text: POST /v1/completions"
+        text += ": this server has a base model, which only continues text (POST /v1/completions)"
     elif f"/v1{path}" in ("/v1/completions", "/v1/models", "/v1/chat/completions"):
         text += ": the API's routes begin with /v1, such as POST /v1/completions"
     return _error(RequestError(error.status_code, f"{text}; see /docs", headers=error.headers))

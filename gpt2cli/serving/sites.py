@@ -26,19 +26,23 @@ class Sites:
     """
 
     def __init__(self, options: ServeOptions) -> None:
-        self.open = bool(options.api_key) and not options.allowed_hosts
+        self.has_key = bool(options.api_key)
+        self.open = self.has_key and not options.allowed_hosts
         self.every_address = _is_wildcard(options.host)
         named = ["localhost", options.host, *options.allowed_hosts]
-        named += [socket.gethostname()] if self.every_address else []
+        if self.every_address:
+            named += [socket.gethostname(), f"{socket.gethostname()}.local"]  # the second: mDNS
         self.hosts = {_normal(name.strip("[]").removesuffix(".")) for name in named}
         self.origins = [_without_default_port(origin) for origin in options.allowed_origins]
 
     def check(self, method: str, headers: Mapping[str, str], listens: str | None) -> None:
         """Raise RequestError if a web page from elsewhere may have caused a request.
 
-        A page can point its own name to this machine (DNS rebinding), so the Host must be known,
-        unless a key is required: the page does not have it. A page can also send a form, or JSON
-        that it calls a form, to a name that is known; then the Origin is the page's.
+        A website can point its own name at this machine (DNS rebinding), so the Host must be known.
+        A page can also send a form, or JSON that is declared as one, to a known name; then the
+        Origin is that of the page. If a key is required, the page does not have it. Then the Origin
+        is not checked, because some programs send one (browser extensions, Electron), and some
+        proxies change the Host.
 
         Args:
             method: of the request.
@@ -47,18 +51,18 @@ class Sites:
         """
         name = _name_in(headers.get("host", ""))
         if not (self.open or self._is_known(name, listens)):
-            given = f"the host name {name:.100}" if name else "a request without a valid Host"
+            given = f"the host name {name:.100}" if name else "requests without a valid Host"
             raise RequestError(
                 403, f"this server does not accept {given}; --allowed_hosts allows a name"
             )
-        if method in READS or is_from_this_site(headers):
+        if self.has_key or method in READS or is_from_this_site(headers):
             return
         if "*" not in self.origins and headers.get("origin") not in self.origins:
             message = "this server does not accept requests from other websites' pages"
             raise RequestError(403, f"{message}; --allowed_origins allows an origin")
 
     def _is_known(self, name: str, listens: str | None) -> bool:
-        """Return whether a Host is one of this server: an address has no name to point here."""
+        """Return whether a Host is this server's; a website can misuse a name, not an address."""
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
@@ -68,7 +72,7 @@ class Sites:
 
 
 def is_from_this_site(headers: Mapping[str, str]) -> bool:
-    """Return whether this server's page, or a program, sent a request; browsers say which."""
+    """Return whether this server's own page, or a program, sent a request."""
     if site := headers.get("sec-fetch-site"):
         return site in ("same-origin", "none")
     origin = headers.get("origin")  # without TLS, browsers send only this header
@@ -98,7 +102,7 @@ def _name_in(host: str) -> str:
 
 
 def _normal(name: str) -> str:
-    """Return the one spelling of a name or an address."""
+    """Return the canonical spelling of a name or an address."""
     try:
         return str(ipaddress.ip_address(name))
     except ValueError:

@@ -16,7 +16,6 @@ import math
 import os
 import re
 import secrets
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.model.network import GPT2, weight_shapes
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.storage import folders, runs
+from gpt2cli.storage import destinations, folders, runs
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.tensorflow import tf
 
@@ -56,7 +55,7 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
     """
     config, described, prefix = folder.known_sizes(), folder.sizes_path, folder.checkpoint
     assert described is not None and prefix is not None
-    folders.check_path(prefix.parent, prefix.name)
+    destinations.check_path(prefix.parent, prefix.name)
     with _reading(prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         found = reader.get_variable_to_shape_map()
@@ -88,23 +87,6 @@ def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
                 f"requires float32 {list(shape)}. Use the {described.name} of this checkpoint"
             )
     return reader, config
-
-
-def can_read_back(names: Iterable[str]) -> bool:
-    """Try whether TensorFlow reads a checkpoint whose path consists of these names.
-
-    It takes a path for a pattern and looks for files that match, which differs between versions.
-    """
-    with tempfile.TemporaryDirectory() as empty:
-        prefix = os.path.join(empty, *names)
-        os.makedirs(os.path.dirname(prefix))
-        try:
-            tf.raw_ops.SaveV2(
-                prefix=prefix, tensor_names=["x"], shape_and_slices=[""], tensors=[tf.constant(1.0)]
-            )
-            return bool(tf.train.load_checkpoint(prefix).get_tensor("x") == 1)
-        except (tf.errors.OpError, ValueError, RuntimeError, LookupError):
-            return False
 
 
 # A model's weights, as opposed to an optimizer's slots and counters in the same checkpoint.
@@ -196,7 +178,7 @@ def write_all(
     Raises:
         UserError: see `write`.
     """
-    # TensorFlow follows a link at the path, so nobody may guess it
+    # TensorFlow follows a link at this path, so the path must be hard to guess
     token = secrets.token_hex(8)
     parts = {p: p.with_name(f".{p.name}.{os.getpid()}-{token}.part") for p in checkpoints}
     digests = {}
@@ -231,7 +213,7 @@ def write_all(
         raise files.cannot_write(prefix, OSError(numbers.get(reason, 0), reason)) from error
     finally:
         for part in parts.values():
-            with contextlib.suppress(OSError):  # as on a disk that has become read-only
+            with contextlib.suppress(OSError):  # for example, the disk has become read-only
                 for left in part.parent.glob(f"{glob.escape(part.name)}*"):
                     left.unlink(missing_ok=True)
 

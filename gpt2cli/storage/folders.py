@@ -3,15 +3,13 @@
 import contextlib
 import glob
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpt2cli import paths
 from gpt2cli.errors import UserError
-from gpt2cli.files import digest, read_bytes, read_object, read_text, replacing
+from gpt2cli.files import digest, read_bytes, read_text, replacing
 from gpt2cli.model.sizes import ALIASES, ModelConfig
 from gpt2cli.options import CheckpointOptions, SourceOptions, check_name
 from gpt2cli.storage import runs
@@ -19,9 +17,6 @@ from gpt2cli.storage import runs
 DEFAULT_MODEL = "124M"
 
 SUMS = "SHA256SUMS"
-
-# Names that TensorFlow reads in any version; all others are tried.
-ORDINARY = re.compile(r"[\w. +=,@-]{1,200}", re.A)
 
 # Files with a model's sizes; those after hparams.json are GPT2_ML's.
 CONFIGS = ("hparams.json", "config.json", "mega.json", "large.json", "base.json")
@@ -309,68 +304,3 @@ def _write_vocabulary(folder: Path, vocabulary: Mapping[str, bytes]) -> None:
                 file.write(vocabulary[name])
         else:
             (folder / name).unlink(missing_ok=True)
-
-
-def can_be_read(folder: str | Path, prefix: str = "model") -> bool:
-    """Return whether TensorFlow can read a checkpoint from a folder of this name.
-
-    Unless all names in the path are ordinary ones, this is tried, in a temporary folder.
-
-    Args:
-        folder: it need not exist.
-        prefix: name of the checkpoint.
-    """
-    path = Path(folder, prefix)
-    names = [name for name in path.parts if name not in (path.anchor, os.pardir)]
-    if all(ORDINARY.fullmatch(name) for name in names):
-        return True
-    from gpt2cli.storage import checkpoint  # imports TensorFlow
-
-    return checkpoint.can_read_back(names)
-
-
-def check_path(folder: str | Path, prefix: str = "model") -> None:
-    """Reject (UserError) a folder of a name for which `can_be_read` is false."""
-    if not can_be_read(folder, prefix):
-        name = str(Path(folder)).encode("utf-8", "backslashreplace").decode()
-        raise UserError(
-            f"TensorFlow cannot read a checkpoint in {name}: it takes some characters of this path "
-            "for a pattern, or they are not UTF-8. Use another name"
-        )
-
-
-def check_destination(dst: str | Path, overwrite: bool, *sources: Path) -> Path:
-    """Reject a folder that a new model must not be written to.
-
-    Returns:
-        The folder to write, which a link may lead to.
-
-    Raises:
-        UserError: `dst` exists and may not be replaced, is not a model folder, or is or contains
-            one of the sources; or TensorFlow could not read it.
-    """
-    target = paths.check_folder(dst, "dst")
-    check_path(target)
-    for source in sources:
-        if target.resolve() in (source.resolve(), *source.resolve().parents):
-            raise UserError(f"{dst} is or contains the source, {source}. Name another folder")
-    paths.check_access(target.parent, dst)
-    if not target.exists():
-        return target
-    if not overwrite:
-        raise UserError(f"{dst} exists. Name another folder, or replace it with --overwrite")
-    if not _is_model_or_empty(target) or runs.steps(target):
-        raise UserError(f"{dst} is not a model folder, so it is not replaced. Name another folder")
-    return target
-
-
-def _is_model_or_empty(folder: Path) -> bool:
-    """Return whether a folder is empty, or contains our, GPT2_ML's or Hugging Face's sizes."""
-    if not os.listdir(folder) or (folder / CONFIGS[0]).is_file():
-        return True
-    for name in CONFIGS[1:]:
-        with contextlib.suppress(UserError):
-            values = read_object(folder / name)
-            if "num_hidden_layers" in values or values.get("model_type") == "gpt2":
-                return True
-    return False

@@ -1,4 +1,4 @@
-"""A folder that is found again when somebody renames it while it is in use."""
+"""A folder that is found again if somebody renames it while it is in use."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ class HeldFolder:
         path: the folder; it need not exist.
 
     Attributes:
-        path: its path, as far as it is known.
+        path: its last known path.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -30,10 +30,10 @@ class HeldFolder:
             weakref.finalize(self, os.close, self._handle)
 
     def find(self) -> bool:
-        """Look where the folder is, and print where it was moved to.
+        """Find out where the folder is; if it was moved, print its new path.
 
         Returns:
-            False if it was removed, or moved to a place that cannot be found out.
+            False if it was removed, or moved to an unknown place.
         """
         if self._handle is None:
             return self.path.is_dir()

@@ -21,7 +21,7 @@ from gpt2cli.options import MAX_SEED
 
 State = dict[str, Any]
 
-FORMAT = 1  # of a state; a format that earlier versions must not resume gets the next number
+FORMAT = 1  # of a state; raise it when earlier versions must not resume the run
 
 SHARD = ".data-00000-of-00001"  # the data file of a checkpoint; we write one
 ENDINGS = (SHARD, ".index")
@@ -95,7 +95,7 @@ def _is_state(state: State) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a value is a loss: any float, as one that diverged is not finite."""
+    """Return whether a value can be a loss: any float, because a diverged loss is not finite."""
     return type(value) is float or counts.is_real(value)
 
 

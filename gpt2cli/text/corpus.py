@@ -278,7 +278,7 @@ def _split(
         if last:
             waiting.append(last)
             if sum(map(len, waiting)) > jsontext.LONGEST:
-                raise records.too_long(f"{path}: a word without a place to cut it")
+                raise records.too_long(f"{path}: a single word")
     if waiting or not opens:
         yield Part("".join(waiting), opens, True), False
 

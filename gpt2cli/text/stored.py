@@ -186,7 +186,7 @@ def _of_archive(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
 
 
 def _check_size(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
-    """Reject (UserError) an archive that unpacks to far more than text does, or than fits.
+    """Reject (UserError) an archive that unpacks to more than text would, or than fits into memory.
 
     Real text is never that small: 2 bytes per token compress to a tenth, and the same token again
     and again to a 500th.
@@ -211,7 +211,7 @@ def _shape_of(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """Return the shape and type that the header of an array states.
 
     Raises:
-        ValueError: it is not a header, or a very long one, which NumPy would read before it looks.
+        ValueError: it is not a header, or too long: NumPy would read all of it first.
     """
     start = file.read(12)
     np.lib.format.read_magic(io.BytesIO(start))

@@ -42,7 +42,7 @@ class Journal:
         self._held = self._reported = ""
         self._last = self._written = step
         with contextlib.suppress(FileNotFoundError), self._open("rb"):
-            pass  # a log that is not ours is rejected before the first step
+            pass  # before the first step, reject a log that others may have prepared
         self._events: Any = ""  # not None, so that a failure is reported
         self._with_events(self._open_events)
 
@@ -97,7 +97,7 @@ class Journal:
     def _report(self, fault: str) -> None:
         """Print a fault of log.jsonl once."""
         if fault != self._reported:
-            say(f"gpt2cli: {fault}. Training continues; the lines are written when it is removed")
+            say(f"gpt2cli: {fault}. Training continues; once it is removed, the lines are written")
         self._reported = fault
 
     def _stays(self, line: str) -> bool:
@@ -107,7 +107,7 @@ class Journal:
         return False
 
     def _open_events(self) -> None:
-        # nobody else can know the name, and put a link there
+        # others must not guess the name and put a link there
         suffix = f".{secrets.token_hex(8)}.v2"
         self._events = tf.summary.create_file_writer(str(self._place.path), filename_suffix=suffix)
 

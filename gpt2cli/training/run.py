@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run ends
 SIGPIPE = 13  # POSIX; Python on Windows has no such name
 RETRY = 60  # seconds after which a checkpoint that could not be written is tried again
-BLOCKS = 2**14  # of a text, whose checksum is in the state
+BLOCKS = 2**14  # of the text from which the fingerprint in the state is made
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
 
 
@@ -84,7 +84,7 @@ class Run:
     ) -> None:
         self.replicas, self.stop, self.stops, self.show = replicas, stop, False, show
         self.journal: Journal | None = None
-        self.told = 0  # lost messages that the journal knows of
+        self.told = 0  # lost messages that are recorded in the journal
         prefix = start.checkpoint
         assert prefix is not None
         self.say(f"{prefix}: {describe_devices()}")

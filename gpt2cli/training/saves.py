@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
-from gpt2cli import files
+from gpt2cli import files, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.storage import checkpoint, destinations, folders, runs
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.storage.held import HeldFolder
 from gpt2cli.training.journal import Journal
@@ -35,7 +33,7 @@ class Checkpoints:
         step: the step of the newest checkpoint.
         replaced: steps of another run, which the first checkpoint replaces.
         retry_at: time.monotonic() at which a checkpoint that failed is due.
-        lost: the run's folder that disappeared; the run then ends with its next checkpoint.
+        lost: the run's folder, if it has disappeared; the run ends with its next checkpoint.
     """
 
     def __init__(self, place: HeldFolder, start: ModelFolder, step: int, resumed: bool) -> None:
@@ -46,7 +44,7 @@ class Checkpoints:
         self.retry_at = math.inf
         self.lost: Path | None = None
         self._first = place.path
-        self._vocabulary = folders.vocabulary_of(start)  # its files may disappear as well
+        self._vocabulary = folders.vocabulary_of(start)  # kept: its files may disappear too
 
     @property
     def folder(self) -> Path:
@@ -62,14 +60,12 @@ class Checkpoints:
         return self.step == step and self.place.find()
 
     def _move(self, config: ModelConfig) -> None:
-        """Continue in a new folder, because the run's own is gone or has an unusable name.
+        """Continue in a new folder, because the run's own has gone or has an unusable name.
 
         Raises:
             UserError: the new folder cannot be written.
         """
-        lost, first = self.folder, self._first
-        others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-        new = next(p for p in itertools.chain([first], others) if not os.path.lexists(p))
+        lost, new = self.folder, paths.unused(self._first)
         with files.replacing_folder(new) as part:
             folders.write_description(part, config, self._vocabulary)
         self.place.hold(new)
@@ -87,10 +83,10 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be written; the old ones stay.
         """
-        if not (self.place.find() and folders.can_be_read(self.folder)):
+        if not (self.place.find() and destinations.can_be_read(self.folder)):
             self._move(trainer.model.config)
         options, now = plan.options, time.time()
-        state.kept_at = min(state.kept_at, now)  # the clock may have been wrong, and gone back
+        state.kept_at = min(state.kept_at, now)  # the clock may have been put back
         record, hours = state.record(plan), options.keep_every_hours
         if hours and now - state.kept_at >= hours * 3600:
             record |= {"permanent": True, "kept_at": now}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt2cli.commands.train import TrainOptions
 
-# Flags that decide what a run learns. Its state records them, so that a resumed run can name those
-# that have changed.
+# Flags that decide what a run learns. Its state records them, so that a resumed run can name the
+# changed ones.
 SHAPING = (
     *("sampling", "noise", "batch_size", "accumulate_gradients", "precision", "optimizer"),
     *("learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip_norm", "dropout"),
@@ -45,7 +45,7 @@ class Plan:
     text: int = 0
 
     def shape(self) -> dict[str, Any]:
-        """Return what decides what the run learns, as the state records it."""
+        """Return everything that decides what the run learns, as the state records it."""
         options = self.options
         shape = {name: getattr(options, name) for name in SHAPING}
         if options.lr_schedule != "constant":  # the rate falls towards the last step
@@ -114,7 +114,7 @@ class State:
 def changes(record: dict[str, Any], plan: Plan) -> list[str]:
     """Describe how the flags and the text of a resumed run differ from those in its state.
 
-    An earlier version recorded only the seed.
+    The states of earlier versions have only the seed.
     """
     before = {"seed": record.get("seed"), **record.get("flags", {})}
     now = plan.shape()
@@ -125,16 +125,16 @@ def changes(record: dict[str, Any], plan: Plan) -> list[str]:
         if name not in ("devices", "text", "model")
     ]
     if "devices" in changed:
-        words.append(f"devices {now['devices']} (were {before['devices']})")
+        words.append(f"devices {now['devices']} (was {before['devices']})")
     if "text" in changed:
         words.append("another text in --dataset")
     lines = [f"resumed with changes: {', '.join(words)}"] if words else []
     is_larger = {"batch_size", "accumulate_gradients", "devices"} & set(changed)
     if is_larger and plan.options.sampling != "random":
-        lines.append(f"the text continues as if each step so far had read {plan.rows} rows")
+        lines.append(f"the text continues as if each earlier step had read {plan.rows} rows")
     if "text" in changed and plan.options.val_fraction:
         lines.append(
-            "--val_fraction: other documents are held out than before, so this run may have "
-            "trained on some that it now validates with"
+            "--val_fraction holds out other documents than before, so this run may have been "
+            "trained on some of them"
         )
     return lines

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from gpt2cli import files, machine
+from gpt2cli import locks, machine
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.storage import checkpoint, folders, runs
@@ -186,7 +186,7 @@ def test_samples_that_cannot_be_written_do_not_end_a_run(cli, text, monkeypatch)
 
 
 def test_a_run_has_one_writer(cli, text):
-    with files.filling("checkpoint/run1", "train"):
+    with locks.filling("checkpoint/run1", "train"):
         result = cli("train", "text.txt", *FAST, "--steps", 1)
     assert result.returncode == 75 and "another gpt2cli train is writing" in result.stderr
     assert re.search(rf"\(process {os.getpid()} on \S+ since \d{{4}}-\d\d-\d\d ", result.stderr)

@@ -311,7 +311,7 @@ def test_a_flag_must_not_contradict_the_files(tmp_path, network, state):
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "9" * 20, "99999", "\u0663"])
-def test_an_odd_number_of_a_layer_is_one_line(tmp_path, number):
+def test_an_impossible_layer_number_is_reported_in_one_line(tmp_path, number):
     table = np.ones((2, 2), np.float32)
     names = ("wte.weight", "wpe.weight", "h.0.ln_1.weight", f"h.{number}.ln_1.weight")
     save_file(dict.fromkeys(names, table), tmp_path / "model.safetensors")

@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import PROMPTS, ROOT
 
-from gpt2cli import files
+from gpt2cli import locks
 from gpt2cli.inference import generator as inference
 from gpt2cli.jobs import lines as lines_file
 
@@ -152,7 +152,7 @@ def test_a_prompt_that_cannot_be_answered_does_not_stop_the_others(cli, prompts)
 
 
 def test_a_second_command_on_the_same_output_is_rejected_as_busy(cli, prompts):
-    with files.locked(prompts / ".out.jsonl.lock", "sample"):
+    with locks.locked(prompts / ".out.jsonl.lock", "sample"):
         result = job(cli, "out.jsonl")
     assert result.returncode == 75 and f"process {os.getpid()}" in result.stderr
     assert result.stderr.count("\n") == 1 and not (prompts / "out.jsonl").exists()
@@ -232,7 +232,7 @@ def test_a_job_of_an_earlier_version_resumes(cli, prompts, monkeypatch, processe
     [{"seed": "x"}, {"seed": [1]}, {"seed": True}, {"seed": 10**30}, {"seed": None},
      {"processes": "2"}, {"processes": [2]}],
 )  # fmt: skip
-def test_a_record_of_a_job_with_odd_numbers_is_of_another_job(cli, prompts, change):
+def test_a_job_note_with_odd_numbers_belongs_to_a_different_job(cli, prompts, change):
     note = prompts / "out.jsonl.part.json"
     (prompts / "out.jsonl.part").write_text('{"index": 0, "tokens": 5}\n')
     note.write_text(json.dumps({"seed": 5, "processes": 1} | change))
@@ -241,7 +241,7 @@ def test_a_record_of_a_job_with_odd_numbers_is_of_another_job(cli, prompts, chan
 
 
 @pytest.mark.parametrize("line", ['{"index": "0"}', '{"index": true}', '{"index": 0, "tokens": 5}'])
-def test_a_damaged_line_of_a_job_ends_its_lines(tmp_path, line):
+def test_the_lines_of_a_job_end_before_a_damaged_line(tmp_path, line):
     path = tmp_path / "out.jsonl"
     path.write_text(f'{{"index": 0}}\n{line}\n{{"index": 2}}\n')
     assert list(lines_file.read(path)) == [{"index": 0}]

@@ -112,7 +112,7 @@ def test_help_goes_to_standard_output(script, capsys, word):
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
-def test_a_wrong_flag_makes_nothing_and_is_logged_where_there_is_a_log(
+def test_a_wrong_flag_creates_nothing_and_is_logged_if_there_is_a_log(
     home, nightly, words, status, said
 ):
     code, shown = nightly(*words)
@@ -125,14 +125,14 @@ def test_a_wrong_flag_makes_nothing_and_is_logged_where_there_is_a_log(
 
 
 @pytest.mark.parametrize("run", ["nope", "../run1", "a/b", ".", ""])
-def test_a_wrong_run_makes_nothing(home, nightly, run):
+def test_a_wrong_run_creates_nothing(home, nightly, run):
     before = sorted(home.rglob("*"))
     code, shown = nightly(run=run)
     assert code in (1, 2) and shown.count("\n") == 1
     assert [path for path in sorted(home.rglob("*")) if path.parent.name != "bin"] == before
 
 
-def test_a_home_that_does_not_exist_is_one_line(nightly, monkeypatch):
+def test_a_home_that_does_not_exist_is_reported_in_one_line(nightly, monkeypatch):
     monkeypatch.setenv("GPT2CLI_HOME", "/no such folder")
     code, shown = nightly()
     assert (code, shown) == (
@@ -176,7 +176,7 @@ def test_a_file_that_is_complete_is_never_replaced(home, nightly):
     out.write_text("precious")
     assert nightly() == (0, "")
     assert out.read_text() == "precious"
-    assert "is complete, so nothing to do. Rename it to generate another" in log_of(home)
+    assert "is complete: nothing to do. Rename it to generate another" in log_of(home)
 
 
 def test_only_old_files_of_this_script_are_deleted(home, nightly):

@@ -19,7 +19,7 @@ from conftest import PROMPTS, ROOT
 from test_jobs import FLAGS, Stopped, job, lines
 
 from gpt2cli import cli as command_line
-from gpt2cli import files
+from gpt2cli import files, locks
 from gpt2cli.commands.sample import SampleOptions
 from gpt2cli.inference import generator as inference
 from gpt2cli.jobs import workers as processes
@@ -45,6 +45,7 @@ class Children:
         failing: numbers of the parts whose process ends at once.
         started: numbers of the parts whose process was started.
         checkpoints: the --checkpoint of each of them.
+        prompts: the --prompts of all of them.
         meanwhile: called when they start.
     """
 
@@ -52,11 +53,13 @@ class Children:
         self.failing = set()
         self.started = []
         self.checkpoints = []
+        self.prompts = None
         self.meanwhile = lambda: None
 
     def run(self, command, configs):
         self.started = []
         self.checkpoints = [config.checkpoint for config in configs.values()]
+        self.prompts = next((config.prompts for config in configs.values()), None)
         self.meanwhile()
         for key, config in configs.items():
             part = int(config.out.rpartition(".")[2].partition("-")[0])
@@ -136,6 +139,15 @@ def test_prompts_without_an_answer_are_counted_over_all_parts(cli, children):
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 
+def test_the_prompts_of_the_processes_replace_no_file_and_are_closed_to_others(cli, children):
+    modes = []
+    children.meanwhile = lambda: modes.append(Path(children.prompts).parent.stat().st_mode & 0o777)
+    Path("out.jsonl.prompts.jsonl").write_text("PRECIOUS")
+    assert job(cli, "out.jsonl", "--processes", 2).returncode == 0
+    assert Path("out.jsonl.prompts.jsonl").read_text() == "PRECIOUS"
+    assert modes == [0o700] and not Path(children.prompts).exists()
+
+
 @pytest.mark.parametrize("seed", [(), ("--seed", 5)])
 def test_a_finished_job_is_done_again_from_scratch(cli, children, seed):
     assert job(cli, "out.jsonl", "--processes", 2, seed=seed).returncode == 0
@@ -159,7 +171,7 @@ def test_parts_that_answer_other_prompts_are_not_merged(cli, children, change):
     children.failing = set()
     for _ in range(2):
         result = job(cli, "out.jsonl", *words)
-        assert result.returncode == 1 and "do not answer the prompts of this job" in result.stderr
+        assert result.returncode == 1 and "do not fit the prompts of this job" in result.stderr
         assert "Delete out.jsonl.part.json to start from scratch" in result.stderr
         assert not Path("out.jsonl").exists()
     Path("out.jsonl.part.json").unlink()
@@ -381,7 +393,7 @@ def test_prompts_that_can_be_read_only_once_are_read_once_for_all_processes(cli,
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv"])
-def test_prompts_that_are_replaced_while_a_job_starts_do_not_count(cli, children, kind):
+def test_a_job_ignores_prompts_that_are_replaced_while_it_starts(cli, children, kind):
     """The new file has the size and the time of the old one."""
     path, more = Path("prompts.txt"), ()
     if kind == "csv":
@@ -450,7 +462,7 @@ def test_a_process_that_fails_is_reported_and_the_others_finish_their_parts(
     with monkeypatch.context() as patch:
         patch.setattr(processes, "run", children.run)
         assert job(cli, "out.jsonl", *words).returncode == 1
-    with files.locked(prompts / ".out.jsonl.2-of-3.lock", "sample", target="out.jsonl.2-of-3"):
+    with locks.locked(prompts / ".out.jsonl.2-of-3.lock", "sample", target="out.jsonl.2-of-3"):
         result = job(cli, "out.jsonl", *words)
     assert (
         result.returncode == 1
@@ -465,7 +477,7 @@ def test_a_process_that_fails_is_reported_and_the_others_finish_their_parts(
 
 
 def test_a_new_job_waits_for_the_processes_of_an_old_one(cli, children):
-    with files.locked(Path(".out.jsonl.2-of-2.lock"), "sample", target="out.jsonl.2-of-2"):
+    with locks.locked(Path(".out.jsonl.2-of-2.lock"), "sample", target="out.jsonl.2-of-2"):
         result = job(cli, "out.jsonl", "--processes", 2)
     assert result.returncode == 75 and "writing out.jsonl.2-of-2" in result.stderr
     assert job(cli, "out.jsonl", "--processes", 2).returncode == 0

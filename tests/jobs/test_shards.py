@@ -71,7 +71,7 @@ def test_a_shard_needs_prompts():
 @pytest.mark.parametrize(
     "value", ["9" * 5000, "\u0663", "\u00b2", "+1", " 1", "1_0", "-0", "1.0", "0x1"]
 )
-def test_an_odd_number_of_a_scheduler_is_one_line(value):
+def test_an_odd_number_from_a_scheduler_is_reported_in_one_line(value):
     with pytest.raises(UsageError, match="SLURM_ARRAY_TASK_ID is") as caught:
         shards.resolve("auto/8", {"SLURM_ARRAY_TASK_ID": value})
     assert len(str(caught.value)) < 200

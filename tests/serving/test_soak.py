@@ -74,7 +74,7 @@ class Client:
                 "whole",
             ),
             "too long": (self.completion(f', "stop": "{"x" * 2000}"'), 400, "whole"),
-            "other page": (self.completion(headers=JSON + "Origin: http://x\r\n"), 403, "whole"),
+            "other page": (self.completion(headers=JSON + "Origin: http://x\r\n"), 401, "whole"),
             "smuggled": (self.completion(headers=smuggled), 400, "whole"),
             "noise": (self.random.randbytes(50) + b"\r\n\r\n", 400, "whole"),
             "page": (self.request("GET", "/"), 200, "whole"),
@@ -186,7 +186,7 @@ def resident(process):
 
 
 @pytest.mark.slow
-def test_more_connections_than_open_files_are_survived(workdir):
+def test_the_server_survives_more_connections_than_open_files(workdir):
     with started(files=64) as (_, port):
         assert "--max_connections is lowered from 1000 to 32" in Path("log").read_text()
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]

@@ -1,4 +1,4 @@
-"""Arrays of ids, and lines of texts, that were made to fill the memory."""
+"""Arrays of ids and lines of text that were made to fill the memory."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ LONG = 1000  # characters of the longest value, in these tests
 
 
 def array(shape, dtype="<u2", data=b"", version=1, size=None):
-    """The bytes of a .npy whose header says anything; `size` is the stated one of the header."""
+    """The bytes of a .npy with any header; `size` is the header's size that it states."""
     header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}\n".encode()
     size = struct.pack("<H" if version == 1 else "<I", len(header) if size is None else size)
     return b"\x93NUMPY" + bytes([version, 0]) + size + header + data
@@ -34,7 +34,7 @@ def archive(path, *members):
 
 
 def overlapping(path, count, size):
-    """Write an archive whose members are all the same packed bytes."""
+    """Write an archive whose members are all the same compressed bytes."""
     body = array(f"({size},)", "|u1") + bytes(size)
     packer = zlib.compressobj(9, wbits=-15)
     data = packer.compress(body) + packer.flush()
@@ -112,7 +112,7 @@ def test_members_that_are_the_same_bytes_count_once(tmp_path, monkeypatch):
         read(tmp_path / "a.npz")
 
 
-def test_a_packed_size_that_lies_does_not_hide_a_bomb(tmp_path, monkeypatch):
+def test_a_false_compressed_size_does_not_hide_a_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "BOMB", 10**5)
     path = archive(tmp_path / "a.npz", ("arr_0.npy", array("(500000,)") + bytes(10**6)))
     content = bytearray(path.read_bytes())
@@ -157,11 +157,15 @@ def test_a_value_that_would_fill_the_memory_is_rejected(tmp_path, monkeypatch, n
 
 
 def test_prompts_that_would_fill_the_memory_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "MOST", 10**5)
     path = tmp_path / "a.txt"
     path.write_text("a b\n" * 5000)
-    with pytest.raises(UserError, match=r"a.txt has more prompts than a command keeps"):
-        prompts.read(None, None, str(path), TextOptions())
+    monkeypatch.setattr(prompts, "LEAST_ROOM", 10**5)
+    monkeypatch.setattr(machine, "free_memory", lambda: 4 * 10**7)  # a quarter is enough
+    assert len(prompts.read(None, None, str(path), TextOptions())) == 5000
+    for free in (None, 4 * 10**5):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        with pytest.raises(UserError, match=r"a.txt has too many prompts: .* need 100,000 bytes"):
+            prompts.read(None, None, str(path), TextOptions())
     monkeypatch.setattr(jsontext, "LONGEST", LONG)
     with pytest.raises(UserError, match=r"a.txt has more than .* characters"):
         prompts.read(None, str(path), None, TextOptions())
@@ -169,6 +173,23 @@ def test_prompts_that_would_fill_the_memory_are_rejected(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
         with pytest.raises(UserError, match=r"standard input has more than .* characters"):
             prompts.read("-", None, None, TextOptions())
+
+
+def test_copies_of_files_do_not_fill_the_memory_of_a_container(tmp_path, monkeypatch):
+    """Linux counts them as used, and keeps them until memory is needed."""
+    files = {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n",
+        "sys/fs/cgroup/memory.max": "5000000\n",
+        "sys/fs/cgroup/memory.current": "4900000\n",
+        "sys/fs/cgroup/memory.stat": "anon 900000\nactive_file 1000000\ninactive_file 3000000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name.lstrip("/"))
+    assert machine.free_memory() == 4_100_000
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert machine.free_memory() == 8000 * 1024
 
 
 def test_plain_arrays_are_still_mapped(tmp_path):

@@ -137,7 +137,7 @@ def _trace(part: Part, config: ModelConfig) -> Any:
 def cache_folder() -> Path | None:
     """Return the folder for skeletons and the files of Programs.
 
-    None without a home folder, or where the folder is not this user's own.
+    None without a home folder, or if the folder is not this user's own.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return _checked(Path(home) / "gpt2cli") if os.path.isabs(home) else None
@@ -145,11 +145,11 @@ def cache_folder() -> Path | None:
 
 @functools.cache
 def _checked(folder: Path) -> Path | None:
-    """Create the folder if necessary; None, with a line once, if others can write to it."""
+    """Create the folder if necessary; if others can write to it, print that once, return None."""
     try:
         paths.check_own_folder(folder)
     except UserError as error:
-        say(f"{error}, so no programs are kept there. Set XDG_CACHE_HOME to a folder of your own")
+        say(f"{error}, so no graphs are kept there. Set XDG_CACHE_HOME to a folder of your own")
         return None
     except OSError:  # the home is read-only
         return folder if folder.is_dir() else None
@@ -186,7 +186,7 @@ def skeleton(part: Part, config: ModelConfig) -> Skeleton:
         made = converter.convert()
     with contextlib.suppress(UserError):
         if path:
-            with files.replacing(path, access=0o600) as file:
+            with files.replacing(path, access=0o644) as file:  # whatever the umask
                 file.write(_sealed(made, key.digest()))
     return _parsed(made)
 
@@ -203,9 +203,11 @@ def _kept(path: Path, key: bytes) -> Skeleton | None:
     except FileNotFoundError:
         return None
     except UserError as error:
-        say(f"{error}; the program is made again")
+        say(f"{error}. For this command, the graph is converted again")
+    except OSError as error:
+        say(f"cannot read {path}: {error.strerror}. The graph is converted again")
     except Exception as error:  # flatbuffers raises anything
-        say(f"{path} is damaged ({error}); the program is made again")
+        say(f"{path} is damaged ({error}). The graph is converted again")
     return None
 
 
