@@ -308,9 +308,9 @@ def read_own(path: str | Path, known: int) -> dict[str, Any]:
     return record
 
 
-def digest(path: str | Path, algorithm: str = "sha256") -> str:
-    """Return the hexadecimal checksum of a file; OSError if it cannot be read."""
-    hasher = hashlib.new(algorithm, usedforsecurity=False)
+def digest(path: str | Path, algorithm: str = "sha256", header: bytes = b"") -> str:
+    """Return the hexadecimal checksum of a header and a file; OSError if it cannot be read."""
+    hasher = hashlib.new(algorithm, header, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             hasher.update(block)

@@ -6,7 +6,6 @@ file when it fails.
 """
 
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -261,12 +260,8 @@ def _fault(path: Path, stated: Stated | None) -> str | None:
         return None
     if transfer.size_of(path) != stated.size:
         return f"it has {transfer.size_of(path):,} bytes, but the hub announced {stated.size:,}"
-    if stated.algorithm == "git":  # SHA-1 of a header and the content
-        hasher = hashlib.sha1(b"blob %d\0" % stated.size, usedforsecurity=False)
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                hasher.update(block)
-        found = hasher.hexdigest()
+    if stated.algorithm == "git":
+        found = files.digest(path, "sha1", b"blob %d\0" % stated.size)
     else:
         found = files.digest(path, stated.algorithm)
     return (

@@ -132,11 +132,14 @@ def open_checkpoint(folder: Path) -> None:
     manifest.write(folder, {**manifest.read(folder), "opened": True})
 
 
-def content_fault(path: Path, model: str) -> str | None:
-    """Return a description of the fault in a file of a model; None if there is none."""
+def content_fault(path: Path, model: str, digest: str | None = None) -> str | None:
+    """Return a description of the fault in a file of a model; None if there is none.
+
+    `digest` is its SHA-256, if the caller knows it.
+    """
     name = path.name.removesuffix(".part")
     known = SHA256.get(model, {}).get(name)
-    if known and files.digest(path) != known:
+    if known and (digest or files.digest(path)) != known:
         return f"its SHA-256 is not that of {NOT_OPENAIS}"
     if name == "checkpoint":
         with open(path, "rb") as file:
@@ -166,6 +169,6 @@ def intact_names(folder: Path, found: dict[str, Any], model: str) -> set[str]:
         if (record is None and name in OPTIONAL)
         or (
             manifest.is_as_recorded(folder / name, record)
-            and not content_fault(folder / name, model)
+            and not content_fault(folder / name, model, record["sha256"])
         )
     }

@@ -135,8 +135,8 @@ def attempt(session: requests.Session, wanted: Wanted) -> Record | None:
         try:
             write_body(response, wanted, start, note)
         except bodies.TooLong:
-            part.unlink()
-            note_path.unlink()
+            for own in (part, note_path):
+                own.unlink(missing_ok=True)  # the first bytes may already be too many
             raise
     return put_in_place(wanted, note)
 

@@ -1126,6 +1126,12 @@ def hub(mirror, waits, tiny_hf, tmp_path, monkeypatch):
     return fetch
 
 
+@pytest.fixture
+def unconverted(monkeypatch):
+    """Leave out the conversion, for tests of what is fetched."""
+    monkeypatch.setattr("gpt2cli.formats.convert.convert", lambda *_, **__: None)
+
+
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
@@ -1174,14 +1180,14 @@ def test_an_adapter_on_the_hub_is_named(hub, mirror):
         hub()
 
 
-def test_without_a_token_none_is_sent(hub, mirror, monkeypatch):
+def test_without_a_token_none_is_sent(hub, mirror, unconverted, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     hub()
     assert mirror.tokens[1:] == [None] * (len(mirror.tokens) - 1)
 
 
-def test_the_token_is_not_sent_to_another_host(hub, mirror, tiny_hf, monkeypatch):
+def test_the_token_is_not_sent_to_another_host(hub, mirror, tiny_hf, unconverted, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     with serving() as store:
         store.contents = {"/blob": tiny_hf[WEIGHTS]}
@@ -1294,12 +1300,13 @@ def test_a_listing_without_an_end_is_not_read(hub, mirror, monkeypatch, status):
 
 
 def test_a_file_of_the_hub_stops_at_the_size_that_the_hub_states(hub, mirror, tiny_hf):
-    size = len(tiny_hf["vocab.json"])
-    fault = {"body": b"", "headers": ENDLESS, "endless": b"{" * 10_000}
-    mirror.faults["vocab.json"] = [fault]
-    with pytest.raises(UserError, match=f"vocab.json sends more than {size:,} bytes"):
-        hub()
-    assert mirror.endless < SPARE
+    for name in ("vocab.json", "special_tokens_map.json"):  # the second has less than one piece
+        size = len(tiny_hf[name])
+        assert (size < 10_000) == (name != "vocab.json")
+        mirror.faults[name] = [{"body": b"", "headers": ENDLESS, "endless": b"{" * 10_000}]
+        with pytest.raises(UserError, match=f"{name} sends more than {size:,} bytes"):
+            hub()
+    assert mirror.endless < 2 * SPARE
     values = json.loads(mirror.contents[API])
     for file in values["siblings"]:
         if file["rfilename"] == "vocab.json":
@@ -1333,7 +1340,7 @@ def test_another_kind_of_model_is_rejected_before_its_weights_are_fetched(hub, m
     assert WEIGHTS not in [name for name, _, _ in mirror.asked]
 
 
-def test_only_the_files_of_the_model_are_fetched(hub, mirror, tiny_hf):
+def test_only_the_files_of_the_model_are_fetched(hub, mirror, tiny_hf, unconverted):
     more = dict.fromkeys(("README.md", "tf_model.h5", "onnx/model.safetensors", "x.py"), b"x")
     publish(mirror, tiny_hf | more | {"pytorch_model.bin": b"x"})
     hub()
