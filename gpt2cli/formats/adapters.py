@@ -23,7 +23,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 IN_PEFT = "Merge it in PEFT with merge_and_unload() and save_pretrained()"
 ALPHA = 8  # PEFT's LoraConfig.lora_alpha, where the file has none
 PLACE = re.compile(
-    r"(?:.*\.)?h\.(\d+)\.((?:attn|mlp)\.c_(?:attn|proj|fc))\.lora_([AB])(?:\.\w+)?\.weight"
+    r"(?:.*\.)?h\.(\d+)\.((?:attn|mlp)\.c_(?:attn|proj|fc))\.lora_([AB])(?:\.\w+)?\.weight",
+    re.ASCII,
 )
 # Fields of PEFT's LoraConfig that merging obeys, or that do not change the merged weights. Any
 # other field that is set means more than two matrices for each weight.

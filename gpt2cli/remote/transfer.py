@@ -201,7 +201,9 @@ def note_of(response: requests.Response, url: str) -> Note:
     validator = validator_of(headers)
     md5 = [headers.get("Content-MD5", "")]
     md5 += re.findall(r"md5=([\w+/=]+)", headers.get("x-goog-hash", ""))
-    md5 = [base64.b64decode(text).hex() for text in md5 if re.fullmatch(r"[\w+/]{22}==", text)]
+    # ASCII: http.client reads a header's bytes as Latin-1, whose letters are not base64
+    is_md5 = re.compile(r"[\w+/]{22}==", re.ASCII).fullmatch
+    md5 = [base64.b64decode(text).hex() for text in md5 if is_md5(text)]
     # S3's ETag is the MD5, unless the file was uploaded in parts ("...-7") or is encrypted by KMS.
     if not headers.get("x-amz-server-side-encryption", "").startswith("aws:kms"):
         md5 += re.findall(r'^"([0-9a-f]{32})"$', etag.lower())

@@ -205,7 +205,7 @@ def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
         raise UserError(
             f"{index} has no {prefix.name}{runs.SHARD} beside it: copy or download it again"
         )
-    named = re.fullmatch(r"model-(\d+)", prefix.name)
+    named = re.fullmatch(r"model-(\d+)", prefix.name, re.ASCII)
     if named and (wrong := runs.fault(prefix.parent, int(named[1]), to_train)):
         raise UserError(f"{wrong}. Use another checkpoint of the run")
     return prefix
