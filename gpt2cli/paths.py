@@ -100,10 +100,14 @@ def check_file(path: str, flag: str) -> None:
     number = descriptor_of(path)
     if number is not None:
         try:
-            os.fstat(number)
-        except OSError as error:
-            reason = error.strerror
-            raise UserError(f"cannot write into {path}: {reason}. Choose another output") from None
+            is_given = os.get_inheritable(number)  # the files of this process are not
+        except OSError:
+            is_given = False
+        if not is_given:
+            raise UserError(
+                f"cannot write into {path}: no file was opened with this number. Choose another "
+                "output"
+            )
         return
     if os.path.basename(path) in ("", ".", "..") or (found and stat.S_ISDIR(found.st_mode)):
         raise UserError(f"{path} is a folder; --{flag} takes the name of a file")

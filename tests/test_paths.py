@@ -225,6 +225,7 @@ def test_an_open_file_of_the_shell_is_written_at_its_position(cli, texts, how):
     before = identity("log")
     with open("log", "ab" if how == "append" else "wb") as log:
         number = log.fileno()
+        os.set_inheritable(number, True)  # as the shell opens it
         Path("link").symlink_to(f"/dev/fd/{number}")
         for out in (f"/dev/fd/{number}", f"/proc/self/fd/{number}", "link"):
             if os.path.lexists(out):
@@ -233,7 +234,9 @@ def test_an_open_file_of_the_shell_is_written_at_its_position(cli, texts, how):
     text = Path("log").read_text()
     assert text.startswith("OLD\n") == (how == "append") and text.count("SAMPLE 1") >= 2
     assert identity("log") == before and os.readlink("link") == f"/dev/fd/{number}"
-    one_line(cli(*SAMPLE, "--out", f"/dev/fd/{number}"), "Bad file descriptor")
+    one_line(cli(*SAMPLE, "--out", f"/dev/fd/{number}"), "no file was opened with this number")
+    with open("own", "w") as own:  # a file of the process itself, whatever its number
+        one_line(cli(*SAMPLE, "--out", f"/dev/fd/{own.fileno()}"), "no file was opened")
 
 
 @posix

@@ -257,7 +257,7 @@ def _write(samples: Iterator[Sample], options: SampleOptions, path: Path | None)
                     print(sample.show(options.format, options.delimiter), file=output, flush=True)
         except (KeyboardInterrupt, SystemExit, BrokenPipeError) as stop:
             if options.nsamples:
-                if path is not None:
+                if path is not None and not paths.is_stream(path):
                     say(f"{path} was not written: {signals.AGAIN} to start from scratch")
                 raise
             stopped = stop  # the usual end of an endless run, which keeps its samples
