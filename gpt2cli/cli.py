@@ -69,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the words, from a Python program that continues afterwards; None for sys.argv.
     """
     _open_closed_streams()
-    restore = signals.install()
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a text that cannot be shown must not end a run
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    restore: Callable[[], None] | None = None
     try:
+        restore = signals.install()
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a text that cannot be shown must not end a run
+                stream.reconfigure(encoding="utf-8", errors="replace")
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         console.say(f"gpt2cli: {error}")
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
         except (OSError, ValueError):  # Python would try again, and end with status 120
             console.drop(sys.stdout)
-        if argv is not None:
+        if argv is not None and restore is not None:
             restore()
 
 

@@ -518,6 +518,18 @@ def handles(process, number):
     return bool(mask >> (number - 1) & 1)
 
 
+@pytest.mark.parametrize(
+    ("stop", "status"), [(KeyboardInterrupt(), 130), (signals.Stopped(signal.SIGTERM), 143)]
+)
+def test_a_signal_before_the_command_line_is_read_is_a_stop_too(cli, monkeypatch, stop, status):
+    def install():
+        raise stop
+
+    monkeypatch.setattr(signals, "install", install)
+    result = cli("--help")
+    assert result.returncode == status and "gpt2cli: stopped by" in result.stderr
+
+
 @pytest.mark.slow
 @each_stop
 @pytest.mark.parametrize("group", [False, True], ids=["process", "terminal"])
