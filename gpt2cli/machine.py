@@ -24,9 +24,8 @@ def free_memory() -> int | None:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(1024 * int(line.split()[1]))
-    with contextlib.suppress(
-        OSError, ValueError, KeyError
-    ):  # a container's own limit; "max" is none
+    # a container's own limit; "max" is none
+    with contextlib.suppress(OSError, ValueError, KeyError):
         used, most, state = (
             Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("current", "max", "stat")
         )

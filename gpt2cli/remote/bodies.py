@@ -1,6 +1,6 @@
 """Requests to servers that may be slow, broken or hostile, and the bodies of their answers.
 
-A body must not exceed a size, and is given up if almost nothing arrives.
+A body must not exceed a size, and is abandoned if almost nothing arrives.
 """
 
 import re
@@ -33,7 +33,7 @@ class TryAgain(Exception):
     Args:
         text: the reason.
         wait: the number of seconds for which the server asked.
-        tries: failures in a row after which the download is given up; None for the usual number.
+        tries: failures in a row after which the download ends; None for the usual number.
         least: bytes that an attempt must fetch, or else it counts as a failure.
     """
 
