@@ -17,10 +17,11 @@ def ours(folder, vocabulary):
     """models/random, without a vocabulary; models/vocabulary, the same with that of a folder."""
     from gpt2cli.model import network as model
     from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.model.weights import random_weights
     from gpt2cli.storage import checkpoint
 
     sizes = ModelConfig(**SIZES)
-    network = model.GPT2(sizes, model.random_weights(sizes))
+    network = model.GPT2(sizes, random_weights(sizes))
     checkpoint.save(network, folder / "models/random")
     np.savez(folder / "weights.npz", **{n: w.numpy() for n, w in network.weights.items()})
     (folder / "models/vocabulary").mkdir()

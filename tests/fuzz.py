@@ -63,8 +63,8 @@ def small_weights():
     from safetensors.numpy import save_file
 
     from gpt2cli.formats.names import places_of
-    from gpt2cli.model.network import weight_shapes
     from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.model.weights import weight_shapes
 
     shapes = weight_shapes(ModelConfig(n_vocab=5, n_ctx=4, n_embd=4, n_head=2, n_layer=1))
     weights = {}

@@ -22,8 +22,9 @@ from conftest import ROOT, TINY
 from gpt2cli import files, locks, paths
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines import litert_program
-from gpt2cli.model.network import GPT2, random_weights
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import random_weights
 from gpt2cli.remote import transfer
 from gpt2cli.storage import checkpoint, destinations, folders, runs
 from gpt2cli.storage.held import HeldFolder

@@ -22,8 +22,9 @@ from conftest import ROOT, small_disk
 from gpt2cli.commands.train import TrainOptions
 from gpt2cli.errors import UserError
 from gpt2cli.inference.score import Score
-from gpt2cli.model.network import GPT2, random_weights, weight_shapes
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import random_weights, weight_shapes
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.storage.held import HeldFolder
 from gpt2cli.tensorflow import tf

@@ -29,8 +29,9 @@ from gpt2cli.errors import UserError
 from gpt2cli.formats import adapters, names, settings, statedict, tensors, vocabularies
 from gpt2cli.formats.statedict import ReadWeight
 from gpt2cli.formats.vocabularies import Vocabulary
-from gpt2cli.model.network import GPT2, W_STDDEV, weight_shapes
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import SIZES, ModelConfig
+from gpt2cli.model.weights import W_STDDEV, weight_shapes
 from gpt2cli.storage import checkpoint, destinations, folders
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import encoder

@@ -24,8 +24,9 @@ import numpy as np
 
 from gpt2cli import files
 from gpt2cli.errors import UserError
-from gpt2cli.model.network import GPT2, weight_shapes
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import weight_shapes
 from gpt2cli.storage import destinations, folders, runs
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.tensorflow import tf

@@ -16,8 +16,8 @@ from gpt2cli.errors import UserError
 from gpt2cli.formats import names
 from gpt2cli.formats.convert import _sample_logits, convert, open_source
 from gpt2cli.inference.generator import load_model
-from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import weight_shapes
 from gpt2cli.storage import checkpoint, folders
 from gpt2cli.tensorflow import tf
 from gpt2cli.text import encoder

@@ -18,9 +18,9 @@ from gpt2cli.inference import sampling
 from gpt2cli.inference.engines import litert_program
 from gpt2cli.inference.engines.litert_program import Program
 from gpt2cli.inference.sampling import Chosen
-from gpt2cli.model.kernels import MASKED
-from gpt2cli.model.network import Values, losses, weight_shapes
+from gpt2cli.model.network import losses
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import MASKED, Values, weight_shapes
 from gpt2cli.tensorflow import tf
 
 SLOTS = 128  # a cache grows by this many

@@ -31,8 +31,9 @@ from gpt2cli import files, machine, paths
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.model import kernels, network
-from gpt2cli.model.network import GPT2, Past, Values, weight_shapes
+from gpt2cli.model.network import GPT2, Past
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import Values, weight_shapes
 from gpt2cli.tensorflow import tf, without_noise
 
 with without_noise():

@@ -16,8 +16,8 @@ import numpy as np
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines import xla_rules
 from gpt2cli.inference.sampling import CHUNK, LIKELIEST, Chosen
-from gpt2cli.model.kernels import MASKED
 from gpt2cli.model.network import GPT2, KeysAndValues, Past
+from gpt2cli.model.weights import MASKED
 from gpt2cli.tensorflow import tf
 
 SMALLEST_CACHE = 64  # slots; the sizes of caches double from here, one compilation each
