@@ -147,7 +147,7 @@ class Bundle:
         """Return what an entry of the index describes: a whole tensor, or a slice of one."""
         dtype = entry.dtype()
         if not entry.size:
-            return np.zeros(entry.shape, dtype)
+            return _locked(np.zeros(entry.shape, dtype))
         shared = self._map(entry.shard)
         if len(shared) < entry.offset + entry.size:
             raise ValueError("its data has become shorter")
@@ -156,10 +156,8 @@ class Bundle:
         if table.checksum(data) != entry.checksum:
             raise ValueError(f"{name} differs from its checksum")
         values = data.view(dtype).reshape(entry.shape)
-        if not values.flags.aligned:  # behind a tensor of bytes
-            values = values.copy()
-            values.flags.writeable = False
-        return values
+        # it may follow a tensor of bytes
+        return values if values.flags.aligned else _locked(values.copy())
 
     def _joined(self, name: str, entry: Entry) -> np.ndarray:
         """Return a tensor that was saved in slices, as variables on several servers are."""
@@ -185,8 +183,13 @@ class Bundle:
             known[where] = True
         if not known.all():
             raise ValueError(f"the slices of {name} do not make a whole")
-        values.flags.writeable = False
-        return values
+        return _locked(values)
+
+
+def _locked(values: np.ndarray) -> np.ndarray:
+    """Return an array, from now on read-only, as the views of a file are."""
+    values.flags.writeable = False
+    return values
 
 
 def _fetch(shared: mmap.mmap, offset: int, size: int) -> None:
