@@ -154,7 +154,7 @@ class Bundle:
         _fetch(shared, entry.offset, entry.size)
         data = np.frombuffer(shared, np.uint8, entry.size, entry.offset)
         if table.checksum(data) != entry.checksum:
-            raise ValueError(f"{name} differs from its checksum")
+            raise ValueError(f"{name} does not match its checksum")
         values = data.view(dtype).reshape(entry.shape)
         # it may follow a tensor of bytes
         return values if values.flags.aligned else _locked(values.copy())
@@ -174,7 +174,8 @@ class Bundle:
                 raise ValueError(f"a slice of {name} does not fit")
             places.append((part, tuple(slice(*place) for place in ends)))
             size += part.size
-        if size != math.prod(entry.shape) * entry.dtype().itemsize:
+        is_repeated = len(set(entry.slices)) < len(entry.slices)
+        if is_repeated or size != math.prod(entry.shape) * entry.dtype().itemsize:
             raise ValueError(f"the slices of {name} do not make a whole")
         values = np.zeros(entry.shape, entry.dtype())
         known = np.zeros(entry.shape, bool)
@@ -193,15 +194,15 @@ def _locked(values: np.ndarray) -> np.ndarray:
 
 
 def _fetch(shared: mmap.mmap, offset: int, size: int) -> None:
-    """Have a part of a file read, so that a failing disk is an error and not a signal (SIGBUS)."""
+    """Have part of a file read now: if the disk fails, that is an error here, and SIGBUS later."""
     if sys.platform != "linux":
         return
     start = offset // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         shared.madvise(POPULATE_READ, start, offset + size - start)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # Linux before 5.14
-            raise
+        if error.errno == errno.EFAULT:  # others are of Linux before 5.14, which reads later
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
 
 
 def _shards(header: Fields) -> int:
