@@ -247,7 +247,7 @@ def check_devices(tensorflow: Any) -> Findings:
             continue
         found, advice = "computes and compiles", None
         try:
-            with tensorflow.without_noise(), tf.device(device.name):
+            with console.without_noise(), tf.device(device.name):
                 product = tf.function(lambda x: tf.reduce_sum(x @ x), jit_compile=True)
                 if float(product(tf.ones([64, 64]))) != 64**3:
                     found, advice = "computes wrong numbers", "do not use this device"
