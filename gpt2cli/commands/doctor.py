@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2cli import __version__, machine
+from gpt2cli import __version__, console, machine
 from gpt2cli.console import counted, say, visible
 from gpt2cli.errors import UserError
 from gpt2cli.flags import check

@@ -66,8 +66,8 @@ def run(options: InteractiveOptions) -> None:
     from gpt2cli.inference import devices, generator  # only when the checks have passed
 
     model = generator.load_model(folder, options.precision, vocabulary)
-    devices = devices.describe(options.precision)
-    say(f"{folder.checkpoint}: {devices}", *HELP.split("\n"))
+    device = devices.describe(options.precision)
+    say(f"{folder.checkpoint}: {device}", *HELP.split("\n"))
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())
         say(f"seed {options.seed}")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from gpt2cli import files, signals
+from gpt2cli import files, machine, signals
 from gpt2cli.console import counted, progress, say
 from gpt2cli.errors import UserError
 from gpt2cli.inference import hints

@@ -62,7 +62,7 @@ class LitertEngine:
     """
 
     needs_full_batches = False
-    cache_sizes = (64,)  # any one
+    cache_sizes: Sequence[int] = (64,)  # any one
 
     def __init__(self, config: ModelConfig, stored: Values, precision: str = "float32") -> None:
         self.config = config

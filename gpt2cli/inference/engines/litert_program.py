@@ -153,9 +153,9 @@ def _assemble(
         file: what to write to.
     """
     content = bytearray(skeleton.content)
-    for place in skeleton.vocabulary:
-        struct.pack_into("<i", content, place, n_vocab)
-    zeros: dict[int, int] = {}  # a length -> the place of a vector of so many zero points
+    for at in skeleton.vocabulary:
+        struct.pack_into("<i", content, at, n_vocab)
+    zeros: dict[int, int] = {}  # a length -> the place of a vector of zero points
     end = room
     for place, (numbers, scale) in zip(skeleton.places, weights, strict=True):
         end += -end % ALIGNMENT

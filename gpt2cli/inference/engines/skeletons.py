@@ -22,7 +22,7 @@ from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import weight_shapes
 
 SHIPPED = Path(__file__).parent / "programs"
-# What the programs are made from; if one of these files is changed, they are made again.
+# What programs are made from: a program of other sources is not used.
 SOURCES = [
     *(Path(__file__).parents[2] / "model" / name for name in ("network.py", "kernels.py")),
     *(Path(__file__).with_name(name) for name in ("litert_convert.py", "skeletons.py")),
