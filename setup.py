@@ -38,6 +38,8 @@ setup(
         "keras>=3.5,<3.16",  # the optimizers; pinned, private attributes of theirs are used
         "flatbuffers>=24.3",  # LiteRT's files; TensorFlow's too
         "numpy>=1.26",  # arrays of ids, random numbers of samples
+        "google-crc32c>=1.5",  # the checksums in a checkpoint, with the processor's instruction
+        "ml-dtypes>=0.4",  # weights in bfloat16; TensorFlow's too
         "regex>=2023.12",  # where a long text may be cut before it is encoded
         "fire>=0.7,<0.8",  # command lines; pinned, its parsing hook is called experimental
         "tqdm>=4.66.3",  # progress bars

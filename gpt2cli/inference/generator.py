@@ -26,7 +26,7 @@ from gpt2cli.inference.rows import Generation, Row, most_seen
 from gpt2cli.inference.score import Score, score
 from gpt2cli.inference.text import Prompt, RowText, Sample, encode_prompt
 from gpt2cli.options import GenerateOptions, Precision, new_seed
-from gpt2cli.storage import checkpoint, folders
+from gpt2cli.storage import folders, reading
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import encoder
 from gpt2cli.text.batches import Batch, Tokens
@@ -440,7 +440,7 @@ def load_model(
     folder = path if isinstance(path, ModelFolder) else folders.open_model(path)
     if vocabulary is None:
         vocabulary = encoder.of_model(folder)  # before gigabytes are read
-    sizes, stored = checkpoint.open_weights(folder)
+    sizes, stored = reading.open_weights(folder)
     if vocabulary is not None:
         encoder.check_fits(folder, vocabulary, sizes.n_vocab)
     precision = "float32" if precision == "auto" else precision
