@@ -17,7 +17,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
-# keeps the skeletons of litert_program.py out of the user's own cache
+# keeps the skeletons of skeletons.py out of the user's own cache
 os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache" / "home")
 SHARED = ROOT.parent / "shared"
 TINY = ROOT / "models" / "tiny"

@@ -100,7 +100,7 @@ def test_commands_do_not_import_each_other():
 
 
 def test_only_one_module_imports_tensorflow():
-    private = {"tensorflow.py", "litert_program.py"}  # the second: a private part of it
+    private = {"tensorflow.py"}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -63,13 +63,11 @@ def run(options: InteractiveOptions) -> None:
     if vocabulary is None:
         raise UserError(f"{folder.path} has no vocabulary, so it cannot continue typed text")
 
-    from gpt2cli import tensorflow  # only when the checks have passed
-    from gpt2cli.inference import generator
+    from gpt2cli.inference import devices, generator  # only when the checks have passed
 
-    tensorflow.keep_no_memory()
     model = generator.load_model(folder, options.precision, vocabulary)
-    devices = tensorflow.describe_devices(options.precision)
-    say(f"{folder.checkpoint}: {devices}", *HELP.split("\n"))
+    device = devices.describe(options.precision)
+    say(f"{folder.checkpoint}: {device}", *HELP.split("\n"))
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())
         say(f"seed {options.seed}")

@@ -160,12 +160,10 @@ def run(options: SampleOptions) -> None:
         say(f"--processes has no effect: one process writes into {options.out}")
     vocabulary = encoder.of_model(folder)
 
-    from gpt2cli import tensorflow  # only when the checks have passed
-    from gpt2cli.inference import generator
+    from gpt2cli.inference import devices, generator  # only when the checks have passed
 
-    tensorflow.keep_no_memory()
     model = generator.load_model(folder, options.precision, vocabulary)
-    say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}")
+    say(f"{folder.checkpoint}: {devices.describe(options.precision)}")
     encoded = _encode(model, options, texts)
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())

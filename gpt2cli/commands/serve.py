@@ -140,10 +140,8 @@ def run(options: ServeOptions) -> None:
     if hasattr(signal, "SIGHUP"):  # until the server handles it, it must not end the process
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from gpt2cli import tensorflow  # slow to import: after all cheap checks
-    from gpt2cli.serving import service
+    from gpt2cli.serving import service  # slow to import: after all cheap checks
 
-    tensorflow.keep_no_memory()
     log = logging.getLogger("gpt2cli")  # the parent of every module's
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
@@ -180,12 +178,12 @@ def load(options: ServeOptions) -> tuple[LanguageModel, str]:
 
 def _announce(options: ServeOptions, listener: socket.socket, checkpoint: str) -> None:
     """Log the model, the address, and who may use it."""
-    from gpt2cli import tensorflow
+    from gpt2cli.inference import devices
     from gpt2cli.serving import sites
 
     address, port = listener.getsockname()[:2]
     host = f"[{address}]" if ":" in address else address
-    LOG.info("loading %s with %s", checkpoint, tensorflow.describe_devices(options.precision))
+    LOG.info("loading %s with %s", checkpoint, devices.describe(options.precision))
     LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
     if not (options.api_key or sites.is_loopback(address)):
         LOG.warning(

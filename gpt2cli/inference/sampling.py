@@ -160,6 +160,24 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def losses(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nats by which each id was missed, and 1 where it was the likeliest, else 0.
+
+    Args:
+        logits: float32 [N, V].
+        targets: ids [N].
+
+    Returns:
+        Two float32 [N].
+    """
+    nats, hits = np.empty(len(logits), np.float32), np.empty(len(logits), np.float32)
+    for n, (row, target) in enumerate(zip(logits, targets, strict=True)):
+        best = int(row.argmax())  # a row stays in the processor's cache for all of these
+        nats[n] = np.log(np.exp(row - row[best]).sum()) + row[best] - row[target]
+        hits[n] = best == target
+    return nats, hits
+
+
 class Candidate(NamedTuple):
     """A row with one more token.
 

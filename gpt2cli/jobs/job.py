@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from gpt2cli import files, signals
+from gpt2cli import files, machine, signals
 from gpt2cli.console import counted, progress, say
 from gpt2cli.errors import UserError
 from gpt2cli.inference import hints
@@ -151,10 +151,8 @@ def _fill(
     if begin == len(samples):
         return Made(tokens=0, seconds=0.0, failures=failures, found=begin)
 
-    from gpt2cli import tensorflow  # only if it is needed
-    from gpt2cli.inference import generator
+    from gpt2cli.inference import generator  # only if it is needed
 
-    tensorflow.keep_no_memory()
     model = generator.load_model(folder, options.precision, vocabulary)
     tokens = 0
     start = time.monotonic()
@@ -205,7 +203,7 @@ def _count_processes(options: SampleOptions, number: int) -> int:
 
 
 def _gpus(options: SampleOptions) -> list[str]:
-    return workers.gpus() if options.precision != "int8" else []  # int8 runs on the CPU
+    return machine.gpus() if options.precision != "int8" else []  # int8 runs on the CPU
 
 
 def _launch(

@@ -14,7 +14,7 @@ from gpt2cli.model.sizes import ModelConfig
 
 Values = Callable[[str, tuple[int, ...]], Any]  # a weight's name and shape -> its values
 
-MASKED = -1e10  # openai/gpt-2 src/model.py, mask_attn_weights: the score of what is not looked at
+MASKED = -1e10  # openai/gpt-2 src/model.py, mask_attn_weights
 WTE_STDDEV = 0.02  # openai/gpt-2 src/model.py, wte
 WPE_STDDEV = 0.01  # openai/gpt-2 src/model.py, wpe: half of wte, easy to swap
 W_STDDEV = 0.02  # openai/gpt-2 src/model.py, conv1d

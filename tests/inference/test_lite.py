@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import tensorflow
+from gpt2cli import machine, tensorflow
 from gpt2cli.errors import UserError
-from gpt2cli.inference.engines import litert_program
+from gpt2cli.inference import devices
+from gpt2cli.inference.engines import litert_convert, litert_program
 from gpt2cli.inference.engines.litert import LitertEngine
 from gpt2cli.inference.engines.xla import XlaEngine
 from gpt2cli.inference.generator import LanguageModel, load_model
@@ -127,7 +128,7 @@ def test_a_damaged_skeleton_on_the_disk_is_made_again(network, tmp_path, monkeyp
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
-    monkeypatch.setattr(litert_program, "_trace", None)  # not called again
+    monkeypatch.setattr(litert_convert, "convert", None)  # not called again
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
     for path in kept:
         path.unlink()
@@ -245,9 +246,10 @@ def test_the_device_and_the_precision_choose_how_a_model_runs(monkeypatch):
         (["a card"], "int8", LitertEngine),
     ):
         monkeypatch.setattr(tensorflow, "GPUS", gpus)
+        monkeypatch.setattr(machine, "may_have_gpu", lambda gpus=gpus: bool(gpus))
         assert type(load_model(TINY, precision).network) is kind
         if kind is LitertEngine:
-            assert " on CPU (" in tensorflow.describe_devices(precision)
+            assert " on CPU (" in devices.describe(precision)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])

@@ -21,10 +21,13 @@ class Engine(Protocol):
         config: the model's sizes.
         needs_full_batches: each number of rows costs a compilation, so the number should stay the
             same.
+        cache_sizes: the numbers of slots to try before the first request: all that cost a
+            compilation.
     """
 
     config: ModelConfig
     needs_full_batches: bool
+    cache_sizes: Sequence[int]
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return float32 [T, V] for the ids of one text, T up to n_ctx."""

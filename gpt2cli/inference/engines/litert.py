@@ -12,16 +12,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from gpt2cli.inference import sampling
-from gpt2cli.inference.engines import litert_program
 from gpt2cli.inference.engines.litert_program import Program
 from gpt2cli.inference.sampling import Chosen
-from gpt2cli.model.network import losses
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import MASKED, Values, weight_shapes
-from gpt2cli.tensorflow import tf
 
 SLOTS = 128  # a cache grows by this many
 ROWS = 256  # when a text is scored, the logits of this many tokens are in memory at once
@@ -64,16 +62,18 @@ class LitertEngine:
     """
 
     needs_full_batches = False
+    cache_sizes: Sequence[int] = (64,)  # any one
 
     def __init__(self, config: ModelConfig, stored: Values, precision: str = "float32") -> None:
         self.config = config
         if precision == "bfloat16":
             stored = _rounded(stored)
-        self._make_layers = lambda: Program(litert_program.layers, config, stored, precision)
+        self._make_layers = lambda: Program("layers", config, stored, precision)
         self._layers = self._reader = self._make_layers()
-        self._head = Program(litert_program.head, config, stored, precision)
-        wpe, shape = list(weight_shapes(config).items())[1]
-        self._positions = np.asarray(stored(wpe, shape), np.float32)
+        self._head = Program("head", config, stored, precision)
+        self._tokens, self._positions = (
+            stored(*table) for table in list(weight_shapes(config).items())[:2]
+        )
         depth = range(config.n_layer)
         # in the order of the outputs
         self._halves = [f"{half}{layer}" for layer in depth for half in ("keys", "values")]
@@ -110,7 +110,7 @@ class LitertEngine:
             x = self._read(row)[0]
             for start in range(0, len(x), ROWS):
                 part = slice(start, start + ROWS)
-                nats, hit = losses(self._head(x=x[part])[0], wanted[part])
+                nats, hit = sampling.losses(self._head(x=x[part])[0], wanted[part])
                 loss += float(np.sum(nats * weight[part]))
                 hits += float(np.sum(hit * weight[part]))
         return loss, hits
@@ -203,8 +203,7 @@ class LitertEngine:
 
     def _embed(self, tokens: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Return the sums of token and position embeddings: [N], [N] -> [1, N, E]."""
-        x = self._head.rows(tokens)  # of wte
-        return (x + self._positions[position])[None]
+        return (self._tokens[tokens] + self._positions[position])[None].astype(np.float32)
 
     def _read(self, row: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return x [T, E] of the ids [T] of one row, and its keys and values, each [1, H, T, D]."""
@@ -257,7 +256,7 @@ def _nothing() -> None:
 
 def _rounded(stored: Values) -> Values:
     """Return the same function with its values rounded to bfloat16."""
-    short = tf.bfloat16.as_numpy_dtype
+    short = ml_dtypes.bfloat16
     return lambda name, shape: np.asarray(stored(name, shape)).astype(short).astype(np.float32)
 
 

@@ -133,6 +133,7 @@ class XlaEngine:
 
     def __init__(self, network: GPT2) -> None:
         self.config = network.config
+        self.cache_sizes: Sequence[int] = cache_sizes(self.config.n_ctx)
 
         def compiled(function: Callable[..., Any], *signature: Any, xla: bool = False) -> Any:
             return tf.function(
