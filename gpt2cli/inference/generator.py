@@ -22,6 +22,7 @@ from gpt2cli.errors import UsageError, UserError, names_without_dashes
 from gpt2cli.inference import devices, sampling
 from gpt2cli.inference.beams import Search
 from gpt2cli.inference.engines.engine import Engine
+from gpt2cli.inference.lookup import Lookup
 from gpt2cli.inference.rows import Generation, Row, most_seen
 from gpt2cli.inference.score import Score, score
 from gpt2cli.inference.text import Prompt, RowText, Sample, encode_prompt
@@ -327,6 +328,7 @@ class LanguageModel:
             window=options.window,
             logprobs=options.logprobs,
             text=RowText(prompt, self.encoder, options),
+            lookup=Lookup() if self.network.looks_up else None,
         )
 
     def sample(self, row: Row, seed: int, score: float | None = None) -> Sample:
@@ -432,7 +434,7 @@ def load_model(
     precision: str = "auto",
     vocabulary: Encoder | None = None,
     *,
-    lookup: bool = True,
+    lookup: bool = False,
     prefix_cache: int = 256,
 ) -> LanguageModel:
     """Load a model folder, a run folder, or a checkpoint's path without its extension.

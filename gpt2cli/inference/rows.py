@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines.engine import Cache, Engine
+from gpt2cli.inference.lookup import Lookup
 from gpt2cli.inference.sampling import Candidate, Chosen, Rules
 from gpt2cli.inference.text import RowText
 from gpt2cli.options import GenerateOptions
@@ -35,6 +36,7 @@ class Row:
         window: "half" or "last", the part that the model sees after n_ctx tokens.
         logprobs: whether to keep log-probabilities.
         text: its text, which grows with it: a stop text ends the row. By default ids alone.
+        lookup: proposes its next tokens, for an engine that can check several at once.
 
     Attributes:
         tokens: ids, prompt included, without the end token.
@@ -54,6 +56,7 @@ class Row:
         window: str = "half",
         logprobs: bool = False,
         text: RowText | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
@@ -61,6 +64,7 @@ class Row:
         self.length = length
         self.index = index
         self.text = text or RowText(None, None, GenerateOptions())
+        self.lookup = lookup
         self.finished = False
         self.wants_logprobs = logprobs
         self.logprobs: list[float] = []
@@ -279,6 +283,7 @@ class Generation:
             noise=np.stack([row.uniform(steps) if row else nothing for row in self.rows]),
             rules=[row.rules if row else live[0].rules for row in self.rows],
             logprobs=np.array([row is not None and row.wants_logprobs for row in self.rows]),
+            lookup=live[0].lookup if len(self.rows) == 1 else None,
         )
         self._cache = chosen.cache
         return chosen

@@ -342,27 +342,44 @@ class GPT2MLBlock:
 # The cache
 
 
+class Shared(NamedTuple):
+    """A beginning that all tokens of x look at.
+
+    Args:
+        keys: [1, H, S', D].
+        values: [1, H, S', D].
+        ones: float32 [1, 1, S' + T, 1]. A product with it adds numbers in the order of the slots,
+            so that a token's sum is the same to the last bit wherever its text begins in x.
+    """
+
+    keys: tf.Tensor
+    values: tf.Tensor
+    ones: tf.Tensor
+
+
 class Past(NamedTuple):
     """The tokens that each token of x, a single row, may look at: each has its own cache.
 
     Args:
-        beside: float32 [T, T], 0 where a token (row) looks at another of x, MASKED elsewhere.
+        beside: float32 [T, S' + T], 0 where a token (row) looks at a slot of `shared` or at another
+            token of x, MASKED elsewhere; S' is 0 without `shared`.
         seen: float32 [T, 1, 1, S], 0 for the slots of its cache that count, MASKED for the others.
         keys: [T, H, S, D]; or [1, H, S, D], the same for all.
-        values: as `keys`.
+        values: [T, H, D, S] or [1, H, D, S]: XNNPACK packs them faster than [S, D].
+        shared: a beginning, or None.
     """
 
     beside: tf.Tensor
     seen: tf.Tensor
     keys: tf.Tensor
     values: tf.Tensor
+    shared: Shared | None = None
 
 
 def _attend_to_past(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, past: Past) -> tf.Tensor:
     """Take one softmax over the tokens beside each other and each one's cache.
 
-    Not over both in one tensor, because LiteRT needs every shape in advance, and a cut at S is not
-    known in advance.
+    Not over both in one tensor, because to join them would copy the caches for each token.
 
     Args:
         q: [1, H, T, D], scaled.
@@ -373,15 +390,21 @@ def _attend_to_past(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, past: Past) -> tf.
     Returns:
         [1, H, T, D].
     """
-    scores = _scores(q, k) + past.beside  # [1, H, T, T]
+    if past.shared:
+        k = tf.concat([past.shared.keys, k], axis=2)
+        v = tf.concat([past.shared.values, v], axis=2)
+    scores = _scores(q, k) + past.beside  # [1, H, T, S' + T]
     older = _scores(_by_token(q), past.keys) + past.seen  # [T, H, 1, S]
     most = tf.reduce_max(older, -1, keepdims=True)
     most = tf.maximum(tf.reduce_max(scores, -1, keepdims=True), _by_token(most))  # [1, H, T, 1]
     scores, older = tf.exp(scores - most), tf.exp(older - _by_token(most))
-    total = tf.reduce_sum(older, -1, keepdims=True)
-    total = tf.reduce_sum(scores, -1, keepdims=True) + _by_token(total)
+    if past.shared:
+        total = tf.matmul(scores, past.shared.ones)
+    else:
+        total = tf.reduce_sum(scores, -1, keepdims=True)
+    total += _by_token(tf.reduce_sum(older, -1, keepdims=True))
     a = tf.matmul(tf.cast(scores, v.dtype), v)
-    a += _by_token(tf.matmul(tf.cast(older, v.dtype), past.values))
+    a += _by_token(tf.matmul(tf.cast(older, v.dtype), past.values, transpose_b=True))
     return a / tf.cast(total, v.dtype)
 
 

@@ -1,12 +1,17 @@
 """The interface of all engines, by which rows grow and texts are scored."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gpt2cli.inference.sampling import Chosen, Rules
 from gpt2cli.model.sizes import ModelConfig
+
+if TYPE_CHECKING:
+    from gpt2cli.inference.lookup import Lookup
 
 Cache = Any  # the keys and values of N rows, in the form of the engine that made them
 
@@ -21,12 +26,14 @@ class Engine(Protocol):
         config: the model's sizes.
         needs_full_batches: each number of rows costs a compilation, so the number should stay the
             same.
+        looks_up: it uses the proposals of a row's Lookup.
         cache_sizes: the numbers of slots to try before the first request: all that cost a
             compilation.
     """
 
     config: ModelConfig
     needs_full_batches: bool
+    looks_up: bool
     cache_sizes: Sequence[int]
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
@@ -68,6 +75,7 @@ class Engine(Protocol):
         noise: np.ndarray,
         rules: Sequence[Rules],
         logprobs: np.ndarray,
+        lookup: Lookup | None = None,
     ) -> Chosen:
         """Generate up to M tokens per row; see `sampling.run`."""
 

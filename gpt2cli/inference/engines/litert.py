@@ -24,6 +24,7 @@ from gpt2cli.model.weights import MASKED, Values, weight_shapes
 
 SLOTS = 128  # a cache grows by this many
 TOGETHER = 256  # tokens of short texts that are read in one pass
+NOT_SEEN = np.zeros([1, 1, 1, 1], bool)
 FEW = 16  # up to this many tokens, a pass has outputs of its own
 
 
@@ -43,7 +44,7 @@ class Cache:
 
     Args:
         lengths: int [N], each row's tokens.
-        halves: an input's name -> [N, H, S, D]: the keys, or the values, of a layer.
+        halves: an input's name -> a layer's keys [N, H, S, D] or values [N, H, D, S].
     """
 
     def __init__(self, lengths: np.ndarray, halves: dict[str, Tensor]) -> None:
@@ -53,6 +54,11 @@ class Cache:
     def slots(self) -> int:
         """S, the number of tokens that a row has room for."""
         return int(self.halves["keys0"].array.shape[2])
+
+    def view(self, half: str) -> np.ndarray:
+        """Return keys or values as [N, H, S, D], to change in place."""
+        array = self.halves[half].array
+        return array.swapaxes(2, 3) if half.startswith("values") else array
 
 
 class LitertEngine:
@@ -80,7 +86,7 @@ class LitertEngine:
         config: ModelConfig,
         stored: Values,
         precision: str = "float32",
-        lookup: bool = True,
+        lookup: bool = False,
         prefix_bytes: int = 0,
     ) -> None:
         self.config, self.looks_up = config, lookup
@@ -96,6 +102,7 @@ class LitertEngine:
         # in the order of the outputs
         self._halves = [f"{half}{layer}" for layer in depth for half in ("keys", "values")]
         self._inputs: dict[str, Tensor] = {}  # those of the last call
+        self._no_cache, self._no_beginning = self._empty(1, 1), self._unread(1)
         self._outputs: dict[int, list[Tensor]] = {}  # number of tokens -> tensors
         self._lock = threading.RLock()
 
@@ -124,7 +131,7 @@ class LitertEngine:
         A common beginning of several rows is read once, and the ends of such rows side by side.
         """
         lengths = np.array([len(row) for row in rows])
-        cache = Cache(lengths, self._empty(len(rows), _room(min(slots, lengths.max() + 1))))
+        cache = Cache(lengths, self._empty(len(rows), _room(int(lengths.max()) + 1)))
         last = np.empty([len(rows), self.config.n_embd], np.float32)
         groups: dict[bytes, dict[bytes, list[int]]] = {}  # beginning -> text -> numbers of rows
         for number, row in enumerate(rows):
@@ -143,7 +150,7 @@ class LitertEngine:
                     at = part.stop
                     last[numbers] = x[part][-1]
                     for half, array in zip(self._halves, new, strict=True):
-                        to = cache.halves[half].array
+                        to = cache.view(half)
                         to[numbers, :, :seen] = past[half].array[:, :, :seen]
                         to[numbers, :, seen : seen + len(ends[text])] = array[:, :, part]
         return self._logits(last), cache
@@ -155,16 +162,16 @@ class LitertEngine:
         """Return logits [N, V], which the next call may overwrite, and the same Cache."""
         needed = int(position.max()) + 1
         if needed > cache.slots:
-            cache.halves = self._grown(cache.halves, int(cache.lengths.max()), _room(needed))
+            self._grow(cache, needed)
         rows = np.arange(len(token))
         x, new = self._run_layers(
             self._embed(token, position),
             beside=np.eye(len(token), dtype=bool),
+            cache=cache.halves,
             seen=np.arange(cache.slots) < position[:, None, None, None],
-            halves=cache.halves,
         )
         for half, array in zip(self._halves, new, strict=True):
-            cache.halves[half].array[rows, :, position] = array[0].swapaxes(0, 1)
+            cache.view(half)[rows, :, position] = array[0].swapaxes(0, 1)
         cache.lengths[:] = position + 1
         return self._logits(x), cache
 
@@ -178,10 +185,23 @@ class LitertEngine:
             position: the slot of the first.
 
         Returns:
-            Logits [T, V], to the last bit those of feeding one token after another; and the same
-            Cache. The tokens may be fed again from any of the positions on.
+            Logits [T, V], which differ from those of feeding one token after another by rounding;
+            and the same Cache. The next slot may be any up to the last.
         """
-        raise NotImplementedError
+        end = position + len(tokens)
+        if end > cache.slots:
+            self._grow(cache, end)
+        place = np.arange(len(tokens))
+        x, new = self._run_layers(
+            self._embed(tokens, position + place),
+            beside=place[:, None] >= place,
+            cache=cache.halves,
+            seen=np.arange(cache.slots)[None, None, None] < position,
+        )
+        for half, array in zip(self._halves, new, strict=True):
+            cache.view(half)[0, :, position:end] = array[0]
+        cache.lengths[:] = end
+        return self._logits(x), cache
 
     @_alone
     def arrange(self, cache: Cache | None, new: Cache | None, sources: Sequence[int]) -> Cache:
@@ -198,7 +218,7 @@ class LitertEngine:
             moved = (chosen >= 0) & (chosen != place)  # the others stay
             stay = np.where(moved & (chosen < len(place)), chosen, place)
             for half in self._halves if not np.array_equal(stay, place) else ():
-                array, end = made.halves[half].array, int(lengths.max())
+                array, end = made.view(half), int(lengths.max())
                 array[:, :, :end] = array[stay, :, :end]
             moved &= chosen >= len(place)
         else:
@@ -207,34 +227,43 @@ class LitertEngine:
         for to in np.flatnonzero(moved):
             source, number = rows[chosen[to]]
             for half in self._halves:
-                array = source.halves[half].array[number, :, : lengths[to]]
-                made.halves[half].array[to, :, : lengths[to]] = array
+                array = source.view(half)[number, :, : lengths[to]]
+                made.view(half)[to, :, : lengths[to]] = array
         made.lengths = lengths
         return made
 
     def run(self, *arguments: Any, **more: Any) -> Chosen:
         """Generate tokens, as `sampling.run`."""
-        return sampling.run(self.feed, self.config.n_vocab, *arguments, **more)
+        return sampling.run(self.feed, self.config.n_vocab, *arguments, **more, check=self.check)
 
     def _embed(self, tokens: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Return the sums of token and position embeddings: [N], [N] -> [N, E]."""
         return np.asarray(self._tokens[tokens] + self._positions[position], np.float32)
 
     def _empty(self, rows: int, slots: int) -> dict[str, Tensor]:
-        """Return tensors for the keys and values of rows."""
-        head = self.config.n_embd // self.config.n_head
-        return {half: Tensor(rows, self.config.n_head, slots, head) for half in self._halves}
+        """Return the tensors of a Cache."""
+        heads, head = self.config.n_head, self.config.n_embd // self.config.n_head
+        return {
+            half: Tensor(rows, heads, *([head, slots] if "values" in half else [slots, head]))
+            for half in self._halves
+        }
 
-    def _grown(self, halves: dict[str, Tensor], used: int, slots: int) -> dict[str, Tensor]:
-        """Return tensors with more slots, and what is in the first `used` of these."""
-        grown = self._empty(len(halves["keys0"].array), slots)
-        for half, tensor in halves.items():
-            grown[half].array[:, :, :used] = tensor.array[:, :, :used]
-        return grown
+    def _grow(self, cache: Cache, needed: int) -> None:
+        """Give a cache more slots."""
+        grown = Cache(cache.lengths, self._empty(len(cache.lengths), _room(needed)))
+        used = int(cache.lengths.max())
+        for half in self._halves:
+            grown.view(half)[:, :, :used] = cache.view(half)[:, :, :used]
+        cache.halves = grown.halves
+
+    def _unread(self, slots: int) -> dict[str, Tensor]:
+        """Return tensors for the keys and values of a beginning, each [1, H, S, D]."""
+        head = self.config.n_embd // self.config.n_head
+        return {half: Tensor(1, self.config.n_head, slots, head) for half in self._halves}
 
     def _scored(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield the logits after each token of a text [T], some tokens at a time."""
-        past = self._empty(1, 1)
+        past = self._unread(1)
         for start in range(0, len(ids), PIECE):
             part = slice(start, start + PIECE)
             x, new = self._read_on(past, start, [ids[part]])
@@ -244,7 +273,7 @@ class LitertEngine:
 
     def _beginning(self, ids: np.ndarray) -> dict[str, Tensor]:
         """Return the keys and values [1, H, S, D] of a text [n * PIECE], S at least its length."""
-        past = self._empty(1, 1)
+        past = self._unread(1)
         kept = self.prefixes.find(ids)
         for start in range(0, len(ids), PIECE):
             if start // PIECE < len(kept):
@@ -260,9 +289,12 @@ class LitertEngine:
         self, past: dict[str, Tensor], start: int, new: Halves, most: int
     ) -> dict[str, Tensor]:
         """Return the same tensors, or larger ones, with new keys and values from a slot on."""
-        end = start + new[0].shape[2]
-        if end > past["keys0"].array.shape[2]:
-            past = self._grown(past, start, min(max(2 * start, end), max(most, end)))
+        end, slots = start + new[0].shape[2], past["keys0"].array.shape[2]
+        if end > slots:
+            larger = self._unread(min(max(2 * start, end), max(most, end)))
+            for half, tensor in past.items():
+                larger[half].array[:, :, :start] = tensor.array[:, :, :start]
+            past = larger
         for half, array in zip(self._halves, new, strict=True):
             past[half].array[:, :, start:end] = array
         return past
@@ -283,37 +315,51 @@ class LitertEngine:
         """
         own = np.concatenate([np.full(len(ids), number) for number, ids in enumerate(texts)])
         place = np.concatenate([np.arange(len(ids)) for ids in texts])
+        begun = np.arange(past["keys0"].array.shape[2]) < seen
+        beside = (own[:, None] == own) & (place[:, None] >= place)
         return self._run_layers(
             self._embed(np.concatenate(texts), seen + place),
-            beside=(own[:, None] == own) & (place[:, None] >= place),
-            seen=np.arange(past["keys0"].array.shape[2])[None, None, None] < seen,
-            halves=past,
+            beside=np.concatenate([np.tile(begun, (len(own), 1)), beside], axis=1),
+            shared=past,
         )
 
     def _run_layers(
-        self, x: np.ndarray, beside: np.ndarray, seen: np.ndarray, halves: dict[str, Tensor]
+        self,
+        x: np.ndarray,
+        beside: np.ndarray,
+        cache: dict[str, Tensor] | None = None,
+        seen: np.ndarray = NOT_SEEN,
+        shared: dict[str, Tensor] | None = None,
     ) -> tuple[np.ndarray, Halves]:
         """Return x [N, E] after all layers and the new keys and values, each [1, H, N, D].
 
         Args:
             x: [N, E], sums of token and position embeddings.
-            beside: bool [N, N], whether a token (row) looks at another of x.
-            seen: bool [N or 1, 1, 1, S], whether it looks at a slot of its cache.
-            halves: as in Cache; with a single row, all tokens have the same cache.
+            beside: bool [N, N], whether a token (row) looks at another of x; with `shared`
+                [N, S' + N], whether it looks at a slot of that or at another of x.
+            cache: the halves of a Cache; with a single row, all tokens have the same.
+            seen: bool [N or 1, 1, 1, S], whether a token looks at a slot of `cache`.
+            shared: a beginning that all look at, [1, H, S', D].
         """
+        if shared is None:
+            beside = np.pad(beside, [(0, 0), (1, 0)])
         inputs = {
             "x": self._input("x", x[None]),
             "beside": self._input("beside", _mask(beside)),
             "seen": self._input("seen", _mask(seen)),
+            "ones": self._input("ones", np.ones([1, 1, beside.shape[1], 1], np.float32)),
+            **(cache or self._no_cache),
         }
+        for half, tensor in (shared or self._no_beginning).items():
+            inputs[f"shared_{half}"] = tensor
         outputs = self._outputs.get(len(x))
         if outputs is None:
-            made = self._empty(1, len(x)).values()
+            made = self._unread(len(x)).values()
             outputs = [Tensor(1, len(x), self.config.n_embd), *made]
             if len(x) > FEW:
                 self._outputs = {n: made for n, made in self._outputs.items() if n <= FEW}
             self._outputs[len(x)] = outputs
-        self._layers(inputs | halves, outputs)
+        self._layers(inputs, outputs)
         return outputs[0].array[0], [tensor.array for tensor in outputs[1:]]
 
     def _logits(self, x: np.ndarray) -> np.ndarray:

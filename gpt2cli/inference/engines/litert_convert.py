@@ -20,7 +20,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from gpt2cli import console
 from gpt2cli.inference.engines.skeletons import Part, Place, Skeleton, packed_shape, weights_of
-from gpt2cli.model.network import GPT2, Past
+from gpt2cli.model.network import GPT2, Past, Shared
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import weight_shapes
 from gpt2cli.tensorflow import tf
@@ -34,8 +34,8 @@ def layers(
     x: tf.Tensor,
     beside: tf.Tensor,
     seen: tf.Tensor,
-    keys: list[tf.Tensor],
-    values: list[tf.Tensor],
+    ones: tf.Tensor,
+    halves: list[list[tf.Tensor]],
 ) -> tuple[tf.Tensor, ...]:
     """Run everything between the embedding and `head`.
 
@@ -44,13 +44,16 @@ def layers(
         x: [1, N, E], sums of token and position embeddings.
         beside: as in Past.
         seen: as in Past.
-        keys: of each layer, as in Past.
-        values: of each layer, as in Past.
+        ones: as in Shared.
+        halves: of each layer, keys and values as in Past, then as in Shared.
 
     Returns:
         x [1, N, E], and the new keys and values of each layer, [1, H, N, D].
     """
-    past = [Past(beside, seen, *pair) for pair in zip(keys, values, strict=True)]
+    past = [
+        Past(beside, seen, keys, values, Shared(shared_keys, shared_values, ones))
+        for keys, values, shared_keys, shared_values in halves
+    ]
     x, new = gpt2.layers(gpt2.normed(x), past)
     return x, *(half for pair in new for half in pair)
 
@@ -84,15 +87,19 @@ def _inputs(part: Part, config: ModelConfig) -> list[Any]:
     """
     if part == "head":
         return [tf.TensorSpec([None, config.n_embd], name="x")]
-    slots = [None, config.n_head, None, config.n_embd // config.n_head]
+    head = config.n_embd // config.n_head
+    slots, columns = [None, config.n_head, None, head], [None, config.n_head, head, None]
+    shared = [1, config.n_head, None, head]
+    halves = {"keys": slots, "values": columns, "shared_keys": shared, "shared_values": shared}
     return [
         tf.TensorSpec([1, None, config.n_embd], name="x"),
         tf.TensorSpec([None, None], name="beside"),
         tf.TensorSpec([None, 1, 1, None], name="seen"),
-        *(
-            [tf.TensorSpec(slots, name=f"{half}{layer}") for layer in range(config.n_layer)]
-            for half in ("keys", "values")
-        ),
+        tf.TensorSpec([1, 1, None, 1], name="ones"),
+        [
+            [tf.TensorSpec(shape, name=f"{half}{layer}") for half, shape in halves.items()]
+            for layer in range(config.n_layer)
+        ],
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from gpt2cli.inference.sampling import CHUNK, LIKELIEST, Chosen
 from gpt2cli.model.network import GPT2, KeysAndValues, Past
 from gpt2cli.model.weights import MASKED
 from gpt2cli.tensorflow import tf
+
+if TYPE_CHECKING:
+    from gpt2cli.inference.lookup import Lookup
 
 SMALLEST_CACHE = 64  # slots; the sizes of caches double from here, one compilation each
 
@@ -40,7 +43,8 @@ def step(
     x = network.embed(token[None], position)  # [1, N, E]
     apart = tf.where(tf.eye(rows) > 0, 0.0, MASKED)
     seen = tf.where(tf.range(slots) < position[:, None], 0.0, MASKED)[:, None, None]
-    x, new = network.layers(x, [Past(apart, seen, *pair) for pair in cache])
+    past = [Past(apart, seen, keys, tf.linalg.matrix_transpose(values)) for keys, values in cache]
+    x, new = network.layers(x, past)
     heads = tf.range(network.config.n_head)
     places = tf.meshgrid(tf.range(rows), heads, indexing="ij")  # [N, H]
     places = tf.stack([*places, tf.broadcast_to(position[:, None], tf.shape(places[0]))], -1)
@@ -129,6 +133,7 @@ class XlaEngine:
         network: the GPT2; its variables may change between two calls.
     """
 
+    looks_up = False
     needs_full_batches = True  # the loop is compiled for each number of rows
 
     def __init__(self, network: GPT2) -> None:
@@ -202,8 +207,12 @@ class XlaEngine:
         noise: np.ndarray,
         rules: Sequence[sampling.Rules],
         logprobs: np.ndarray,
+        lookup: Lookup | None = None,
     ) -> Chosen:
-        """Generate tokens in one compiled loop; arguments and result as of `sampling.run`."""
+        """Generate tokens in one compiled loop; arguments and result as of `sampling.run`.
+
+        `lookup` is not used.
+        """
         steps, n_vocab = noise.shape[1], self.config.n_vocab
         history = self.config.n_ctx if any(row.no_repeat_ngram for row in rules) else 0
         padded = np.zeros([len(rows), CHUNK], np.float32)  # one shape, one compilation
