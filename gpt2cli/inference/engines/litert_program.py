@@ -123,6 +123,10 @@ class Program:
         """Return the memory of an input, to change in place; drop it before the next run."""
         return self._interpreter.tensor(self._inputs[name])()
 
+    def uses_xnnpack(self) -> bool:
+        """Return whether XNNPACK runs it, and not LiteRT's own kernels, which are slow."""
+        return any(op["op_name"] == "DELEGATE" for op in self._interpreter._get_ops_details())
+
 
 def _nameless_file() -> tuple[Any, str]:
     """Open a file that disappears when it is closed or the process dies; return it and a path."""
