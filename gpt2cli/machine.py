@@ -62,7 +62,7 @@ def check_tensorflow(what: str) -> None:
     """Reject work that needs TensorFlow where it is not installed.
 
     Args:
-        what: the work, as the subject of a sentence, such as "gpt2cli train".
+        what: the work, as the subject of a sentence, such as "train".
 
     Raises:
         UserError: it is not installed.

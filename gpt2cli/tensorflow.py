@@ -13,7 +13,7 @@ OLDEST = (2, 18)  # as in setup.py; older versions do not support NumPy 2
 QUIET = (2, 21)  # older versions announce XLA's first compilation at any log level
 
 
-machine.check_tensorflow("this")
+machine.check_tensorflow("this command")
 console.announce("importing TensorFlow, which takes a few seconds")
 if not console.verbose:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only, once it is loaded

@@ -73,7 +73,7 @@ def run(options: ConvertOptions) -> None:
     Raises:
         UserError: see `open_source` and `convert` in formats/convert.py.
     """
-    machine.check_tensorflow("gpt2cli convert")
+    machine.check_tensorflow("convert")
     announce(f"reading {options.src}")
     check_paths(options)
     from gpt2cli.formats.convert import add_tokens, convert, open_source  # imports TensorFlow

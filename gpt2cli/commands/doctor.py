@@ -224,15 +224,12 @@ def check_litert(verbose: bool) -> Findings:
         yield Finding("litert", found, "see the message; --verbose shows more")
         return
     version = importlib.metadata.version("ai-edge-litert")
-    how, advice = "computes with XNNPACK", None
+    how, advice = "with XNNPACK", ""
     if not off < 1e-3:  # it may be NaN
-        how, advice = "computes wrong numbers", "reinstall ai-edge-litert, or use another machine"
+        how, advice = "wrong numbers", "reinstall ai-edge-litert, or use another machine"
     elif not is_fast:
-        how, advice = (
-            "computes without XNNPACK, which is slow",
-            "use x86-64 or a 64-bit Arm processor",
-        )
-    yield Finding("litert", f"{version}, {how}", advice)
+        how, advice = "without XNNPACK: slow", "use x86-64 or a 64-bit Arm processor"
+    yield Finding("litert", f"{version}, computes {how}", advice or None)
     yield Finding("", f"runs {USES}, on a CPU")
 
 

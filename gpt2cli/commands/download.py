@@ -118,7 +118,7 @@ def download_hub(model: str, revision: str, models: str) -> Path:
     The hub's files are fetched into models/.hf-OWNER--NAME, which is kept on failure so that the
     next attempt resumes there.
     """
-    machine.check_tensorflow("gpt2cli download hf:OWNER/NAME, which converts the model,")
+    machine.check_tensorflow("download hf:OWNER/NAME, which converts the model,")
 
     import requests
 

@@ -48,7 +48,7 @@ def run(options: ExportOptions) -> None:
     Raises:
         UserError: no such run or step, a damaged one, or DST exists or cannot be written.
     """
-    machine.check_tensorflow("gpt2cli export")
+    machine.check_tensorflow("export")
 
     from gpt2cli import files
     from gpt2cli.storage import destinations, folders

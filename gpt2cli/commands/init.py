@@ -85,7 +85,7 @@ def run(options: InitOptions) -> None:
     Raises:
         UserError: it exists, vocabulary or sizes do not fit, or the disk is full.
     """
-    machine.check_tensorflow("gpt2cli init")
+    machine.check_tensorflow("init")
     announce(f"creating {options.models_dir}/{options.name}")
 
     from gpt2cli import files, paths  # after the first line on a terminal

@@ -217,7 +217,7 @@ def run(options: TrainOptions) -> Path:
         UserError: the run cannot start or continue.
         BusyError: another process trains this run, or another host was asked to stop.
     """
-    machine.check_tensorflow("gpt2cli train")
+    machine.check_tensorflow("train")
     console.announce(f"reading {options.dataset}")
 
     from gpt2cli import locks  # after the first line on a terminal

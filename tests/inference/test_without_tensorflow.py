@@ -1,6 +1,7 @@
 """Generation on a CPU: no part of it imports TensorFlow, and all of it runs where there is none."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ import pytest
 from conftest import ROOT, TINY, lively
 
 from gpt2cli import machine
-from gpt2cli.inference import devices
+from gpt2cli.inference import devices, generator
 from gpt2cli.inference.engines import litert_convert, skeletons
 from gpt2cli.model.sizes import PRESETS, ModelConfig
+from gpt2cli.model.weights import weight_shapes
 from gpt2cli.storage import checkpoint
 
 # A search for a module that nothing here may ask for ends the process.
@@ -166,8 +168,8 @@ def test_where_tensorflow_is_not_installed_each_error_names_what_to_do(prompts, 
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     errors = [line for line in lines if line.startswith("gpt2cli: ")]
-    names = ["gpt2cli train", "gpt2cli convert", "gpt2cli export", "gpt2cli init", "a model of"]
-    for name, error in zip([*names, "gpt2cli download hf:"], errors, strict=True):
+    names = ["train", "convert", "export", "init", "a model of", "download hf:"]
+    for name, error in zip(names, errors, strict=True):
         assert error.startswith(f"gpt2cli: {name}") and "pip install tensorflow" in error
     assert "1 layer, 8 wide" in errors[4] and str(prompts / "gpt2cli") in errors[4]
     assert "on CPU (a GPU needs TensorFlow, which is not installed)" in done.stderr
@@ -271,3 +273,27 @@ def test_a_job_says_that_a_gpu_is_not_used(cli, prompts, monkeypatch):
         result = cli(*words, "--format", "jsonl", "--out", f"{name}.jsonl")
         assert result.returncode == 0
         assert ("a GPU needs TensorFlow" in result.stderr) is (name == "with")
+
+
+def test_loading_counts_each_weight_once(monkeypatch):
+    counts = []
+
+    class Bar:
+        def __init__(self, total, unit, delay):
+            self.total = total
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            counts.append((self.total, self.done))
+
+        done = 0
+
+        def update(self, number):
+            self.done += number
+
+    monkeypatch.setattr(generator, "progress", Bar)
+    model = generator.load_model(TINY)
+    size = 4 * sum(math.prod(shape) for shape in weight_shapes(model.config).values())
+    assert counts == [(size, size)]
