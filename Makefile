@@ -47,7 +47,7 @@ audit:  ## look for known vulnerabilities in the packages of the Docker images
 
 PACKAGES = cpu
 
-sbom:  ## list an image's packages and their licenses in build/; PACKAGES=gpu or PACKAGES=serve for others
+sbom:  ## list an image's packages and their licenses in build/; PACKAGES=gpu or serve for the others
 	bin/install supply
 	.venv/bin/uv venv --quiet --clear --python .venv/bin/python build/packages
 	.venv/bin/uv pip install --quiet --python build/packages --only-binary :all: --require-hashes \
