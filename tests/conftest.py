@@ -242,10 +242,10 @@ def cli(capsys, monkeypatch, tiny):
 
     load_model = generator.load_model
 
-    def load_once(path, precision="auto", vocabulary=None):
+    def load_once(path, precision="auto", vocabulary=None, **more):
         prefix = getattr(path, "checkpoint", path)  # of a ModelFolder
         is_tiny = str(prefix) == str(TINY / "model.ckpt") and precision == "auto"
-        return tiny if is_tiny else load_model(path, precision, vocabulary)
+        return tiny if is_tiny else load_model(path, precision, vocabulary, **more)
 
     monkeypatch.setattr(generator, "load_model", load_once)
 

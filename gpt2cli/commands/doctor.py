@@ -242,13 +242,17 @@ def product_of_litert() -> tuple[float, bool]:
     import numpy as np
 
     from gpt2cli.inference.engines.litert_program import Program
+    from gpt2cli.inference.engines.litert_runtime import Tensor
     from gpt2cli.model.sizes import ModelConfig
 
     random = np.random.default_rng(0)
-    table, x = (random.normal(size=shape).astype(np.float32) for shape in ((8, 160), (2, 160)))
+    table = random.normal(size=(8, 160)).astype(np.float32)
+    x, product = Tensor(2, 160), Tensor(2, 8)
+    x.array[:] = random.normal(size=x.array.shape)
     config = ModelConfig(n_vocab=8, n_ctx=1, n_embd=160, n_head=5, n_layer=4)
     program = Program("head", config, lambda name, shape: table, "float32")
-    return float(np.abs(program(x=x)[0] - x @ table.T).max()), program.uses_xnnpack()
+    program({"x": x}, [product])
+    return float(np.abs(product.array - x.array @ table.T).max()), program.uses_xnnpack()
 
 
 def check_tensorflow(verbose: bool) -> Findings:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
-from gpt2cli.options import MAX_TOKENS, CheckpointOptions
+from gpt2cli.options import MAX_TOKENS, GeneratorOptions
 
 if TYPE_CHECKING:
     from gpt2cli.inference.generator import LanguageModel
@@ -30,7 +30,7 @@ RESERVED = 128  # open files besides connections: the model, a reload of it, sta
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(CheckpointOptions):
+class ServeOptions(GeneratorOptions):
     """Serve one model: a web page and OpenAI's completions API (needs pip install ".[serve]").
 
     On SIGTERM the server finishes in-flight requests and exits. On SIGHUP it loads the run's newest
@@ -169,8 +169,7 @@ def load(options: ServeOptions) -> tuple[LanguageModel, str]:
 
     newest = folders.open_source(options)
     assert newest.checkpoint is not None
-    model = generator.load_model(newest, options.precision)
-    model.network.read_apart()
+    model = generator.load_for(options, newest)
     model.warm(options.max_batch)
     model.longest_token  # noqa: B018, counted here, not while the first request waits
     gc.unfreeze()

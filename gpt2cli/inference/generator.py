@@ -29,7 +29,7 @@ from gpt2cli.inference.score import Score, score
 from gpt2cli.inference.text import Prompt, RowText, Sample, encode_prompt
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import Values, weight_shapes
-from gpt2cli.options import GenerateOptions, Precision, new_seed
+from gpt2cli.options import GenerateOptions, GeneratorOptions, Precision, new_seed
 from gpt2cli.storage import folders, reading
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import encoder
@@ -424,8 +424,21 @@ def _generate_options(settings: dict[str, Any]) -> GenerateOptions:
     return GenerateOptions(**settings)
 
 
+def load_for(
+    options: GeneratorOptions, folder: ModelFolder, vocabulary: Encoder | None = None
+) -> LanguageModel:
+    """Load a model as a command's options say; see `load_model`."""
+    precision, lookup, room = options.precision, options.lookup, options.prefix_cache
+    return load_model(folder, precision, vocabulary, lookup=lookup, prefix_cache=room)
+
+
 def load_model(
-    path: str | Path | ModelFolder, precision: str = "auto", vocabulary: Encoder | None = None
+    path: str | Path | ModelFolder,
+    precision: str = "auto",
+    vocabulary: Encoder | None = None,
+    *,
+    lookup: bool = True,
+    prefix_cache: int = 256,
 ) -> LanguageModel:
     """Load a model folder, a run folder, or a checkpoint's path without its extension.
 
@@ -434,6 +447,8 @@ def load_model(
         precision: "float32", or "auto", which is the same; "bfloat16", for weights and activations;
             "int8", for matrices, on the CPU.
         vocabulary: the folder's vocabulary, if it was loaded before.
+        lookup: as in GeneratorOptions.
+        prefix_cache: as in GeneratorOptions.
 
     Raises:
         UsageError: there is no such precision.
@@ -459,7 +474,7 @@ def load_model(
         else:
             from gpt2cli.inference.engines.litert import LitertEngine
 
-            network = LitertEngine(sizes, stored, precision)
+            network = LitertEngine(sizes, stored, precision, lookup, prefix_cache * 2**20)
     return LanguageModel(network, vocabulary, folder.path.resolve().name, precision)
 
 

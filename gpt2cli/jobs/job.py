@@ -39,7 +39,7 @@ Samples = list[tuple[int, Prompt]]  # the "index" and the prompt of each
 IRRELEVANT = (
     *("model_name", "run_name", "models_dir", "checkpoint_dir", "sample_dir", "verbose"),
     *("prompt", "prompt_file", "prompts", "out", "nfiles", "batch_size", "delimiter", "format"),
-    *("checkpoint", "processes"),
+    *("checkpoint", "processes", "lookup", "prefix_cache"),
     *("encoding", "errors", "csv_column", "csv_header", "json_field"),  # the prompts themselves do
 )
 
@@ -153,7 +153,7 @@ def _fill(
 
     from gpt2cli.inference import devices, generator  # only if it is needed
 
-    model = generator.load_model(folder, options.precision, vocabulary)
+    model = generator.load_for(options, folder, vocabulary)
     if devices.wastes_gpu(options.precision):
         say(f"{options.out}: {devices.describe(options.precision)}")
     tokens = 0

@@ -147,19 +147,17 @@ class Bundle:
         """Return what an entry of the index describes: a whole tensor, or a slice of one."""
         dtype = entry.dtype()
         if not entry.size:
-            return np.zeros(entry.shape, dtype)
+            return _locked(np.zeros(entry.shape, dtype))
         shared = self._map(entry.shard)
         if len(shared) < entry.offset + entry.size:
             raise ValueError("its data has become shorter")
         _fetch(shared, entry.offset, entry.size)
         data = np.frombuffer(shared, np.uint8, entry.size, entry.offset)
         if table.checksum(data) != entry.checksum:
-            raise ValueError(f"{name} differs from its checksum")
+            raise ValueError(f"{name} does not match its checksum")
         values = data.view(dtype).reshape(entry.shape)
-        if not values.flags.aligned:  # behind a tensor of bytes
-            values = values.copy()
-            values.flags.writeable = False
-        return values
+        # it may follow a tensor of bytes
+        return values if values.flags.aligned else _locked(values.copy())
 
     def _joined(self, name: str, entry: Entry) -> np.ndarray:
         """Return a tensor that was saved in slices, as variables on several servers are."""
@@ -176,7 +174,8 @@ class Bundle:
                 raise ValueError(f"a slice of {name} does not fit")
             places.append((part, tuple(slice(*place) for place in ends)))
             size += part.size
-        if size != math.prod(entry.shape) * entry.dtype().itemsize:
+        is_repeated = len(set(entry.slices)) < len(entry.slices)
+        if is_repeated or size != math.prod(entry.shape) * entry.dtype().itemsize:
             raise ValueError(f"the slices of {name} do not make a whole")
         values = np.zeros(entry.shape, entry.dtype())
         known = np.zeros(entry.shape, bool)
@@ -185,20 +184,25 @@ class Bundle:
             known[where] = True
         if not known.all():
             raise ValueError(f"the slices of {name} do not make a whole")
-        values.flags.writeable = False
-        return values
+        return _locked(values)
+
+
+def _locked(values: np.ndarray) -> np.ndarray:
+    """Return an array, from now on read-only, as the views of a file are."""
+    values.flags.writeable = False
+    return values
 
 
 def _fetch(shared: mmap.mmap, offset: int, size: int) -> None:
-    """Have a part of a file read, so that a failing disk is an error and not a signal (SIGBUS)."""
+    """Have part of a file read now: if the disk fails, that is an error here, and SIGBUS later."""
     if sys.platform != "linux":
         return
     start = offset // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         shared.madvise(POPULATE_READ, start, offset + size - start)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # Linux before 5.14
-            raise
+        if error.errno == errno.EFAULT:  # others are of Linux before 5.14, which reads later
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
 
 
 def _shards(header: Fields) -> int:

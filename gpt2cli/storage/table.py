@@ -86,7 +86,7 @@ def _block(data: bytes, place: tuple[int, int]) -> bytes:
     if end + 5 > len(data):
         raise ValueError("a block of its index lies beyond the end of the file")
     if checksum(data[start : end + 1]) != struct.unpack_from("<I", data, end + 1)[0]:
-        raise ValueError("a block of its index differs from its checksum")
+        raise ValueError("a block of its index does not match its checksum")
     if data[end] != 0:
         raise ValueError("its index is compressed, but TensorFlow writes it without compression")
     return data[start:end]

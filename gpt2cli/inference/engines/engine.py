@@ -49,12 +49,6 @@ class Engine(Protocol):
             slots: number of slots that the rows will need; a hint.
         """
 
-    def read_apart(self) -> None:
-        """Make `read` leave other caches where they are, at the price of memory.
-
-        A server calls this once: its rows join others that keep growing.
-        """
-
     def feed(self, cache: Cache, token: np.ndarray, position: np.ndarray) -> tuple[Any, Cache]:
         """Feed one more token per row; return logits [N, V] and the new cache.
 

@@ -151,7 +151,8 @@ def _with_places(made: bytes, shapes: Sequence[tuple[int, ...]]) -> Skeleton:
     builder = flatbuffers.Builder(len(made))
     builder.Finish(program.Pack(builder), b"TFL3")
     content = bytes(builder.Output())
-    return Skeleton(content, *_places(content, constants))
+    inputs = [graph.tensors[index].name.decode() for index in graph.inputs]
+    return Skeleton(content, inputs, *_places(content, constants))
 
 
 def _places(content: bytes, constants: Sequence[int]) -> tuple[list[Place], list[int]]:

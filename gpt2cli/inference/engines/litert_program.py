@@ -13,16 +13,16 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
 
-from gpt2cli import console, machine
+from gpt2cli import machine
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines import skeletons
+from gpt2cli.inference.engines.litert_runtime import CompiledModel, Tensor
 from gpt2cli.inference.engines.skeletons import Part, Skeleton, packed_shape
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import Values, weight_shapes
@@ -83,61 +83,37 @@ class Program:
         made = skeletons.find(part, config)
         room = len(made.content) + sum(4 * n_out + 8 for n_out in scales)
         room += sum(8 * n_out + 16 for n_out in set(scales))
+        file = _nameless_file()
         try:
-            self._file, path = _nameless_file()
-            _assemble(made, config.n_vocab, room, map(packed, names), self._file)
+            _assemble(made, config.n_vocab, room, map(packed, names), file)
+            size = file.seek(0, os.SEEK_END)
+            self._model = CompiledModel(file.fileno(), size, machine.cores())
+            _forget(file)
         except OSError as error:
             raise UserError(
                 f"no room for a file as large as the weights ({error.strerror}) in "
                 f"{skeletons.cache_folder() or tempfile.gettempdir()}. "
                 "Free some space, or set XDG_CACHE_HOME to a folder on another disk"
             ) from error
-        with console.without_noise():
-            self._interpreter = Interpreter(path, num_threads=machine.cores())
-            self._interpreter.allocate_tensors()  # packs the weights
-        _forget(self._file)
-        self._inputs = {d["name"]: d["index"] for d in self._interpreter.get_input_details()}
-        self._outputs = [d["index"] for d in self._interpreter.get_output_details()]
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        finally:
+            file.close()
+        self._inputs = made.inputs
 
-    def __call__(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        """Run with these arrays and return the outputs; other inputs keep their values."""
-        self.reshape(**{name: array.shape for name, array in inputs.items()})
-        for name, array in inputs.items():
-            self._interpreter.set_tensor(self._inputs[name], array)
-        self._interpreter.invoke()
-        return [self._interpreter.get_tensor(index) for index in self._outputs]
-
-    def reshape(self, **shapes: tuple[int, ...]) -> None:
-        """Give inputs new shapes; if any shape changes, their values are lost."""
-        changed = {name: s for name, s in shapes.items() if self._shapes.get(name) != s}
-        if not changed:
-            return
-        for name, shape in changed.items():
-            self._shapes.pop(name, None)  # Ctrl-C may come before it has its new shape
-            self._interpreter.resize_tensor_input(self._inputs[name], shape)
-        self._interpreter.allocate_tensors()
-        self._shapes |= changed
-
-    def input(self, name: str) -> np.ndarray:
-        """Return the memory of an input, to change in place; drop it before the next run."""
-        return self._interpreter.tensor(self._inputs[name])()
+    def __call__(self, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:
+        """Run: read the inputs, by name, and write the outputs, whose shapes must be right."""
+        self._model.run([inputs[name] for name in self._inputs], outputs)
 
     def uses_xnnpack(self) -> bool:
         """Return whether XNNPACK runs it, and not LiteRT's own kernels, which are slow."""
-        return any(op["op_name"] == "DELEGATE" for op in self._interpreter._get_ops_details())
+        return self._model.is_accelerated()
 
 
-def _nameless_file() -> tuple[Any, str]:
-    """Open a file that disappears when it is closed or the process dies; return it and a path."""
-    linux = Path("/proc/self/fd").exists()
-    make = tempfile.TemporaryFile if linux else tempfile.NamedTemporaryFile
-    folder = skeletons.cache_folder()
+def _nameless_file() -> IO[bytes]:
+    """Open a file that disappears when it is closed or the process dies."""
     try:
-        file = make(dir=folder)
+        return tempfile.TemporaryFile(dir=skeletons.cache_folder())
     except OSError:  # the home is read-only: use the system's folder
-        file = make()
-    return file, f"/proc/self/fd/{file.fileno()}" if linux else file.name
+        return tempfile.TemporaryFile()
 
 
 def _assemble(

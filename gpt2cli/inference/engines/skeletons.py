@@ -55,16 +55,19 @@ class Skeleton(NamedTuple):
     Args:
         content: the program, a flatbuffer of tensorflow/lite/schema/schema.fbs.
         places: where each weight is described.
+        inputs: the names of its inputs, in order.
+        places: where each weight is described.
         vocabulary: where n_vocab is: the places of int32 numbers.
     """
 
     content: bytes
+    inputs: list[str]
     places: list[Place]
     vocabulary: list[int]
 
     def packed(self) -> bytes:
         """Return the bytes of a file."""
-        head = json.dumps([self.places, self.vocabulary]).encode()
+        head = json.dumps([self.inputs, self.places, self.vocabulary]).encode()
         return zlib.compress(head + b"\n" + self.content, 9)
 
     @classmethod
@@ -75,8 +78,8 @@ class Skeleton(NamedTuple):
             Exception: of any kind; they are not those of a skeleton.
         """
         head, _, content = zlib.decompress(data).partition(b"\n")
-        places, vocabulary = json.loads(head)
-        return cls(content, [Place(*place) for place in places], vocabulary)
+        inputs, places, vocabulary = json.loads(head)
+        return cls(content, inputs, [Place(*place) for place in places], vocabulary)
 
 
 def weights_of(part: Part, config: ModelConfig) -> list[str]:

@@ -167,9 +167,6 @@ class XlaEngine:
             xla=True,
         )
 
-    def read_apart(self) -> None:
-        """Do nothing: here reading never moves a cache; see Engine."""
-
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return float32 [T, V]; see Engine."""
         return self._call(np.array([tokens], np.int32))[0].numpy()
