@@ -37,6 +37,8 @@ lock:  ## update the versions of the packages in the Docker images: requirements
 	bin/install supply
 	$(LOCK) requirements/cpu.in --override requirements/cpu.in --output-file requirements/cpu.txt
 	$(LOCK) --extra gpu --constraint requirements/cpu.txt --output-file requirements/gpu.txt
+	$(LOCK) requirements/serve.in --override requirements/serve.in \
+	    --constraint requirements/cpu.txt --output-file requirements/serve.txt
 
 audit:  ## look for known vulnerabilities in the packages of the Docker images
 	bin/install supply
@@ -45,7 +47,7 @@ audit:  ## look for known vulnerabilities in the packages of the Docker images
 
 PACKAGES = cpu
 
-sbom:  ## list an image's packages and their licenses in build/; PACKAGES=gpu for Dockerfile.gpu
+sbom:  ## list an image's packages and their licenses in build/; PACKAGES=gpu or serve for the others
 	bin/install supply
 	.venv/bin/uv venv --quiet --clear --python .venv/bin/python build/packages
 	.venv/bin/uv pip install --quiet --python build/packages --only-binary :all: --require-hashes \

@@ -5,7 +5,7 @@
 
 `download`, `encode`, `train`, `sample`, `evaluate`, `convert`, `export`, `vocab` and `init` do what
 the commands of the same names do, with the same settings as keyword arguments. TensorFlow is
-imported when a model is first loaded, not before.
+imported only to train, convert or create a model, or to use a GPU.
 """
 
 import importlib

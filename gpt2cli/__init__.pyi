@@ -351,6 +351,8 @@ def sample(
     csv_column: str | Path | None = None,
     csv_header: bool = True,
     json_field: str | Path | None = None,
+    lookup: bool = True,
+    prefix_cache: int = 256,
     models_dir: str | Path = "models",
     checkpoint_dir: str | Path = "checkpoint",
     verbose: bool = False,
@@ -423,6 +425,10 @@ def sample(
         csv_header: treat the first line of a .csv or .tsv file as a header.
         json_field: field to read from each object in a .jsonl or .json file (default: text, or
             the fields of a dialogue; for --prompts, prompt or tokens).
+        lookup: where the last tokens occurred before, check the tokens that followed them
+            several at a time; faster for text that repeats itself.
+        prefix_cache: megabytes of memory for the beginnings of prompts: a beginning that
+            prompts share is read once; 0 reads every prompt completely.
         models_dir: folder that contains the model folders.
         checkpoint_dir: folder that contains the run folders.
         verbose: show TensorFlow's own messages.

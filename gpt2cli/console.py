@@ -78,6 +78,12 @@ def say(text: str, *more: str) -> bool:
     return True
 
 
+def announce(text: str) -> None:
+    """Print a line on a terminal, before work that takes a while; nothing in a log file."""
+    if sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
+        say(text)
+
+
 def drop(stream: Any) -> None:
     """Discard what a stream could not write, so that it does not fail again at the next line."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
@@ -118,7 +124,11 @@ def visible(text: str) -> str:
 
 
 def progress(
-    total: int, unit: str, done: int = 0, items: Iterable[Any] | None = None
+    total: int,
+    unit: str,
+    done: int = 0,
+    items: Iterable[Any] | None = None,
+    delay: float = 0,
 ) -> "tqdm[Any]":
     """Return a progress bar that shows on a terminal only, never in a log file.
 
@@ -127,12 +137,20 @@ def progress(
         unit: "B" for bytes, or a word with a space before it.
         done: amount of work that an earlier process did.
         items: what the bar yields when it is iterated over, one unit each.
+        delay: seconds after which the bar is shown; shorter work shows none.
     """
     from tqdm import tqdm
 
     scaled = unit == "B"
     return tqdm(
-        items, total=total, initial=done, unit=unit, unit_scale=scaled, disable=None, leave=False
+        items,
+        total=total,
+        initial=done,
+        unit=unit,
+        unit_scale=scaled,
+        disable=None,
+        leave=False,
+        delay=delay,
     )
 
 

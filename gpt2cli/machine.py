@@ -1,11 +1,14 @@
-"""The cores, the memory and the GPUs that this process may use, without TensorFlow."""
+"""What this process may use: cores, memory, GPUs, TensorFlow; nothing here imports TensorFlow."""
 
 import contextlib
 import math
 import os
 import re
 import sys
+from importlib import util
 from pathlib import Path
+
+from gpt2cli.errors import UserError
 
 
 def cores() -> int:
@@ -48,6 +51,27 @@ def gpus() -> list[str]:
         found = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
         return [str(number) for number in range(len(found))]
     return []
+
+
+def has_tensorflow() -> bool:
+    """Return whether TensorFlow is installed; it may be left out where models are only used."""
+    return "tensorflow" in sys.modules or util.find_spec("tensorflow") is not None
+
+
+def check_tensorflow(what: str) -> None:
+    """Reject work that needs TensorFlow where it is not installed.
+
+    Args:
+        what: the work, as the subject of a sentence, such as "train".
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if not has_tensorflow():
+        raise UserError(
+            f"{what} needs TensorFlow, which is not installed. Install it with: pip install "
+            "tensorflow; with Docker, use the whole image: docker build -f Dockerfile.cpu ."
+        )
 
 
 def may_have_gpu() -> bool:

@@ -6,13 +6,15 @@ Every module that needs TensorFlow takes it from here: `from gpt2cli.tensorflow 
 import contextlib
 import os
 
-from gpt2cli import console, signals
+from gpt2cli import console, machine, signals
 from gpt2cli.errors import UserError
 
 OLDEST = (2, 18)  # as in setup.py; older versions do not support NumPy 2
 QUIET = (2, 21)  # older versions announce XLA's first compilation at any log level
 
 
+machine.check_tensorflow("this command")
+console.announce("importing TensorFlow, which takes a few seconds")
 if not console.verbose:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only, once it is loaded
 os.environ["KERAS_BACKEND"] = "tensorflow"  # a setting for other programs would break this one

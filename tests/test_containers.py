@@ -25,7 +25,7 @@ def commands():
     for block in (text.replace("\\\n", " ") for text in SCRIPTS):
         for line in block.splitlines():
             if found := re.match(
-                r"(?:docker run .*? gpt2cli-[cg]pu|srun gpt2cli|exec gpt2cli) (.*)", line
+                r"(?:docker run .*? gpt2cli-(?:[cg]pu|serve)|srun gpt2cli|exec gpt2cli) (.*)", line
             ):
                 yield shlex.split(found[1].rstrip("'"))
     for found in OBJECTS:
@@ -39,7 +39,7 @@ def test_every_command_is_accepted(monkeypatch):
     for name, value in (("ID", 1), ("MIN", 0), ("MAX", 7), ("COUNT", 8)):  # as Slurm does
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     found = list(commands())
-    assert len(found) == 12
+    assert len(found) == 13
     for words in found:
         assert all(isinstance(word, str) for word in words), words
         cli.read_command_line(words)

@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.gpu")
+STAGES = [("Dockerfile.cpu", ""), ("Dockerfile.cpu", "serve"), ("Dockerfile.gpu", "")]
 TRY_DOCKERFILE = SHARED / "bin" / "try-dockerfile"
 
 
@@ -23,6 +24,18 @@ def steps(name):
     """The instructions of a Dockerfile, comments left out and continued lines joined."""
     lines = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if line.strip() and line[0] != "#"]
+
+
+def stage(name, wanted):
+    """The steps of a stage, or of the last one for "", after those of the stage it starts from."""
+    found, last = {}, ""
+    for step in steps(name):
+        if step.startswith("FROM "):
+            _, base, *last = step.split()
+            last = last[1] if last else ""
+            found[last] = list(found.get(base, []))
+        found[last].append(step)
+    return found[wanted]
 
 
 def arguments(name, instruction):
@@ -66,6 +79,8 @@ def installed(name, machine):
 
 
 IMAGES = [("cpu", "x86_64"), ("cpu", "aarch64"), ("gpu", "x86_64")]
+SLIM = [("serve", "x86_64"), ("serve", "aarch64")]  # the stage without TensorFlow
+TRAINS = {"tensorflow", "keras"}  # packages that it leaves out, with what only they need
 
 
 def is_sent(path):
@@ -87,22 +102,27 @@ def is_sent(path):
 
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_the_base_is_pinned_by_digest(name):
-    (base,) = arguments(name, "FROM")
+    base, *others = arguments(name, "FROM")
+    assert [words.split()[0] for words in others] == ["packages"] * len(others)
+    base = base.removesuffix(" AS packages")
     assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", base)
 
 
-@pytest.mark.parametrize("name", ("cpu", "gpu"))
+@pytest.mark.parametrize("name", ("cpu", "gpu", "serve"))
 def test_every_package_has_one_version_and_checksums(name):
     for requirement, hashes in locked(name):
         assert hashes, requirement
         assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), requirement
 
 
-@pytest.mark.parametrize("name, machine", IMAGES)
+@pytest.mark.parametrize("name, machine", IMAGES + SLIM)
 def test_every_package_of_setup_is_in_the_image_within_its_range(name, machine):
     pins = installed(name, machine)
     for requirement in packages_of_setup():
         package = canonicalize_name(requirement.name)
+        if name == "serve" and package in TRAINS:
+            assert package not in pins
+            continue
         if package == "tensorflow" and (name, machine) == ("cpu", "x86_64"):
             package = "tensorflow-cpu"
         assert requirement.specifier.contains(pins[package]), requirement
@@ -118,29 +138,45 @@ def test_the_images_differ_in_tensorflow_and_cuda_alone():
     assert gpu == {**arm, **only}
 
 
-@pytest.mark.parametrize("name", DOCKERFILES)
-def test_it_ends_as_a_user_who_is_not_root_with_the_command_as_process_one(name):
-    assert steps(name)[-3:] == ["USER 1000:1000", 'ENTRYPOINT ["gpt2cli"]', 'CMD ["--help"]']
-    assert arguments(name, "VOLUME") == ["/gpt2cli"]
-    assert arguments(name, "WORKDIR")[-1] == "/gpt2cli"
+def test_the_stage_serve_has_the_versions_of_the_whole_image_and_fewer_packages():
+    for machine in ("x86_64", "aarch64"):
+        slim, whole = installed("serve", machine), installed("cpu", machine)
+        assert slim.items() < whole.items()
+        assert not [name for name in slim if name.startswith(("tensorflow", "keras", "h5py"))]
 
 
-def test_both_dockerfiles_have_the_same_steps_except_for_the_packages():
-    cpu, gpu = (steps(name) for name in DOCKERFILES)
-    differing = [pair for pair in zip(cpu, gpu, strict=True) if pair[0] != pair[1]]
-    assert differing == [("ARG PACKAGES=cpu", "ARG PACKAGES=gpu")]
+@pytest.mark.parametrize("name, last", STAGES)
+def test_it_ends_as_a_user_who_is_not_root_with_the_command_as_process_one(name, last):
+    order = stage(name, last)
+    assert order[-3:] == ["USER 1000:1000", 'ENTRYPOINT ["gpt2cli"]', 'CMD ["--help"]']
+    assert [step for step in order if step.startswith("VOLUME")] == ["VOLUME /gpt2cli"]
+    assert [step for step in order if step.startswith("WORKDIR")][-1] == "WORKDIR /gpt2cli"
 
 
-@pytest.mark.parametrize("name", DOCKERFILES)
-def test_packages_are_installed_before_the_sources_and_only_with_checksums(name):
-    order = steps(name)
+def test_all_stages_have_the_same_steps_except_for_the_packages():
+    cpu, slim, gpu = (
+        sorted(s for s in stage(*which) if not s.startswith(("FROM", "ARG"))) for which in STAGES
+    )
+    (packages,) = (step for step in gpu if "$PACKAGES" in step)
+    first, second = sorted((s for s in cpu if "requirements/" in s), key=lambda s: "serve" in s)
+    assert first == packages.replace("$PACKAGES", "cpu")
+    assert second == packages.replace("$PACKAGES", "serve").partition(" && ")[0]
+    assert sorted({*cpu} - {first, second}) == sorted({*gpu} - {packages})
+    assert sorted({*cpu} - {first}) == slim
+
+
+@pytest.mark.parametrize("name, last", STAGES)
+def test_packages_are_installed_before_the_sources_and_only_with_checksums(name, last):
+    order = stage(name, last)
     installs = [i for i, step in enumerate(order) if "pip install" in step]
-    first, last = installs
-    assert [step for step in order[:first] if step.startswith("COPY")] == [
+    *packages, last = installs
+    assert [step for step in order[: packages[0]] if step.startswith("COPY")] == [
         "COPY requirements requirements"
     ]
-    assert {"--require-hashes", "--only-binary"} <= set(order[first].split())
-    assert "-r requirements/$PACKAGES.txt" in order[first]
+    assert "COPY gpt2cli gpt2cli" in order[packages[-1] : last]
+    for first in packages:
+        assert {"--require-hashes", "--only-binary"} <= set(order[first].split())
+        assert "-r requirements/" in order[first]
     assert {"--no-deps", "--no-build-isolation", "."} <= set(order[last].split())
     assert all("--no-cache-dir" in order[i] for i in installs)
 
@@ -190,6 +226,7 @@ def test_the_builder_is_not_sent(path):
     (
         "requirements/cpu.txt",
         "requirements/gpu.txt",
+        "requirements/serve.txt",
         "setup.py",
         "pyproject.toml",
         "README.md",
@@ -214,7 +251,7 @@ def test_the_builder_is_sent_all_that_is_copied(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, machine", IMAGES)
+@pytest.mark.parametrize("name, machine", IMAGES + SLIM)
 def test_every_dependency_is_locked_and_has_a_wheel(name, machine, tmp_path):
     uv = pytest.importorskip("uv", reason="needs bin/install supply").find_uv_bin()
     empty = tmp_path / "empty"
@@ -252,7 +289,8 @@ def test_the_same_sources_make_the_same_wheel(tmp_path):
     not (sys.platform == "linux" and os.geteuid() == 0 and TRY_DOCKERFILE.exists()),
     reason="builds with ../shared/bin/try-dockerfile, as root",
 )
-def test_the_cpu_image_is_built_and_samples_from_tiny_as_its_own_user(tmp_path):
+@pytest.mark.parametrize("target", ["serve", ""])
+def test_the_cpu_image_is_built_and_samples_from_tiny_as_its_own_user(tmp_path, target):
     tag = "gpt2cli-test"
 
     def run(*command, timeout):
@@ -264,7 +302,8 @@ def test_the_cpu_image_is_built_and_samples_from_tiny_as_its_own_user(tmp_path):
     # The script builds on its own Debian, which has another digest.
     text = (ROOT / "Dockerfile.cpu").read_text(encoding="utf-8")
     (tmp_path / "Dockerfile").write_text(re.sub("@sha256:[0-9a-f]+", "", text), encoding="utf-8")
-    run(str(tmp_path / "Dockerfile"), tag, timeout=1800)
+    chosen = ["--target", target] if target else []
+    run(str(tmp_path / "Dockerfile"), tag, *chosen, timeout=1800)
     try:
         assert run("--run", tag, "id", "-u", timeout=120).strip() == "1000"
         sample = ["gpt2cli", "sample", "--model_name", "tiny", "--length", "20", "--seed", "1"]

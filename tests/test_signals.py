@@ -458,7 +458,7 @@ def stopped_import(tmp_path):
 def test_a_signal_while_tensorflow_is_loaded_ends_the_command_afterwards(tmp_path, stopped_import):
     """TensorFlow's libraries would turn the exception into an ImportError."""
     (tmp_path / "text.txt").write_text("a text")
-    words = ("evaluate", "text.txt", "--model_name", "tiny", "--models_dir", ROOT / "models")
+    words = ("train", "text.txt", "--model_name", "tiny", "--models_dir", ROOT / "models")
     result = subprocess.run(
         [sys.executable, "-m", "gpt2cli", *words],
         cwd=tmp_path,

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpt2cli.console import say
+from gpt2cli import machine
+from gpt2cli.console import announce, say
 from gpt2cli.errors import UserError
 from gpt2cli.flags import check
 from gpt2cli.options import check_added
@@ -72,6 +73,8 @@ def run(options: ConvertOptions) -> None:
     Raises:
         UserError: see `open_source` and `convert` in formats/convert.py.
     """
+    machine.check_tensorflow("convert")
+    announce(f"reading {options.src}")
     check_paths(options)
     from gpt2cli.formats.convert import add_tokens, convert, open_source  # imports TensorFlow
 

@@ -39,7 +39,15 @@ class DoctorOptions(FolderOptions):
         check(self)
 
 
-PACKAGES = ("tensorflow", "keras", "numpy", "tiktoken", "tokenizers", "safetensors")
+PACKAGES = (
+    "tensorflow",
+    "keras",
+    "ai-edge-litert",
+    "numpy",
+    "tiktoken",
+    "tokenizers",
+    "safetensors",
+)
 EXTRAS = {"serve": "starlette", "torch": "torch"}  # extra -> a package that only it installs
 # Instructions that speed up products: AVX2 and FMA for float32, VNNI for int8, AMX for int8 and
 # bfloat16.
@@ -55,6 +63,8 @@ SMI_SECONDS = 30  # longer only if the driver hangs
 IMPORT_SECONDS = 300  # longer only if a file system or the driver hangs
 SHARED_MEMORY = 512e6  # bytes that NCCL needs for a few GPUs; a Docker container has 64 MB
 GIGABYTE = 1e9
+USES = "sample, interactive, evaluate and serve"  # commands that use a model
+TRAINING = "train, convert, export and init"  # commands that need TensorFlow
 INSTALL_GPU = 'bin/install gpu, or pip install ".[gpu]" in a clone'
 LIBDEVICE_ADVICE = (
     f"XLA does not find CUDA's libdevice.10.bc: {INSTALL_GPU}, or set "
@@ -100,6 +110,7 @@ def run(options: DoctorOptions) -> None:
         check_memory(),
         check_disk(),
         check_nvidia_smi(),
+        check_litert(options.verbose),
         check_tensorflow(options.verbose),
         check_hosts(),
         list_models(options),
@@ -165,7 +176,7 @@ def check_disk() -> Findings:
     if os.path.isabs(home) and os.access(folder, os.W_OK):
         yield Finding("cache", f"{home} is writable")
     else:
-        found = f"{home} is not writable, so programs are converted again at each start"
+        found = f"{home} is not writable, so a model of an unusual size starts slowly each time"
         yield Finding("cache", found, "set XDG_CACHE_HOME to a writable folder (absolute path)")
 
 
@@ -200,27 +211,79 @@ def outcome(seconds: float, *words: str) -> tuple[int | None, str]:
     return ended.returncode, (ended.stdout + ended.stderr).decode("utf-8", "replace").strip()
 
 
+def check_litert(verbose: bool) -> Findings:
+    """Check that LiteRT, which generates on a CPU, can be imported and computes with XNNPACK."""
+    if end := end_of_import(verbose, "gpt2cli.inference.engines.litert_program"):
+        advice = "reinstall it: pip install --force-reinstall ai-edge-litert"
+        yield Finding("litert", f"cannot be imported: {end}", advice)
+        return
+    try:
+        off, is_fast = product_of_litert()
+    except Exception as error:
+        found = str(error).strip().partition("\n")[0][:150]
+        yield Finding("litert", found, "see the message; --verbose shows more")
+        return
+    version = importlib.metadata.version("ai-edge-litert")
+    how, advice = "with XNNPACK", ""
+    if not off < 1e-3:  # it may be NaN
+        how, advice = "wrong numbers", "reinstall ai-edge-litert, or use another machine"
+    elif not is_fast:
+        how, advice = "without XNNPACK: slow", "use x86-64 or a 64-bit Arm processor"
+    yield Finding("litert", f"{version}, computes {how}", advice or None)
+    yield Finding("", f"runs {USES}, on a CPU")
+
+
+def product_of_litert() -> tuple[float, bool]:
+    """Multiply with a program of models/tiny's size.
+
+    Returns:
+        The largest error beside NumPy's product, and whether XNNPACK was used.
+    """
+    import numpy as np
+
+    from gpt2cli.inference.engines.litert_program import Program
+    from gpt2cli.inference.engines.litert_runtime import Tensor
+    from gpt2cli.model.sizes import ModelConfig
+
+    random = np.random.default_rng(0)
+    table = random.normal(size=(8, 160)).astype(np.float32)
+    x, product = Tensor(2, 160), Tensor(2, 8)
+    x.array[:] = random.normal(size=x.array.shape)
+    config = ModelConfig(n_vocab=8, n_ctx=1, n_embd=160, n_head=5, n_layer=4)
+    program = Program("head", config, lambda name, shape: table, "float32")
+    program({"x": x}, [product])
+    return float(np.abs(product.array - x.array @ table.T).max()), program.uses_xnnpack()
+
+
 def check_tensorflow(verbose: bool) -> Findings:
     """Check that TensorFlow can be imported, computes, compiles with XLA, and sees the GPUs."""
-    if end := end_of_import(verbose):
+    if not machine.has_tensorflow():
+        yield Finding("tensorflow", f"is not installed; {TRAINING} need it, and so do GPUs")
+        if driver := driver_version():
+            found = f"NVIDIA driver {driver}, but no TensorFlow, which would use the GPU"
+            yield Finding("gpu", found, f"install TensorFlow for CUDA: {INSTALL_GPU}")
+        return
+    if end := end_of_import(verbose, "gpt2cli.tensorflow"):
         advice = next(advice for pattern, advice in IMPORT_ADVICE if re.search(pattern, end))
         yield Finding("tensorflow", f"cannot be imported: {end}", advice)
         return
     from gpt2cli import tensorflow
 
     yield from check_devices(tensorflow)
+    also = f", and on GPUs {USES}" if tensorflow.GPUS else ""
+    yield Finding("", f"runs {TRAINING}{also}")
     yield from check_gpus(tensorflow)
 
 
-def end_of_import(verbose: bool) -> str | None:
-    """Import TensorFlow in a child process; return how that failed, None if it succeeded.
+def end_of_import(verbose: bool, module: str) -> str | None:
+    """Import a module in a child process; return how that failed, None if it succeeded.
 
     A missing processor instruction would kill this process.
     """
     # Verbose, for the last words of native code.
     code = (
         f"import sys; sys.path[:] = {[*map(str, sys.path)]}; from gpt2cli import console; "
-        "console.verbose = True; import gpt2cli.tensorflow"
+        f"console.verbose = True; import {module}"
     )
     status, text = outcome(IMPORT_SECONDS, sys.executable, "-c", code)
     if not status:

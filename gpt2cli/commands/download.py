@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2cli import paths, signals
-from gpt2cli.console import say
+from gpt2cli import machine, paths, signals
+from gpt2cli.console import announce, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import check_name
@@ -73,7 +73,10 @@ def run(options: DownloadOptions) -> None:
             space, another download into the same folder, a checkpoint that does not open, or a
             model that is not a GPT-2.
     """
-    from gpt2cli.remote import released
+    if options.model is not None:
+        announce(f"looking for {options.model}")
+
+    from gpt2cli.remote import released  # after the first line on a terminal
 
     if options.model is None:
         print(released.model_table())
@@ -115,6 +118,8 @@ def download_hub(model: str, revision: str, models: str) -> Path:
     The hub's files are fetched into models/.hf-OWNER--NAME, which is kept on failure so that the
     next attempt resumes there.
     """
+    machine.check_tensorflow("download hf:OWNER/NAME, which converts the model,")
+
     import requests
 
     from gpt2cli import locks

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2cli import paths, signals
-from gpt2cli.console import counted, progress, say
+from gpt2cli.console import announce, counted, progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import SourceOptions, TextOptions
@@ -56,7 +56,9 @@ def run(options: EncodeOptions) -> None:
     Raises:
         UserError: no vocabulary, unreadable or empty input, or an output that is the input.
     """
-    from gpt2cli.storage import folders
+    announce(f"reading {options.in_text}")
+
+    from gpt2cli.storage import folders  # after the first line on a terminal
     from gpt2cli.text import documents, encoded, encoder, packed, stored
     from gpt2cli.text.inputs import Tally
 

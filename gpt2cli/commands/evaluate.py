@@ -47,7 +47,10 @@ def run(options: EvaluateOptions) -> dict[str, float]:
         UserError: the model or the text cannot be read, or no token is predicted.
     """
     from gpt2cli.storage import folders
-    from gpt2cli.text import documents, encoded, encoder, inputs
+
+    folders.announce(folders.source_dir(options))
+
+    from gpt2cli.text import documents, encoded, encoder, inputs  # NumPy, after the first line
 
     folder = folders.open_source(options)
     inputs.find(options.dataset)

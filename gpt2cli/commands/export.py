@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2cli import machine
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.flags import check
@@ -47,10 +48,13 @@ def run(options: ExportOptions) -> None:
     Raises:
         UserError: no such run or step, a damaged one, or DST exists or cannot be written.
     """
+    machine.check_tensorflow("export")
+
     from gpt2cli import files
     from gpt2cli.storage import destinations, folders
 
     run_folder = folders.run_dir(options.checkpoint_dir, options.run_name)
+    folders.announce(run_folder)
     folder = folders.open_model(chosen(run_folder, options.step))
     dst = destinations.check_destination(options.dst, options.overwrite, run_folder)
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2cli.console import say
+from gpt2cli import machine
+from gpt2cli.console import announce, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import MAX_SEED, MAX_TOKENS, check_added, check_name
@@ -84,7 +85,10 @@ def run(options: InitOptions) -> None:
     Raises:
         UserError: it exists, vocabulary or sizes do not fit, or the disk is full.
     """
-    from gpt2cli import files, paths
+    machine.check_tensorflow("init")
+    announce(f"creating {options.models_dir}/{options.name}")
+
+    from gpt2cli import files, paths  # after the first line on a terminal
     from gpt2cli.model.sizes import ALIASES, RELEASED, ModelConfig
     from gpt2cli.storage import destinations
     from gpt2cli.text import encoder

@@ -56,7 +56,10 @@ class InteractiveOptions(GenerateOptions, GeneratorOptions):
 def run(options: InteractiveOptions) -> None:
     """Read prompts until the input ends, and continue each before the next is read."""
     from gpt2cli.storage import folders
-    from gpt2cli.text import encoder
+
+    folders.announce(folders.source_dir(options))
+
+    from gpt2cli.text import encoder  # after the first line on a terminal
 
     folder = folders.open_source(options)
     vocabulary = encoder.of_model(folder)

@@ -141,9 +141,7 @@ def run(options: SampleOptions) -> None:
     With --run_name and without --out they are also saved in samples/RUN_NAME/. With --format jsonl
     and one --out file, an earlier command that was stopped is resumed.
     """
-    from gpt2cli.jobs import job, prompts
     from gpt2cli.storage import folders
-    from gpt2cli.text import encoder
 
     options = resolved(options, os.environ)
     _check_paths(options)
@@ -151,6 +149,11 @@ def run(options: SampleOptions) -> None:
         options = dataclasses.replace(options, out=paths.target_of(options.out))
     if options.beams > 1 < options.batch_size:
         say("--batch_size has no effect with --beams: one prompt is searched at a time")
+    folders.announce(folders.source_dir(options))
+
+    from gpt2cli.jobs import job, prompts  # NumPy, after the first line on a terminal
+    from gpt2cli.text import encoder
+
     folder = folders.open_source(options)
     texts = prompts.read(options.prompt, options.prompt_file, options.prompts, options)
     if options.is_job() and not paths.is_stream(options.out or ""):

@@ -123,7 +123,10 @@ def run(options: ServeOptions) -> None:
         UserError: the extra `serve` is not installed, the port is in use, or the model is missing.
     """
     from gpt2cli.storage import folders
-    from gpt2cli.text import encoder
+
+    folders.announce(folders.source_dir(options))
+
+    from gpt2cli.text import encoder  # after the first line on a terminal
 
     try:
         from gpt2cli.serving import connections, routes

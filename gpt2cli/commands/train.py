@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gpt2cli import console, paths, signals
+from gpt2cli import console, machine, paths, signals
 from gpt2cli.console import say
 from gpt2cli.errors import BusyError, UsageError
 from gpt2cli.flags import check
@@ -217,7 +217,10 @@ def run(options: TrainOptions) -> Path:
         UserError: the run cannot start or continue.
         BusyError: another process trains this run, or another host was asked to stop.
     """
-    from gpt2cli import locks
+    machine.check_tensorflow("train")
+    console.announce(f"reading {options.dataset}")
+
+    from gpt2cli import locks  # after the first line on a terminal
     from gpt2cli.storage import destinations, folders, runs
     from gpt2cli.text import encoder
     from gpt2cli.training import hosts, start

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2cli.console import progress, say
+from gpt2cli.console import announce, progress, say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.options import MAX_TOKENS, TextOptions, check_added
@@ -70,7 +70,9 @@ def run(options: VocabOptions) -> None:
     Raises:
         UserError: unreadable or empty input, or a folder whose files may not be replaced.
     """
-    from gpt2cli.text import corpus, encoder, inputs, vocabulary
+    announce(f"reading {options.in_text}")
+
+    from gpt2cli.text import corpus, encoder, inputs, vocabulary  # after the first line
 
     started = time.monotonic()
     smallest = vocabulary.SMALLEST[options.kind] + len(options.add_token)

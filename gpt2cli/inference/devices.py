@@ -3,7 +3,7 @@
 TensorFlow is imported only where there may be a GPU.
 """
 
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any
 
 from gpt2cli import machine
@@ -11,7 +11,7 @@ from gpt2cli import machine
 
 def gpus(precision: str) -> list[Any]:
     """Return the GPUs that a model of this precision runs on; int8 always runs on the CPU."""
-    if precision == "int8" or not machine.may_have_gpu() or not _has_tensorflow():
+    if precision == "int8" or not machine.may_have_gpu() or not machine.has_tensorflow():
         return []
     from gpt2cli import tensorflow  # takes seconds
 
@@ -27,17 +27,18 @@ def describe(precision: str) -> str:
     return f"LiteRT {metadata.version('ai-edge-litert')} on CPU ({_why_no_gpu(precision)})"
 
 
+def wastes_gpu(precision: str) -> bool:
+    """Return whether a GPU stays unused because TensorFlow is not installed."""
+    return precision != "int8" and bool(machine.gpus()) and not machine.has_tensorflow()
+
+
 def _why_no_gpu(precision: str) -> str:
     if not machine.may_have_gpu():
         return "no GPU was found"
     if precision == "int8":
         return f"--precision {precision} always runs there"
-    if not _has_tensorflow():
-        return "to use a GPU, install tensorflow"
+    if not machine.has_tensorflow():
+        return "a GPU needs TensorFlow, which is not installed"
     from gpt2cli import tensorflow
 
     return tensorflow.why_no_gpu()
-
-
-def _has_tensorflow() -> bool:
-    return util.find_spec("tensorflow") is not None

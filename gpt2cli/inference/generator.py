@@ -6,9 +6,11 @@ use `LanguageModel`. Here text becomes ids and ids become text; `sampling` knows
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 
 from gpt2cli import peers
-from gpt2cli.console import counted
+from gpt2cli.console import counted, progress
 from gpt2cli.errors import UsageError, UserError, names_without_dashes
 from gpt2cli.inference import devices, sampling
 from gpt2cli.inference.beams import Search
@@ -26,6 +28,8 @@ from gpt2cli.inference.lookup import Lookup
 from gpt2cli.inference.rows import Generation, Row, most_seen
 from gpt2cli.inference.score import Score, score
 from gpt2cli.inference.text import Prompt, RowText, Sample, encode_prompt
+from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import Values, weight_shapes
 from gpt2cli.options import GenerateOptions, GeneratorOptions, Precision, new_seed
 from gpt2cli.storage import folders, reading
 from gpt2cli.storage.folders import ModelFolder
@@ -33,6 +37,7 @@ from gpt2cli.text import encoder
 from gpt2cli.text.batches import Batch, Tokens
 from gpt2cli.text.encoder import Encoder
 
+SILENCE = 0.5  # seconds of loading without a progress bar
 STREAMED = 4  # tokens between two pieces of a streamed text
 
 Job = tuple[int, Prompt, list[int] | None]  # index, prompt, and its ids if they are known
@@ -462,13 +467,29 @@ def load_model(
         encoder.check_fits(folder, vocabulary, sizes.n_vocab)
     precision = "float32" if precision == "auto" else precision
     network: Engine
-    if devices.gpus(precision):
-        from gpt2cli.inference.engines.xla import XlaEngine
-        from gpt2cli.model.network import GPT2
+    with _counted_reads(sizes, stored) as stored:
+        if devices.gpus(precision):
+            from gpt2cli.inference.engines.xla import XlaEngine
+            from gpt2cli.model.network import GPT2
 
-        network = XlaEngine(GPT2(sizes, stored, precision))
-    else:
-        from gpt2cli.inference.engines.litert import LitertEngine
+            network = XlaEngine(GPT2(sizes, stored, precision))
+        else:
+            from gpt2cli.inference.engines.litert import LitertEngine
 
-        network = LitertEngine(sizes, stored, precision, lookup, prefix_cache * 2**20)
+            network = LitertEngine(sizes, stored, precision, lookup, prefix_cache * 2**20)
     return LanguageModel(network, vocabulary, folder.path.resolve().name, precision)
+
+
+@contextlib.contextmanager
+def _counted_reads(config: ModelConfig, stored: Values) -> Iterator[Values]:
+    """Show on a terminal how many bytes of the weights were read, if that takes a while."""
+    left = dict(weight_shapes(config))  # an engine may read one twice
+    total = 4 * sum(map(math.prod, left.values()))
+    with progress(total, "B", delay=SILENCE) as bar:
+
+        def counted_read(name: str, shape: tuple[int, ...]) -> Any:
+            value = stored(name, shape)
+            bar.update(4 * math.prod(left.pop(name, (0,))))
+            return value
+
+        yield counted_read

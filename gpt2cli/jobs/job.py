@@ -151,9 +151,11 @@ def _fill(
     if begin == len(samples):
         return Made(tokens=0, seconds=0.0, failures=failures, found=begin)
 
-    from gpt2cli.inference import generator  # only if it is needed
+    from gpt2cli.inference import devices, generator  # only if it is needed
 
     model = generator.load_for(options, folder, vocabulary)
+    if devices.wastes_gpu(options.precision):
+        say(f"{options.out}: {devices.describe(options.precision)}")
     tokens = 0
     start = time.monotonic()
     with progress(len(samples), " samples", done=begin) as bar:

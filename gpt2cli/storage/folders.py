@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from gpt2cli import console
 from gpt2cli.errors import UserError
 from gpt2cli.files import digest, read_bytes, read_text, replacing
 from gpt2cli.model.sizes import ALIASES, ModelConfig
@@ -160,6 +161,16 @@ def source_dir(options: SourceOptions) -> Path:
     if options.run_name is not None:
         return run_dir(options.checkpoint_dir, options.run_name)
     return model_dir(options.models_dir, options.model_name)
+
+
+def announce(folder: Path) -> None:
+    """Print on a terminal which folder is opened, and the size of its weights.
+
+    A run's newest checkpoint is compared with its checksums, which takes seconds for gigabytes.
+    """
+    paths = [path for path in folder.glob("*.data-*") if not path.name.startswith("optimizer-")]
+    size = max((path.stat().st_size for path in paths), default=0)
+    console.announce(f"opening {folder} ({size / 1e6:,.1f} MB)")
 
 
 def open_source(options: CheckpointOptions) -> ModelFolder:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,9 @@ def test_a_machine_without_problems(cli, workdir, monkeypatch):
     assert result.returncode == 0 and "->" not in result.stdout and result.stderr == ""
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert tensorflow.tf.__version__ in lines["tensorflow"] and "CPU:0 computes" in result.stdout
+    assert f"litert       {version('ai-edge-litert')}, computes with XNNPACK" in result.stdout
+    assert "runs sample, interactive, evaluate and serve, on a CPU" in result.stdout
+    assert "runs train, convert, export and init\n" in result.stdout
     assert "tiny" in lines["models"] and "none" in lines["runs"]
     assert f"of {os.cpu_count()} cores" in lines["processor"]
     assert "8.0 GB free" in lines["memory"] and "9.0 GB free" in lines["disk"]
@@ -56,7 +60,7 @@ def test_a_machine_without_problems(cli, workdir, monkeypatch):
 def test_a_problem_gives_advice_and_a_status(cli, workdir, monkeypatch, change, said):
     monkeypatch.setattr(doctor.machine, "free_memory", lambda: 8e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9e9))
-    monkeypatch.setattr(doctor, "end_of_import", lambda verbose: None)
+    monkeypatch.setattr(doctor, "end_of_import", lambda verbose, module: None)
     for name, value in change.items():
         monkeypatch.setenv(name, value)
     result = cli("doctor")
@@ -106,7 +110,17 @@ def test_the_rest_is_reported_where_tensorflow_cannot_be_imported(
     assert len(result.stderr.splitlines()) == 1
     lines = result.stdout.splitlines()
     names = [line.split()[0] for line in lines if line[0] != " "]
-    start = ["gpt2cli", "packages", "extras", "processor", "memory", "disk", "cache", "nvidia-smi"]
+    start = [
+        "gpt2cli",
+        "packages",
+        "extras",
+        "processor",
+        "memory",
+        "disk",
+        "cache",
+        "nvidia-smi",
+        "litert",
+    ]
     assert names == [*start, "tensorflow", "models", "runs"]
     (number,) = (i for i, line in enumerate(lines) if line.startswith("tensorflow"))
     assert f"cannot be imported: {said}" in lines[number] and advice in lines[number + 1]
@@ -114,15 +128,15 @@ def test_the_rest_is_reported_where_tensorflow_cannot_be_imported(
 
 def test_verbose_shows_the_whole_output_of_the_import(capfd, monkeypatch):
     monkeypatch.setattr(doctor, "outcome", lambda *words: (1, "first\nlast"))
-    assert doctor.end_of_import(verbose=False) == "exit status 1, last"
+    assert doctor.end_of_import(False, "gpt2cli.tensorflow") == "exit status 1, last"
     assert capfd.readouterr().err == ""
-    doctor.end_of_import(verbose=True)
+    doctor.end_of_import(True, "gpt2cli.tensorflow")
     assert capfd.readouterr().err == "first\nlast\n"
 
 
 def test_an_import_that_hangs_is_reported(monkeypatch):
     monkeypatch.setattr(doctor, "IMPORT_SECONDS", 0.01)
-    assert "not finished in 0.01 seconds" in doctor.end_of_import(verbose=False)
+    assert "not finished in 0.01 seconds" in doctor.end_of_import(False, "gpt2cli.tensorflow")
 
 
 def test_memory_is_reported_beside_that_of_gpus(monkeypatch, machine):
@@ -284,3 +298,43 @@ def test_names_are_printed_with_their_escapes():
     finding = doctor.Finding("model", "a\x1b[2J\n\u202eb", "mv \u2066x")
     assert str(finding).splitlines()[0].endswith("a\\x1b[2J\\n\\u202eb")
     assert str(finding).endswith("-> mv \\u2066x") and str(finding).count("\n") == 1
+
+
+def test_a_machine_without_tensorflow_has_a_line_and_no_problem(cli, workdir, monkeypatch):
+    monkeypatch.setattr(doctor.machine, "free_memory", lambda: 8e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9e9, total=1e10))
+    monkeypatch.setattr(doctor.machine, "has_tensorflow", lambda: False)
+    result = cli("doctor")
+    assert result.returncode == 0 and "->" not in result.stdout
+    line = "tensorflow   is not installed; train, convert, export and init need it, and so do GPUs"
+    assert line in result.stdout
+    monkeypatch.setattr(doctor, "driver_version", lambda: "550.54.15")
+    _, gpu = doctor.check_tensorflow(verbose=False)
+    assert "550.54.15" in gpu.found and "bin/install gpu" in gpu.advice
+
+
+@pytest.mark.parametrize(
+    "product, said, advice",
+    [
+        ((0.0, True), "computes with XNNPACK", None),
+        ((0.0, False), "computes without XNNPACK", "64-bit Arm"),
+        ((0.1, True), "computes wrong numbers", "another machine"),
+        ((float("nan"), True), "computes wrong numbers", "another machine"),
+    ],
+)
+def test_litert_is_checked_by_a_product(monkeypatch, product, said, advice):
+    monkeypatch.setattr(doctor, "end_of_import", lambda verbose, module: None)
+    monkeypatch.setattr(doctor, "product_of_litert", lambda: product)
+    found = next(doctor.check_litert(verbose=False))
+    assert said in found.found and (advice is None) is (found.advice is None)
+    assert advice is None or advice in found.advice
+
+
+def test_a_litert_that_cannot_be_imported_or_fails_has_advice(monkeypatch):
+    monkeypatch.setattr(doctor, "end_of_import", lambda verbose, module: "SIGILL")
+    (found,) = doctor.check_litert(verbose=False)
+    assert "cannot be imported: SIGILL" in found.found and "ai-edge-litert" in found.advice
+    monkeypatch.setattr(doctor, "end_of_import", lambda verbose, module: None)
+    monkeypatch.setattr(doctor, "product_of_litert", lambda: 1 / 0)
+    (found,) = doctor.check_litert(verbose=False)
+    assert "division by zero" in found.found and "--verbose" in found.advice

@@ -19,7 +19,7 @@ from conftest import PROMPTS, ROOT
 from test_jobs import FLAGS, Stopped, job, lines
 
 from gpt2cli import cli as command_line
-from gpt2cli import files, locks
+from gpt2cli import files, locks, machine
 from gpt2cli.commands.sample import SampleOptions
 from gpt2cli.inference import generator as inference
 from gpt2cli.jobs import workers as processes
@@ -76,7 +76,7 @@ class Children:
 def children(monkeypatch, prompts):
     children = Children()
     monkeypatch.setattr(processes, "run", children.run)
-    monkeypatch.setattr(processes, "gpus", list)
+    monkeypatch.setattr(machine, "gpus", list)
     monkeypatch.chdir(prompts)
     return children
 
@@ -339,7 +339,7 @@ def test_the_processes_of_a_shard_write_the_same_as_one(cli, children, shard, co
 
 
 def test_a_job_uses_one_process_per_gpu_by_default(cli, children, monkeypatch):
-    monkeypatch.setattr(processes, "gpus", lambda: ["4", "GPU-x"])
+    monkeypatch.setattr(machine, "gpus", lambda: ["4", "GPU-x"])
     monkeypatch.setattr(processes, "usable_gpus", lambda: 2)
     result = job(cli, "out.jsonl", "--shard", "2/2")
     assert result.returncode == 0 and children.started == [1, 2]
@@ -655,7 +655,7 @@ def test_a_terminal_stops_only_the_process_that_started_the_others():
 )
 def test_gpus_are_those_that_cuda_shows(monkeypatch, visible, found):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert processes.gpus() == found
+    assert machine.gpus() == found
 
 
 def test_a_config_becomes_its_command_line():

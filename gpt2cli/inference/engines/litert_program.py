@@ -103,6 +103,10 @@ class Program:
         """Run: read the inputs, by name, and write the outputs, whose shapes must be right."""
         self._model.run([inputs[name] for name in self._inputs], outputs)
 
+    def uses_xnnpack(self) -> bool:
+        """Return whether XNNPACK runs it, and not LiteRT's own kernels, which are slow."""
+        return self._model.is_accelerated()
+
 
 def _nameless_file() -> IO[bytes]:
     """Open a file that disappears when it is closed or the process dies."""

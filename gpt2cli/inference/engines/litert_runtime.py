@@ -63,6 +63,7 @@ SIGNATURES = {
     "LiteRtAddOpaqueOptions": (c_void_p, c_void_p),
     "LiteRtCreateCompiledModel": (c_void_p, c_void_p, c_void_p, c_void_p),
     "LiteRtCreateTensorBufferFromHostMemory": (c_void_p, c_void_p, c_size_t, c_void_p, c_void_p),
+    "LiteRtCompiledModelIsFullyAccelerated": (c_void_p, POINTER(ctypes.c_bool)),
     "LiteRtRunCompiledModel": (
         *(c_void_p, c_size_t, c_size_t, POINTER(c_void_p), c_size_t, POINTER(c_void_p)),
     ),
@@ -166,6 +167,12 @@ class CompiledModel:
         )
         counts = len(inputs), len(outputs)
         _call("LiteRtRunCompiledModel", self._compiled, 0, counts[0], given, counts[1], made)
+
+    def is_accelerated(self) -> bool:
+        """Return whether XNNPACK runs all of it."""
+        found = ctypes.c_bool()
+        _call("LiteRtCompiledModelIsFullyAccelerated", self._compiled, byref(found))
+        return found.value
 
     def __del__(self) -> None:
         """Release the program and its packed weights."""

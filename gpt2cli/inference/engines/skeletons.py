@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from gpt2cli import files, paths
-from gpt2cli.console import say
+from gpt2cli import files, machine, paths
+from gpt2cli.console import counted, say
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import weight_shapes
@@ -104,6 +104,12 @@ def find(part: Part, config: ModelConfig) -> Skeleton:
     path = folder / f"{key.hex()[:32]}.tflite" if folder else None
     if path and (kept := _kept(path, key)):
         return kept
+    if not machine.has_tensorflow():
+        raise UserError(
+            f"a model of this size ({_sizes(config)}) needs TensorFlow once, to convert its graph, "
+            "and TensorFlow is not installed. Install it with: pip install tensorflow; or copy "
+            f"{folder or 'the cache'} from a machine that has used this model with this version"
+        )
     if part == "layers":
         say(f"{_sizes(config)}: the graph is converted with TensorFlow, once for each size")
     from gpt2cli.inference.engines import litert_convert  # takes seconds
@@ -143,7 +149,7 @@ def _sizes_of_layers(config: ModelConfig) -> tuple[object, ...]:
 
 
 def _sizes(config: ModelConfig) -> str:
-    return f"{config.n_layer} layers, {config.n_embd} wide"
+    return f"{counted(config.n_layer, 'layer')}, {config.n_embd} wide"
 
 
 def _key(part: Part, config: ModelConfig) -> bytes:
