@@ -23,7 +23,7 @@ class EvaluateOptions(TextOptions, CheckpointOptions):
         format: text (one line) or json (one object).
 
     Environment:
-        XDG_CACHE_HOME: folder for converted programs (default: ~/.cache).
+        XDG_CACHE_HOME: folder for converted programs and packed weights (default: ~/.cache).
 
     Examples:
         gpt2cli evaluate data/held-out.txt --run_name books

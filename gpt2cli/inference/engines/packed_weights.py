@@ -34,6 +34,7 @@ from gpt2cli.inference.engines import skeletons
 from gpt2cli.inference.engines.litert_runtime import CompiledModel
 
 FORMAT = 1  # of the files; part of their names' digest
+LEAST = 2**24  # bytes; fewer are packed in the time that reading them from a file takes
 RECENT = 3600  # seconds; files that were used since are not removed to make room
 FORGOTTEN = 30 * 86400  # seconds after which the mark of a checkpoint's first use is removed
 PATIENCE = 60  # seconds to wait for another process that packs the same weights
@@ -82,7 +83,7 @@ class PackedWeights:
             size: about the bytes of its packed weights.
             build: builds it; if it is given a descriptor, the packed weights go to that file.
         """
-        if self._folder is None:
+        if self._folder is None or size < LEAST:
             return build(None).model
         key = hashlib.sha256(repr((FORMAT, self._identity, *what)).encode())
         key.update(repr((_library(), _processor())).encode())
@@ -113,7 +114,7 @@ class PackedWeights:
         if is_limited or size > self._most:
             return False
         try:
-            if shutil.disk_usage(kept.folder).free < 2 * size:  # no disk is filled by a cache
+            if shutil.disk_usage(kept.folder).free < 3 * size:  # and as much stays free
                 return False
             kept.path("seen").touch(exist_ok=False)
         except FileExistsError:
@@ -152,6 +153,7 @@ class _Kept:
 
     def __init__(self, folder: Path, key: bytes) -> None:
         self.folder, self.name, self._key = folder, key.hex()[:32], key
+        self._has_said = False  # what is wrong with the files
 
     def path(self, kind: str) -> Path:
         """Return the path of a file."""
@@ -161,24 +163,32 @@ class _Kept:
         """Return the program of the files; None if there are none that can be used."""
         again = "The weights are packed again"
         try:
-            with paths.open_own(self.path("head"), "rb", is_code=True) as file:
-                numbers, _, head = self._unsealed(file.read()).partition(b"\n")
-            with paths.open_own(self.path("packed"), "rb", is_code=True) as file:
-                size, *expected = json.loads(numbers)
-                if _measured(file.fileno()) != expected:
-                    raise ValueError("its checksum is wrong")
-                model = _compiled(head, size, file.fileno())
-            os.utime(self.path("head"))  # it is the most recently used
-            return model
+            return self._opened()
         except FileNotFoundError:
             return None
         except UserError as error:
-            console.say(f"{error}. For this command, the weights are packed again")
+            fault = f"{error}. For this command, the weights are packed again"
         except OSError as error:
-            console.say(f"cannot read {self.path('packed')}: {error.strerror}. {again}")
+            fault = f"cannot read {self.path('packed')}: {error.strerror}. {again}"
         except (ValueError, RuntimeError) as error:
-            console.say(f"{self.path('packed')} is damaged ({error}). {again}")
+            fault = f"{self.path('packed')} is damaged ({error}). {again}"
+        if not self._has_said:  # the second look at the same files
+            console.say(fault)
+        self._has_said = True
         return None
+
+    def _opened(self) -> CompiledModel:
+        """Return the program of the files, checked; see `load` for the errors."""
+        with paths.open_own(self.path("head"), "rb", is_code=True) as file:
+            numbers, _, head = self._unsealed(file.read()).partition(b"\n")
+        with paths.open_own(self.path("packed"), "rb", is_code=True) as file:
+            size, *expected = json.loads(numbers)
+            if _measured(file.fileno()) != expected:
+                raise ValueError("its checksum is wrong")
+            model = _compiled(head, size, file.fileno())
+        with contextlib.suppress(OSError):  # the folder is read-only
+            os.utime(self.path("head"))  # it is the most recently used
+        return model
 
     def write(self, built: Built, packed: int) -> None:
         """Write the files.
