@@ -156,7 +156,7 @@ def test_files_that_cannot_be_trusted_are_made_again(cache, monkeypatch, capfd, 
     fault(place)
     np.testing.assert_array_equal(logits(), expected)
     said = capfd.readouterr().err
-    assert said.count("packed again") == (fault is not Path.unlink), said
+    assert said.count("packs the weights again") == (fault is not Path.unlink), said
     assert said.count("kept the packed weights") == (fault is not fifo), said
     np.testing.assert_array_equal(logits(), expected)
     said = capfd.readouterr().err

@@ -34,7 +34,7 @@ from gpt2cli.inference.engines import skeletons
 from gpt2cli.inference.engines.litert_runtime import CompiledModel
 
 FORMAT = 1  # of the files; part of their names' digest
-LEAST = 2**24  # bytes; fewer are packed in the time that reading them from a file takes
+LEAST = 2**24  # bytes; packing fewer takes no longer than reading them from a file
 RECENT = 3600  # seconds; files that were used since are not removed to make room
 FORGOTTEN = 30 * 86400  # seconds after which the mark of a checkpoint's first use is removed
 PATIENCE = 60  # seconds to wait for another process that packs the same weights
@@ -161,13 +161,13 @@ class _Kept:
 
     def load(self) -> CompiledModel | None:
         """Return the program of the files; None if there are none that can be used."""
-        again = "The weights are packed again"
+        again = "gpt2cli packs the weights again"
         try:
             return self._opened()
         except FileNotFoundError:
             return None
         except UserError as error:
-            fault = f"{error}. For this command, the weights are packed again"
+            fault = f"{error}. For this command, gpt2cli packs the weights again"
         except OSError as error:
             fault = f"cannot read {self.path('packed')}: {error.strerror}. {again}"
         except (ValueError, RuntimeError) as error:
