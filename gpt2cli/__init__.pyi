@@ -189,6 +189,7 @@ def evaluate(
     run_name: str | Path | None = None,
     checkpoint: str | Path | None = None,
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    weight_cache: int = 8,
     models_dir: str | Path = "models",
     checkpoint_dir: str | Path = "checkpoint",
     verbose: bool = False,
@@ -231,6 +232,9 @@ def evaluate(
         precision: number format: auto is float32; bfloat16 is for GPUs (on a CPU it only rounds
             the weights); int8 always runs on the CPU, where it is fastest and needs a quarter
             of the memory.
+        weight_cache: gigabytes of disk for the packed weights of models that were used at least
+            twice on a CPU; later starts map them, which is faster, and processes share their
+            memory. The least recently used are removed first; 0 keeps none.
         models_dir: folder that contains the model folders.
         checkpoint_dir: folder that contains the run folders.
         verbose: show TensorFlow's own messages.
@@ -351,7 +355,8 @@ def sample(
     csv_column: str | Path | None = None,
     csv_header: bool = True,
     json_field: str | Path | None = None,
-    lookup: bool = True,
+    weight_cache: int = 8,
+    lookup: bool = False,
     prefix_cache: int = 256,
     models_dir: str | Path = "models",
     checkpoint_dir: str | Path = "checkpoint",
@@ -425,8 +430,12 @@ def sample(
         csv_header: treat the first line of a .csv or .tsv file as a header.
         json_field: field to read from each object in a .jsonl or .json file (default: text, or
             the fields of a dialogue; for --prompts, prompt or tokens).
+        weight_cache: gigabytes of disk for the packed weights of models that were used at least
+            twice on a CPU; later starts map them, which is faster, and processes share their
+            memory. The least recently used are removed first; 0 keeps none.
         lookup: where the last tokens occurred before, check the tokens that followed them
-            several at a time; faster for text that repeats itself.
+            several at a time. One sample at a time of a text that repeats itself is faster; in
+            rare cases rounding changes a token.
         prefix_cache: megabytes of memory for the beginnings of prompts: a beginning that
             prompts share is read once; 0 reads every prompt completely.
         models_dir: folder that contains the model folders.

@@ -5,10 +5,12 @@ import errno
 import functools
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import IO, Any
 from gpt2cli import __version__, paths
 from gpt2cli.errors import NewerFormatError, UserError
 
+POPULATE_READ = 22  # Linux's MADV_POPULATE_READ, which Python's mmap does not name
 SPARE = 2**20  # bytes that must stay free on a disk after a large file is written
 
 # What the user can do, by the reason why a file cannot be written.
@@ -216,6 +219,18 @@ def check_room(path: str | Path, size: int) -> None:
     if free < size + SPARE:
         reason = f"it needs {size:,} bytes, but the disk has only {free:,} free"
         raise cannot_write(path, OSError(errno.ENOSPC, reason))
+
+
+def fetch(mapped: mmap.mmap, offset: int, size: int) -> None:
+    """Have part of a mapped file read now: an error of the disk is an OSError, and SIGBUS later."""
+    if sys.platform != "linux":
+        return
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    try:
+        mapped.madvise(POPULATE_READ, start, offset + size - start)
+    except OSError as error:
+        if error.errno == errno.EFAULT:  # others are of Linux before 5.14, which reads later
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -92,13 +92,20 @@ class CheckpointOptions(SourceOptions):
         precision: number format: auto is float32; bfloat16 is for GPUs (on a CPU it only rounds the
             weights); int8 always runs on the CPU, where it is fastest and needs a quarter of the
             memory.
+
+    Speed:
+        weight_cache: gigabytes of disk for the packed weights of models that were used at least
+            twice on a CPU; later starts map them, which is faster, and processes share their
+            memory. The least recently used are removed first; 0 keeps none.
     """
 
     checkpoint: str | None = None
     precision: Precision = "auto"
+    weight_cache: int = 8
 
     def _check_source(self) -> None:
         super()._check_source()
+        check(self, weight_cache=(0, 1_000_000))
         if self.checkpoint is not None:
             check_name("checkpoint", self.checkpoint)
 

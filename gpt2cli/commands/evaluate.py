@@ -23,7 +23,7 @@ class EvaluateOptions(TextOptions, CheckpointOptions):
         format: text (one line) or json (one object).
 
     Environment:
-        XDG_CACHE_HOME: folder for converted programs (default: ~/.cache).
+        XDG_CACHE_HOME: folder for converted programs and packed weights (default: ~/.cache).
 
     Examples:
         gpt2cli evaluate data/held-out.txt --run_name books
@@ -61,7 +61,9 @@ def run(options: EvaluateOptions) -> dict[str, float]:
 
     from gpt2cli.inference import devices, generator  # wrong input was rejected before this
 
-    model = generator.load_model(folder, options.precision, vocabulary)
+    model = generator.load_model(
+        folder, options.precision, vocabulary, weight_cache=options.weight_cache
+    )
     say(f"{folder.checkpoint}: {devices.describe(options.precision)}")
     batches = tokens.evaluation_windows(model.config.n_ctx, options.batch_size)
     total = math.ceil((tokens.total - 1) / (model.config.n_ctx * options.batch_size))

@@ -39,7 +39,7 @@ class InteractiveOptions(GenerateOptions, GeneratorOptions):
     """Type a prompt and watch the model continue it; /set changes settings.
 
     Environment:
-        XDG_CACHE_HOME: folder for converted programs (default: ~/.cache).
+        XDG_CACHE_HOME: folder for converted programs and packed weights (default: ~/.cache).
 
     Examples:
         gpt2cli interactive --run_name books

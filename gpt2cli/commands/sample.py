@@ -64,7 +64,7 @@ class SampleOptions(GenerateOptions, FileOptions, GeneratorOptions):
         SLURM_ARRAY_TASK_ID: part that --shard auto/N takes in a Slurm array.
         JOB_COMPLETION_INDEX: part that --shard auto/N takes in an indexed Kubernetes job.
         CUDA_VISIBLE_DEVICES: GPUs that --processes may use.
-        XDG_CACHE_HOME: folder for converted programs (default: ~/.cache).
+        XDG_CACHE_HOME: folder for converted programs and packed weights (default: ~/.cache).
 
     Examples:
         gpt2cli sample --run_name books --prompt "It was a dark" --length 200 --top_p 0.9

@@ -430,8 +430,14 @@ def load_for(
     options: GeneratorOptions, folder: ModelFolder, vocabulary: Encoder | None = None
 ) -> LanguageModel:
     """Load a model as a command's options say; see `load_model`."""
-    precision, lookup, room = options.precision, options.lookup, options.prefix_cache
-    return load_model(folder, precision, vocabulary, lookup=lookup, prefix_cache=room)
+    return load_model(
+        folder,
+        options.precision,
+        vocabulary,
+        lookup=options.lookup,
+        prefix_cache=options.prefix_cache,
+        weight_cache=options.weight_cache,
+    )
 
 
 def load_model(
@@ -441,6 +447,7 @@ def load_model(
     *,
     lookup: bool = False,
     prefix_cache: int = 256,
+    weight_cache: int = 8,
 ) -> LanguageModel:
     """Load a model folder, a run folder, or a checkpoint's path without its extension.
 
@@ -451,6 +458,7 @@ def load_model(
         vocabulary: the folder's vocabulary, if it was loaded before.
         lookup: as in GeneratorOptions.
         prefix_cache: as in GeneratorOptions.
+        weight_cache: as in CheckpointOptions.
 
     Raises:
         UsageError: there is no such precision.
@@ -467,16 +475,20 @@ def load_model(
         encoder.check_fits(folder, vocabulary, sizes.n_vocab)
     precision = "float32" if precision == "auto" else precision
     network: Engine
-    with _counted_reads(sizes, stored) as stored:
+    with _counted_reads(sizes, stored) as read:
         if devices.gpus(precision):
             from gpt2cli.inference.engines.xla import XlaEngine
             from gpt2cli.model.network import GPT2
 
-            network = XlaEngine(GPT2(sizes, stored, precision))
+            network = XlaEngine(GPT2(sizes, read, precision))
         else:
             from gpt2cli.inference.engines.litert import LitertEngine
+            from gpt2cli.inference.engines.packed_weights import PackedWeights
 
-            network = LitertEngine(sizes, stored, precision, lookup, prefix_cache * 2**20)
+            kept = PackedWeights(stored.identity, weight_cache * 10**9) if weight_cache else None
+            room = prefix_cache * 2**20
+            network = LitertEngine(sizes, read, precision, lookup, room, kept)
+    stored.forget()
     return LanguageModel(network, vocabulary, folder.path.resolve().name, precision)
 
 

@@ -39,7 +39,7 @@ Samples = list[tuple[int, Prompt]]  # the "index" and the prompt of each
 IRRELEVANT = (
     *("model_name", "run_name", "models_dir", "checkpoint_dir", "sample_dir", "verbose"),
     *("prompt", "prompt_file", "prompts", "out", "nfiles", "batch_size", "delimiter", "format"),
-    *("checkpoint", "processes", "lookup", "prefix_cache"),
+    *("checkpoint", "processes", "lookup", "prefix_cache", "weight_cache"),
     *("encoding", "errors", "csv_column", "csv_header", "json_field"),  # the prompts themselves do
 )
 

@@ -6,11 +6,10 @@ generated classes, and no import. They are described in tensorflow/core/protobuf
 and tensorflow/core/framework/{tensor_shape,tensor_slice,versions}.proto.
 """
 
-import errno
+import hashlib
 import math
 import mmap
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2cli import files
 from gpt2cli.storage import table
 
 Fields = dict[tuple[int, int], list[Any]]  # of a message: number and wire type -> values
@@ -36,8 +36,6 @@ KINDS = {
     19: "float16", 22: "uint32", 23: "uint64", 24: "float8_e5m2", 25: "float8_e4m3fn",
 }  # fmt: skip
 EXTENSIONS = ("bfloat16", "float8_e5m2", "float8_e4m3fn")  # to NumPy, in ml_dtypes
-
-POPULATE_READ = 22  # Linux's MADV_POPULATE_READ, which Python's mmap does not name
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,22 @@ class Bundle:
                 self.entries[key.decode()] = entry
         self._check_sizes()
 
+    def identity(self) -> bytes:
+        """Return a digest of the index, which has every tensor's checksum, and of the sizes.
+
+        Raises:
+            OSError: a file is missing.
+        """
+        sizes = [os.stat(self._path(shard)).st_size for shard in range(self.shards)]
+        index = Path(f"{self.prefix}.index").read_bytes()
+        return hashlib.sha256(repr(sizes).encode() + index).digest()
+
+    def forget(self) -> None:
+        """Drop the mapped files from memory; what is used again is read again."""
+        for mapped in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+                mapped.madvise(mmap.MADV_DONTNEED)
+
     def read(self, name: str) -> np.ndarray:
         """Return a tensor, read-only, after its checksum was compared."""
         entry = self.entries[name]
@@ -151,7 +165,7 @@ class Bundle:
         shared = self._map(entry.shard)
         if len(shared) < entry.offset + entry.size:
             raise ValueError("its data has become shorter")
-        _fetch(shared, entry.offset, entry.size)
+        files.fetch(shared, entry.offset, entry.size)
         data = np.frombuffer(shared, np.uint8, entry.size, entry.offset)
         if table.checksum(data) != entry.checksum:
             raise ValueError(f"{name} does not match its checksum")
@@ -191,18 +205,6 @@ def _locked(values: np.ndarray) -> np.ndarray:
     """Return an array, from now on read-only, as the views of a file are."""
     values.flags.writeable = False
     return values
-
-
-def _fetch(shared: mmap.mmap, offset: int, size: int) -> None:
-    """Have part of a file read now: if the disk fails, that is an error here, and SIGBUS later."""
-    if sys.platform != "linux":
-        return
-    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-    try:
-        shared.madvise(POPULATE_READ, start, offset + size - start)
-    except OSError as error:
-        if error.errno == errno.EFAULT:  # others are of Linux before 5.14, which reads later
-            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
 
 
 def _shards(header: Fields) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from gpt2cli.console import say
 from gpt2cli.errors import UserError
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.model.weights import Values, weight_shapes
+from gpt2cli.model.weights import weight_shapes
 from gpt2cli.storage import folders, runs
 from gpt2cli.storage.bundle import Bundle
 from gpt2cli.storage.folders import ModelFolder
@@ -100,26 +100,28 @@ def verify(folder: Path) -> None:
         stored(name, shape)
 
 
-def open_weights(folder: ModelFolder) -> tuple[ModelConfig, Values]:
-    """Return the sizes of a folder's checkpoint and a function that reads a weight by name.
+class StoredWeights:
+    """The weights of a checkpoint: `stored(name, shape)` reads one and compares its checksum.
 
-    The function compares the weight's checksum. Its arrays are read-only views of the file.
+    The arrays are read-only views of the file.
 
-    Raises:
-        UserError: there is no checkpoint, or it is damaged, has another size or contains numbers
-            that are not finite; the text names the file. The function raises it too.
+    Args:
+        bundle: the checkpoint.
+
+    Attributes:
+        identity: a digest of the checkpoint's content.
     """
-    bundle, config = open_checked(folder)
-    prefix = bundle.prefix
-    if google_crc32c.implementation != "c":
-        say(
-            "the package google-crc32c has no compiled code for this Python, so checking the "
-            "weights takes minutes. Try: pip install --force-reinstall google-crc32c"
-        )
 
-    def stored(name: str, shape: Any) -> np.ndarray:
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        with _reading(bundle.prefix):
+            self.identity = bundle.identity()
+
+    def __call__(self, name: str, shape: Any) -> np.ndarray:
+        """Return a weight (UserError: it is damaged or not finite)."""
+        prefix = self._bundle.prefix
         with _reading(prefix):
-            value = bundle.read(name)
+            value = self._bundle.read(name)
         if not is_finite(value):
             raise UserError(
                 f"{prefix}: {name} has values that are not finite. Training diverged, or the file "
@@ -127,7 +129,25 @@ def open_weights(folder: ModelFolder) -> tuple[ModelConfig, Values]:
             )
         return value
 
-    return config, stored
+    def forget(self) -> None:
+        """Drop what was read from memory; views stay valid, and read the file again."""
+        self._bundle.forget()
+
+
+def open_weights(folder: ModelFolder) -> tuple[ModelConfig, StoredWeights]:
+    """Return the sizes and the weights of a folder's checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged, has another size or contains numbers
+            that are not finite; the text names the file. StoredWeights raises it too.
+    """
+    bundle, config = open_checked(folder)
+    if google_crc32c.implementation != "c":
+        say(
+            "the package google-crc32c has no compiled code for this Python, so checking the "
+            "weights takes minutes. Try: pip install --force-reinstall google-crc32c"
+        )
+    return config, StoredWeights(bundle)
 
 
 def is_finite(values: np.ndarray) -> bool:

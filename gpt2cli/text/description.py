@@ -13,6 +13,10 @@ _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xA
 _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
 CHAR_OF = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
 BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
+# Each such character -> the character with the byte's number; any other -> one outside Latin-1.
+_TO_LATIN_1 = str.maketrans(
+    dict.fromkeys(map(chr, range(256)), "\uffff") | {c: chr(b) for c, b in BYTE_OF.items()}
+)
 SYMBOLS = frozenset(BYTE_OF)  # of which the tokens of a byte-level vocabulary are spelled
 
 
@@ -24,8 +28,8 @@ def without_surrogates(text: str) -> str:
 def token_bytes(token: str) -> bytes:
     """Return the bytes of a token as a byte-level vocabulary spells it, or those of its text."""
     try:
-        return bytes([BYTE_OF[char] for char in token])
-    except KeyError:
+        return token.translate(_TO_LATIN_1).encode("latin-1")  # twice as fast as byte by byte
+    except UnicodeEncodeError:
         return without_surrogates(token).encode()
 
 

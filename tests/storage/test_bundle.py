@@ -17,6 +17,7 @@ from conftest import GOLDEN, ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2cli import files
 from gpt2cli.errors import UserError
 from gpt2cli.storage import bundle, folders, reading, table
 from gpt2cli.storage.bundle import Bundle
@@ -348,7 +349,7 @@ def test_a_part_of_the_file_that_cannot_be_read_is_an_error_and_not_a_signal(tin
 
 
 def test_an_old_kernel_reads_too(tiny, monkeypatch):
-    monkeypatch.setattr(bundle, "POPULATE_READ", 9999)  # EINVAL
+    monkeypatch.setattr(files, "POPULATE_READ", 9999)  # EINVAL
     reading.verify(tiny)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines.litert_program import Program
 from gpt2cli.inference.engines.litert_runtime import Tensor
+from gpt2cli.inference.engines.packed_weights import PackedWeights
 from gpt2cli.inference.engines.prefixes import PIECE, Halves, Prefixes
 from gpt2cli.inference.sampling import Chosen
 from gpt2cli.model.sizes import ModelConfig
@@ -73,6 +74,7 @@ class LitertEngine:
             everything else.
         lookup: whether rows may look up what to propose.
         prefix_bytes: bytes for common beginnings of texts.
+        kept: the checkpoint's packed weights on disk, if they may be used.
 
     Attributes:
         prefixes: the common beginnings.
@@ -88,13 +90,16 @@ class LitertEngine:
         precision: str = "float32",
         lookup: bool = False,
         prefix_bytes: int = 0,
+        kept: PackedWeights | None = None,
     ) -> None:
         self.config, self.looks_up = config, lookup
         self.prefixes = Prefixes(prefix_bytes)
         if precision == "bfloat16":
             stored = _rounded(stored)
-        self._layers = Program("layers", config, stored, precision)
-        self._head = Program("head", config, stored, precision)
+        self._layers = Program("layers", config, stored, precision, kept)
+        self._head = Program("head", config, stored, precision, kept)
+        if kept:
+            kept.report()
         self._tokens, self._positions = (
             stored(*table) for table in list(weight_shapes(config).items())[:2]
         )
@@ -234,7 +239,7 @@ class LitertEngine:
 
     def run(self, *arguments: Any, **more: Any) -> Chosen:
         """Generate tokens, as `sampling.run`."""
-        return sampling.run(self.feed, self.config.n_vocab, *arguments, **more, check=self.check)
+        return sampling.run(self.feed, self.config.n_vocab, *arguments, check=self.check, **more)
 
     def _embed(self, tokens: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Return the sums of token and position embeddings: [N], [N] -> [N, E]."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import math
 import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -23,6 +25,7 @@ from gpt2cli import machine
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines import skeletons
 from gpt2cli.inference.engines.litert_runtime import CompiledModel, Tensor
+from gpt2cli.inference.engines.packed_weights import Built, PackedWeights
 from gpt2cli.inference.engines.skeletons import Part, Skeleton, packed_shape
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import Values, weight_shapes
@@ -62,41 +65,32 @@ class Program:
         part: `layers` or `head`.
         config: the model's sizes.
         stored: returns a weight's values.
-        precision: "float32", or "int8" for the matrices.
+        precision: "float32", or "int8" for the matrices; "bfloat16" is float32 here.
+        kept: the checkpoint's packed weights on disk, if they may be used.
 
     Raises:
         UserError: there is no room for the file, which is as large as the weights.
     """
 
-    def __init__(self, part: Part, config: ModelConfig, stored: Values, precision: str) -> None:
+    def __init__(
+        self,
+        part: Part,
+        config: ModelConfig,
+        stored: Values,
+        precision: str,
+        kept: PackedWeights | None = None,
+    ) -> None:
         shapes = weight_shapes(config)
-
-        def packed(name: str) -> Packed:
-            array = np.asarray(stored(name, shapes[name]), np.float32)
-            if packed_shape(name, array.shape) != array.shape:
-                array = array.reshape(array.shape[-2:]).T
-            is_small = array.ndim > 1 and precision == "int8"
-            return Packed(*quantize(array)) if is_small else Packed(array, None)
-
-        names = skeletons.weights_of(part, config)
-        scales = [packed_shape(n, shapes[n])[0] for n in names if len(shapes[n]) > 1]
+        needed = {name: shapes[name] for name in skeletons.weights_of(part, config)}
         made = skeletons.find(part, config)
-        room = len(made.content) + sum(4 * n_out + 8 for n_out in scales)
-        room += sum(8 * n_out + 16 for n_out in set(scales))
-        file = _nameless_file()
-        try:
-            _assemble(made, config.n_vocab, room, map(packed, names), file)
-            size = file.seek(0, os.SEEK_END)
-            self._model = CompiledModel(file.fileno(), size, machine.cores())
-            _forget(file)
-        except OSError as error:
-            raise UserError(
-                f"no room for a file as large as the weights ({error.strerror}) in "
-                f"{skeletons.cache_folder() or tempfile.gettempdir()}. "
-                "Free some space, or set XDG_CACHE_HOME to a folder on another disk"
-            ) from error
-        finally:
-            file.close()
+        build = functools.partial(_built, made, config.n_vocab, needed, stored, precision)
+        if kept is None:
+            self._model = build(None).model
+        else:
+            numbers = sum(math.prod(shape) for shape in needed.values())
+            size = numbers * (1 if precision == "int8" else 4)
+            what = (precision, config.n_vocab, made.content, made.inputs, made.places)
+            self._model = kept.model(what, size, build)
         self._inputs = made.inputs
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:
@@ -116,35 +110,88 @@ def _nameless_file() -> IO[bytes]:
         return tempfile.TemporaryFile()
 
 
+def _built(
+    skeleton: Skeleton,
+    n_vocab: int,
+    needed: Mapping[str, tuple[int, ...]],
+    stored: Values,
+    precision: str,
+    packed: int | None,
+) -> Built:
+    """Assemble and pack a program.
+
+    Args:
+        skeleton: of the part.
+        n_vocab: number of tokens.
+        needed: the weights' names and shapes, in the order of the skeleton's places.
+        stored: returns a weight's values.
+        precision: see Program.
+        packed: descriptor of an empty file for the packed weights; None keeps them in memory.
+    """
+
+    def read(name: str) -> Packed:
+        array = np.asarray(stored(name, needed[name]), np.float32)
+        if packed_shape(name, array.shape) != array.shape:
+            array = array.reshape(array.shape[-2:]).T
+        is_small = array.ndim > 1 and precision == "int8"
+        return Packed(*quantize(array)) if is_small else Packed(array, None)
+
+    file = _nameless_file()
+    try:
+        end = _assemble(skeleton, n_vocab, needed, read, file)
+        size = file.seek(0, os.SEEK_END)
+        model = CompiledModel(file.fileno(), size, machine.cores(), packed)
+        _forget(file)
+        file.seek(0)
+        return Built(model, file.read(end), size)
+    except OSError as error:
+        raise UserError(
+            f"no room for a file as large as the weights ({error.strerror}) in "
+            f"{skeletons.cache_folder() or tempfile.gettempdir()}. "
+            "Free some space, or set XDG_CACHE_HOME to a folder on another disk"
+        ) from error
+    finally:
+        file.close()
+
+
 def _assemble(
     skeleton: Skeleton,
     n_vocab: int,
-    room: int,
-    weights: Iterable[Packed],
+    needed: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Packed],
     file: IO[bytes],
-) -> None:
-    """Write a skeleton and its weights.
+) -> int:
+    """Write a skeleton and its weights: the description, then the vectors, then the matrices.
 
     Args:
         skeleton: of a part.
         n_vocab: number of tokens.
-        room: least number of bytes for the description of the weights, which precedes them.
-        weights: in the order of the skeleton's places.
+        needed: the weights' names and shapes, in the order of the skeleton's places.
+        read: returns a weight by its name.
         file: what to write to.
+
+    Returns:
+        The place where the matrices begin.
     """
     content = bytearray(skeleton.content)
     for at in skeleton.vocabulary:
         struct.pack_into("<i", content, at, n_vocab)
+    widths = [packed_shape(n, shape)[0] for n, shape in needed.items() if len(shape) > 1]
+    room = len(content) + sum(4 * n_out + 8 for n_out in widths)
+    room += sum(8 * n_out + 16 for n_out in set(widths))
     zeros: dict[int, int] = {}  # a length -> the place of a vector of zero points
-    end = room
-    for place, (numbers, scale) in zip(skeleton.places, weights, strict=True):
+    end = start = room
+    both = list(zip(skeleton.places, needed, strict=True))
+    for place, name in sorted(both, key=lambda one: len(needed[one[1]]) > 1):
+        numbers, scale = read(name)
         end += -end % ALIGNMENT
         file.seek(end)
-        file.write(np.ascontiguousarray(numbers).data)
+        _write(numbers, file)
         struct.pack_into("<Q", content, place.offset, end)
         struct.pack_into("<Q", content, place.size, numbers.nbytes)
         end += numbers.nbytes
         if not place.kind:
+            start = end
             continue
         content[place.kind] = FLOAT32 if scale is None else INT8
         count = 0 if scale is None else len(scale)
@@ -157,6 +204,16 @@ def _assemble(
     file.seek(0)
     file.write(content)
     file.flush()
+    return start
+
+
+def _write(numbers: np.ndarray, file: IO[bytes]) -> None:
+    """Write an array's rows, some at a time: a transposed array is not copied as a whole."""
+    if numbers.flags.c_contiguous:
+        file.write(numbers.data)
+        return
+    for at in range(0, len(numbers), BLOCK):
+        file.write(np.ascontiguousarray(numbers[at : at + BLOCK]).data)
 
 
 def _append(content: bytearray, vector: np.ndarray) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
@@ -137,21 +138,23 @@ class CompiledModel:
         file: descriptor of the program's file, which may be closed afterwards.
         size: its bytes.
         threads: number of threads.
-        packed: file of the weights in XNNPACK's order, which is written if it does not exist.
+        packed: file of the weights in XNNPACK's order: a path to map, or the descriptor of an empty
+            file to write.
 
     Raises:
         RuntimeError: the file is not a program.
     """
 
-    def __init__(self, file: int, size: int, threads: int, packed: Path | None = None) -> None:
+    def __init__(
+        self, file: int, size: int, threads: int, packed: Path | int | None = None
+    ) -> None:
         self._model, self._compiled, options, own = (c_void_p() for _ in range(4))
         with console.without_noise():
             _call("LiteRtCreateModelFromFd", _environment(), file, 0, size, byref(self._model))
             _call("LiteRtCreateOptions", byref(options))
             try:
                 _call("LiteRtSetOptionsHardwareAccelerators", options, CPU)
-                cache = f"weight_cache_file_path = {_quoted(packed)}\n" if packed else ""
-                text = ctypes.create_string_buffer(f"num_threads = {threads}\n{cache}".encode())
+                text = ctypes.create_string_buffer(_settings(threads, packed).encode())
                 _call("LiteRtCreateOpaqueOptions", b"xnnpack", text, _KEEP, byref(own))
                 _call("LiteRtAddOpaqueOptions", options, own)
                 arguments = (self._model, options, byref(self._compiled))
@@ -183,6 +186,16 @@ class CompiledModel:
 
 
 _KEEP = ctypes.CFUNCTYPE(None, c_void_p)(lambda text: None)  # Python frees the options' text
+
+
+def _settings(threads: int, packed: Path | int | None) -> str:
+    """Return the options of XNNPACK as TOML."""
+    lines = [f"num_threads = {threads}"]
+    if isinstance(packed, int):  # LiteRT closes it
+        lines.append(f"weight_cache_file_descriptor = {os.dup(packed)}")
+    elif packed:
+        lines.append(f"weight_cache_file_path = {_quoted(packed)}")
+    return "\n".join(lines) + "\n"
 
 
 def _quoted(path: Path) -> str:
