@@ -17,10 +17,9 @@ KIND = "int8"
 COLOURS = {"ours": "#e8590c", "llama": "#1c7ed6", "ctranslate2": "#2b9348"}
 NAMES = {"ours": "gpt2cli", "llama": "llama.cpp", "ctranslate2": "CTranslate2"}
 WIDTH, HEIGHT, LEFT, TOP, GAP = 230, 200, 50, 46, 70  # of a panel, and around it
-STYLE = """<style>
-text { font: 12px sans-serif; fill: #808080 } .head { font-weight: bold }
-line { stroke: #808080; stroke-opacity: .35 } polyline { fill: none; stroke-width: 2 }
-</style>"""
+GREY = "#808080"
+TEXT = f'font-family="sans-serif" font-size="12" fill="{GREY}"'
+GRID = f'stroke="{GREY}" stroke-opacity="0.35"'
 
 
 def points(results):
@@ -80,19 +79,21 @@ def panel(left, head, below, curves):
         return TOP + HEIGHT * (1 - math.log(value / ys[0]) / math.log(ys[-1] / ys[0]))
 
     bottom = TOP + HEIGHT
-    yield f'<text class="head" x="{left}" y="{TOP - 12}">{escape(head)}</text>'
+    yield f'<text font-weight="bold" x="{left}" y="{TOP - 12}">{escape(head)}</text>'
     yield f'<text x="{left + WIDTH / 2}" y="{bottom + 36}" text-anchor="middle">{below}</text>'
     for value in xs:
         x = f"{x_of(value):.1f}"
-        yield f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{bottom}"/>'
+        yield f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{bottom}" {GRID}/>'
         yield f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{value:g}</text>'
     for value in ys:
         y = y_of(value)
-        yield f'<line x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        ends = f'x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}"'
+        yield f"<line {ends} {GRID}/>"
         yield f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
     for tool, curve in curves.items():
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in curve)
-        yield f'<polyline points="{path}" stroke="{COLOURS[tool]}"/>'
+        colour = f'fill="none" stroke="{COLOURS[tool]}" stroke-width="2"'
+        yield f'<polyline points="{path}" {colour}/>'
         for x, y in curve:
             place = f'cx="{x_of(x):.1f}" cy="{y_of(y):.1f}"'
             yield f'<circle {place} r="3" fill="{COLOURS[tool]}"/>'
@@ -106,11 +107,11 @@ def draw(results):
         body += panel(LEFT + number * (WIDTH + GAP), *parts)
     for number, tool in enumerate(found):
         name = f"{NAMES[tool]}, {KIND}"
-        place = f'x="{LEFT + 150 * number}" y="14" style="fill: {COLOURS[tool]}"'
-        body.append(f'<text class="head" {place}>{name}</text>')
+        place = f'x="{LEFT + 150 * number}" y="14" fill="{COLOURS[tool]}"'
+        body.append(f'<text font-weight="bold" {place}>{name}</text>')
     box = f"0 0 {LEFT + len(made) * (WIDTH + GAP) - GAP // 2} {TOP + HEIGHT + 46}"
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">'
-    return "\n".join([start, STYLE, *body, "</svg>"]) + "\n"
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" {TEXT}>'
+    return "\n".join([start, *body, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":

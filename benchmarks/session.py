@@ -21,7 +21,6 @@ from worker import Failed, Worker, one_line, versions
 HERE = Path(__file__).absolute().parent
 REST = 0.3  # seconds between two calls: threads of the last one may still wait busily
 MAKING = 3600  # seconds: making a model of 1558M or measuring limits may take long
-KNOWN = "import typing; from gpt2cli.options import Precision; print(*typing.get_args(Precision))"
 
 
 def say(text):
@@ -77,16 +76,19 @@ class Session:
 
     def kinds(self, tool, wanted):
         """Return the wanted kinds that a tool has here; the others are noted once."""
-        if tool in OWN and tool not in self._known:
-            _, _, out, _ = self.run(tool, "-c", KNOWN)
-            self._known[tool] = [*out.split(), "graph"]
+        code = TOOLS[tool].known
+        if code and tool not in self._known:
+            self._known[tool] = self.run(tool, "-c", code)[2].split()
         found = []
         for kind in wanted:
             if missing := TOOLS[tool].lacks(kind):
                 note = f"{tool} {kind} (slow without {missing}, which this processor lacks)"
-                self.skipped += [note] * (note not in self.skipped)
-            elif tool not in OWN or kind.partition(",")[0] in self._known[tool]:
+            elif code and kind.partition(",")[0] not in self._known[tool]:
+                note = f"{tool} {kind} (not in this version, or not on this processor)"
+            else:
                 found.append(kind)
+                continue
+            self.skipped += [note] * (note not in self.skipped)
         return found
 
     def pairs(self, wanted=None, tools=None, of="generates"):

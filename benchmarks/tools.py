@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import machine
 
+OURS = "import typing; from gpt2cli.options import Precision; print(*typing.get_args(Precision))"
+CT2 = "import ctranslate2 as lib; print(*lib.get_supported_compute_types('cpu'))"
 PRECISIONS = ("float32", "bfloat16", "int8")
 TRAINED = ("float32", "bfloat16", "float32, recomputed", "bfloat16, recomputed")
 
@@ -19,6 +21,7 @@ class Tool:
         generates: the kinds of model that it generates with.
         trains: the kinds of training that it does.
         install: the words of `pip install`, once for each tuple.
+        known: Python code that prints the kinds that its version has on this processor.
         needs: beginning of a kind -> the flag of /proc/cpuinfo without which a call takes minutes.
     """
 
@@ -26,6 +29,7 @@ class Tool:
     generates: tuple
     trains: tuple = ()
     install: tuple = ()
+    known: str = ""
     needs: dict = field(default_factory=dict)
 
     def lacks(self, kind):
@@ -37,8 +41,8 @@ class Tool:
 
 
 TOOLS = {
-    "ours": Tool("ours.py", (*PRECISIONS, "int4"), TRAINED),
-    "base": Tool("ours.py", (*PRECISIONS, "int4"), TRAINED),
+    "ours": Tool("ours.py", (*PRECISIONS, "int4"), TRAINED, known=OURS),
+    "base": Tool("ours.py", (*PRECISIONS, "int4"), TRAINED, known=OURS),
     "transformers": Tool(
         "peer_transformers.py",
         ("float32", "bfloat16"),
@@ -47,9 +51,9 @@ TOOLS = {
             *("bfloat16 (autocast), recomputed", "bfloat16 (whole), recomputed"),
         ),
         (("torch", "transformers"),),
-        {"bfloat16": "avx512bw"},
+        needs={"bfloat16": "avx512bw"},
     ),
-    "ctranslate2": Tool("peer_ctranslate2.py", PRECISIONS, (), (("ctranslate2",),)),
+    "ctranslate2": Tool("peer_ctranslate2.py", PRECISIONS, (), (("ctranslate2",),), CT2),
     "llama": Tool("peer_llama.py", PRECISIONS, (), (("llama-cpp-python", "gguf"),)),
     "gpt2simple": Tool(
         "peer_gpt2simple.py",
