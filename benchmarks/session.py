@@ -217,7 +217,8 @@ class Session:
         lines = {pair: head | {"tool": pair[0], "kind": pair[1], "figures": {}} for pair in pairs}
         self.lines += lines.values()
         for number in range(0 if warm_up else 1, self.options.rounds + 1):
-            say(f"{job}, {size}, {case}: round {number} of {self.options.rounds}")
+            name = ", ".join(part for part in (job, size, case) if part)
+            say(f"{name}: round {number} of {self.options.rounds}")
             for pair, line in lines.items():
                 if "failed" in line:
                     continue

@@ -1,5 +1,6 @@
 """The benchmark's own code: targets, limits, a run that is stopped, the picture."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -109,6 +110,25 @@ def test_bfloat16_of_transformers_is_left_out_where_it_takes_minutes(bench, monk
     assert tools.TOOLS["transformers"].lacks("float32") is None
     monkeypatch.setattr(machine, "flags", lambda: ["avx2", "avx512bw"])
     assert tools.TOOLS["transformers"].lacks("bfloat16") is None
+
+
+@pytest.mark.parametrize(
+    ("default", "on", "off"),
+    [(True, {}, False), (False, {"lookup": True}, False), (None, {}, 0), (8, {}, 0)]
+    + [("auto", {}, "off")],
+)
+def test_look_up_is_switched_by_the_setting_that_the_version_has(
+    bench, monkeypatch, default, on, off
+):
+    import ours
+
+    from gpt2cli import options
+
+    made = dataclasses.make_dataclass("GenerateOptions", [("lookup", object, default)])
+    monkeypatch.setattr(options, "GenerateOptions", made)
+    assert ours._lookup(True) == on
+    assert ours._lookup(False) == {"lookup": off}
+    assert type(ours._lookup(False)["lookup"]) is type(off)
 
 
 def test_a_call_that_takes_too_long_fails(bench, tmp_path):
