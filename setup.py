@@ -30,14 +30,20 @@ setup(
     packages=find_packages(include=["gpt2cli", "gpt2cli.*"]),
     package_data={
         "gpt2cli": ["py.typed", "*.pyi"],  # types of the Python functions, for editors
+        "gpt2cli.inference.engines": ["programs/*"],  # graphs of the known sizes, converted
         "gpt2cli.serving": ["web/*.html", "web/static/*"],  # the page of `serve`
     },
     python_requires=">=3.10,<3.14",  # the Pythons that TensorFlow has wheels for
     install_requires=[
         "tensorflow>=2.18,<2.22",  # the graph; the suite was run on both ends
+        # Generation on a CPU, without importing TensorFlow; pinned, the programs that are shipped
+        # were tried with it.
+        "ai-edge-litert>=2.3,<2.4",
         "keras>=3.5,<3.16",  # the optimizers; pinned, private attributes of theirs are used
-        "flatbuffers>=24.3",  # LiteRT's files; TensorFlow's too
+        "flatbuffers>=24.3",  # the converted graphs; TensorFlow's too
         "numpy>=1.26",  # arrays of ids, random numbers of samples
+        "google-crc32c>=1.5",  # the checksums in a checkpoint, with the processor's instruction
+        "ml-dtypes>=0.4",  # weights in bfloat16; TensorFlow's too
         "regex>=2023.12",  # where a long text may be cut before it is encoded
         "fire>=0.7,<0.8",  # command lines; pinned, its parsing hook is called experimental
         "tqdm>=4.66.3",  # progress bars

@@ -36,12 +36,13 @@ def weights_of(size, positions=True):
 
 def ours(folder, size, kinds, vocabulary):
     """models/random, without a vocabulary; models/vocabulary, the same with that of a folder."""
-    from gpt2cli.model import network as model
+    from gpt2cli.model.network import GPT2
     from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.model.weights import random_weights
     from gpt2cli.storage import checkpoint
 
     config = ModelConfig(**sizes_of(size))
-    network = model.GPT2(config, model.random_weights(config))
+    network = GPT2(config, random_weights(config))
     checkpoint.save(network, folder / "models/random")
     (folder / "weights").mkdir()
     names = list(network.weights)

@@ -4,7 +4,7 @@ It runs any version of gpt2cli since load_model exists; TensorFlow is imported o
 version needs it, and for the kind "graph".
 """
 
-import dataclasses
+import inspect
 import os
 
 import worker
@@ -26,12 +26,11 @@ class Ours:
         else:
             # as the commands of versions that load TensorFlow here do
             os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
-            self.model = gpt2cli.load_model(folder, kind)
+            self.model = _load(folder, kind)
         self.versions = worker.versions("tensorflow", "ai-edge-litert")
 
-    def generate(self, prompts, length, greedy, seed, lookup=None, **settings):
-        """Return a list of new ids for each prompt; lookup switches prompt look-up on or off."""
-        settings |= {} if lookup is None else _lookup(lookup)
+    def generate(self, prompts, length, greedy, seed, **settings):
+        """Return a list of new ids for each prompt; settings are more fields of GenerateOptions."""
         settings |= {"length": length, "batch_size": len(prompts), "seed": seed}
         temperature = 0.0 if greedy else 1.0
         samples = self.model.generate(prompts, temperature=temperature, **settings)
@@ -42,21 +41,20 @@ class Ours:
         return self.model.loss(ids)
 
 
-def _lookup(on):
-    """Return the setting of prompt look-up; on is as users get it.
+def _load(folder, kind):
+    """Load a model; "int8, look-up off" is one without prompt look-up.
 
     Raises:
-        NotImplementedError: this version has no such setting.
+        NotImplementedError: this version has no prompt look-up.
     """
-    from gpt2cli.options import GenerateOptions
+    precision, _, switch = kind.partition(", look-up ")
+    if not switch:
+        return gpt2cli.load_model(folder, precision)
+    from gpt2cli.inference import generator
 
-    for field in dataclasses.fields(GenerateOptions):
-        if "lookup" in field.name.replace("_", ""):
-            off = {bool: False, str: "off"}.get(type(field.default), 0)
-            if not on:
-                return {field.name: off}
-            return {field.name: True} if field.default in (False, 0) else {}
-    raise NotImplementedError("this version has no prompt look-up")
+    if "lookup" not in inspect.signature(generator.load_model).parameters:
+        raise NotImplementedError("this version has no prompt look-up")
+    return generator.load_model(folder, precision, lookup=switch == "on")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gpt2cli.model.network import weight_shapes  # noqa: E402
 from gpt2cli.model.sizes import PRESETS, ModelConfig  # noqa: E402
+from gpt2cli.model.weights import weight_shapes  # noqa: E402
 
 SIZES = ("124M", "355M", "774M", "1558M")
 COUNTS = (1, 2, 4, 8, 16, 32, 64)

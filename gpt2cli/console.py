@@ -5,8 +5,9 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -138,3 +139,36 @@ def progress(
 def counted(number: int, noun: str) -> str:
     """Return `1,234 tokens` or `1 token`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _temporary_file() -> IO[bytes]:
+    """Return an unnamed file; the null device if every disk is full."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "w+b")
+
+
+@contextlib.contextmanager
+def without_noise() -> Iterator[None]:
+    """Hold back everything written to standard error; show it only if the block fails.
+
+    TensorFlow's and LiteRT's libraries log while they are loaded, before they read any setting.
+    With --verbose nothing is held back.
+    """
+    if verbose:
+        yield
+        return
+    real = os.dup(2)
+    with _temporary_file() as noise:
+        os.dup2(noise.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # a message must not hide the error
+                noise.seek(0)
+                os.write(real, noise.read())
+            raise
+        finally:
+            os.dup2(real, 2)
+            os.close(real)

@@ -1,8 +1,10 @@
-"""The cores and the memory this process may use, without TensorFlow."""
+"""The cores, the memory and the GPUs that this process may use, without TensorFlow."""
 
 import contextlib
 import math
 import os
+import re
+import sys
 from pathlib import Path
 
 
@@ -34,3 +36,27 @@ def free_memory() -> int | None:
         copies = int(parts["active_file"]) + int(parts["inactive_file"])
         free.append(int(most) - int(used) + copies)
     return min(free, default=None)
+
+
+def gpus() -> list[str]:
+    """Return CUDA's names of the GPUs that this process may use, without loading TensorFlow."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
+    with contextlib.suppress(OSError):
+        found = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
+        return [str(number) for number in range(len(found))]
+    return []
+
+
+def may_have_gpu() -> bool:
+    """Return whether TensorFlow may find a GPU here; only TensorFlow can tell for certain."""
+    if gpus():
+        return True
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        return False
+    # NVIDIA's in Windows' Linux; AMD's; Apple's, which needs a plug-in
+    is_there = any(os.path.exists(device) for device in ("/dev/dxg", "/dev/kfd"))
+    plugins = (os.path.isdir(os.path.join(path, "tensorflow-plugins")) for path in sys.path)
+    return is_there or any(plugins)

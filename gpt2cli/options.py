@@ -104,6 +104,25 @@ class CheckpointOptions(SourceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GeneratorOptions(CheckpointOptions):
+    """How a model that generates text saves work on a CPU; the text is the same.
+
+    Speed:
+        lookup: where the last tokens occurred before, check the tokens that followed them several
+            at a time; faster for text that repeats itself.
+        prefix_cache: megabytes of memory for the beginnings of prompts: a beginning that prompts
+            share is read once; 0 reads every prompt completely.
+    """
+
+    lookup: bool = True
+    prefix_cache: int = 256
+
+    def _check_source(self) -> None:
+        super()._check_source()
+        check(self, prefix_cache=(0, 1_000_000))
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileOptions:
     """How files of texts are read.
 

@@ -17,7 +17,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
-# keeps the skeletons of litert_program.py out of the user's own cache
+# keeps the skeletons of skeletons.py out of the user's own cache
 os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache" / "home")
 SHARED = ROOT.parent / "shared"
 TINY = ROOT / "models" / "tiny"
@@ -242,10 +242,10 @@ def cli(capsys, monkeypatch, tiny):
 
     load_model = generator.load_model
 
-    def load_once(path, precision="auto", vocabulary=None):
+    def load_once(path, precision="auto", vocabulary=None, **more):
         prefix = getattr(path, "checkpoint", path)  # of a ModelFolder
         is_tiny = str(prefix) == str(TINY / "model.ckpt") and precision == "auto"
-        return tiny if is_tiny else load_model(path, precision, vocabulary)
+        return tiny if is_tiny else load_model(path, precision, vocabulary, **more)
 
     monkeypatch.setattr(generator, "load_model", load_once)
 

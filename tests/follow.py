@@ -23,6 +23,7 @@ tf.config.set_logical_device_configuration(processor, devices)
 from gpt2cli.commands.train import TrainOptions  # noqa: E402
 from gpt2cli.model import network as model  # noqa: E402
 from gpt2cli.model.sizes import ModelConfig  # noqa: E402
+from gpt2cli.model.weights import random_weights  # noqa: E402
 from gpt2cli.text import batches as windows  # noqa: E402
 from gpt2cli.text import marks  # noqa: E402
 from gpt2cli.training import step as training  # noqa: E402
@@ -41,7 +42,7 @@ def losses(replicas, steps, parts=1, **fields):
     fields = {"accumulate_gradients": parts} | fields
     config = TrainOptions(**{"dataset": "x", "seed": 3, "learning_rate": 1e-3} | fields)
     with replicas.strategy.scope():
-        network = model.GPT2(SIZES, model.random_weights(SIZES), config.precision, "float32")
+        network = model.GPT2(SIZES, random_weights(SIZES), config.precision, "float32")
     trainer = training.Trainer(network, config, replicas)
     ids = np.random.default_rng(0).integers(0, 97, 5000).astype(np.int32)
     if config.loss == "completion":

@@ -63,8 +63,8 @@ def small_weights():
     from safetensors.numpy import save_file
 
     from gpt2cli.formats.names import places_of
-    from gpt2cli.model.network import weight_shapes
     from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.model.weights import weight_shapes
 
     shapes = weight_shapes(ModelConfig(n_vocab=5, n_ctx=4, n_embd=4, n_head=2, n_layer=1))
     weights = {}
@@ -80,6 +80,23 @@ def small_weights():
         adapter / "adapter_model.safetensors",
     )
     return shapes
+
+
+def small_checkpoint():
+    """Write a model folder with the weights of `small_weights`; return it and its index's block."""
+    import indexes
+
+    from gpt2cli.model.sizes import ModelConfig
+    from gpt2cli.model.weights import weight_shapes
+
+    folder = FOLDER / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    sizes = ModelConfig(n_vocab=5, n_ctx=4, n_embd=4, n_head=2, n_layer=1)
+    weights = {n: np.ones(shape, np.float32) for n, shape in weight_shapes(sizes).items()}
+    block, data = indexes.model(weights)
+    (folder / "hparams.json").write_text(sizes.to_json())
+    (folder / "model.ckpt.data-00000-of-00001").write_bytes(data)
+    return folder, block
 
 
 def json_targets(file):
@@ -158,6 +175,8 @@ BESIDE += ("added_tokens.json",)
 
 def targets():
     """Return name -> function of bytes."""
+    import indexes
+
     from gpt2cli import cli, files
     from gpt2cli.formats import tensors
     from gpt2cli.jobs import lines as results
@@ -167,7 +186,7 @@ def targets():
     from gpt2cli.options import TextOptions
     from gpt2cli.remote import transfer
     from gpt2cli.serving import api
-    from gpt2cli.storage import folders, runs
+    from gpt2cli.storage import folders, reading, runs
     from gpt2cli.text import encoded, encoder
 
     vocabulary = encoder.load(TINY)
@@ -239,6 +258,15 @@ def targets():
         value = data.decode("utf-8", "surrogateescape")
         assert 1 <= int(shards.resolve("auto/9", {"SLURM_ARRAY_TASK_ID": value})[0]) <= 9
 
+    def index(seal):
+        folder, _ = small_checkpoint()
+
+        def read(data):
+            (folder / "model.ckpt.index").write_bytes(seal(data))
+            reading.verify(folder)
+
+        return read
+
     def request(data):
         with contextlib.suppress(api.RequestError):
             api.CompletionRequest.parse(data).prompts()
@@ -258,6 +286,8 @@ def targets():
         "flags": flags,
         "request": request,
         "checkpoint": named,
+        "index": index(bytes),
+        "block": index(indexes.sealed),  # what is behind the checksums of an index
         "headers": headers,
         "environment": environment,
         "safetensors": lambda data: tensors.read(file("weights.safetensors", data)),
@@ -268,6 +298,7 @@ def targets():
 @functools.cache
 def seeds():
     """Return name of a target -> valid bytes, from which fuzzing starts."""
+    import indexes
     import pyarrow.parquet
     import zstandard
 
@@ -281,6 +312,7 @@ def seeds():
     runs.write_state(FOLDER, {"step": 1, "save": 1, "running_loss": [1.5, 2]}, {})
     tiny = {name: (TINY / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
     hparams = (TINY / "hparams.json").read_bytes()
+    _, block = small_checkpoint()
     return {
         "hparams": hparams,
         "object": hparams,
@@ -305,6 +337,8 @@ def seeds():
         "sums": hashlib.sha256(hparams).hexdigest().encode() + b"  hparams.json\n",
         "lines": b'{"index": 0, "error": "x"}\n{"index": 1}\n',
         "checkpoint": b'model_checkpoint_path: "model-7"\n',
+        "index": indexes.sealed(block),
+        "block": block,
         "headers": b'"v1"\n5\nWed, 21 Oct 2015 07:28:00 GMT\nbytes 1-4/5\n1B2M2Y8AsgTpgAmY7PhCfg==',
         "environment": b"7",
         "safetensors": (FOLDER / "model.safetensors").read_bytes(),

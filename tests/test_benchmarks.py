@@ -1,6 +1,5 @@
 """The benchmark's own code: targets, limits, a run that is stopped, the picture."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -112,23 +111,18 @@ def test_bfloat16_of_transformers_is_left_out_where_it_takes_minutes(bench, monk
     assert tools.TOOLS["transformers"].lacks("bfloat16") is None
 
 
-@pytest.mark.parametrize(
-    ("default", "on", "off"),
-    [(True, {}, False), (False, {"lookup": True}, False), (None, {}, 0), (8, {}, 0)]
-    + [("auto", {}, "off")],
-)
-def test_look_up_is_switched_by_the_setting_that_the_version_has(
-    bench, monkeypatch, default, on, off
-):
+def test_look_up_is_switched_where_a_version_has_it(bench, monkeypatch):
     import ours
 
-    from gpt2cli import options
+    from gpt2cli.inference import generator
 
-    made = dataclasses.make_dataclass("GenerateOptions", [("lookup", object, default)])
-    monkeypatch.setattr(options, "GenerateOptions", made)
-    assert ours._lookup(True) == on
-    assert ours._lookup(False) == {"lookup": off}
-    assert type(ours._lookup(False)["lookup"]) is type(off)
+    monkeypatch.setattr(generator, "load_model", lambda *words, lookup=True: (words, lookup))
+    assert ours._load("folder", "int8, look-up off") == (("folder", "int8"), False)
+    assert ours._load("folder", "int8, look-up on") == (("folder", "int8"), True)
+    monkeypatch.setattr(generator, "load_model", lambda *words: words)
+    assert ours._load("folder", "int8") == ("folder", "int8")
+    with pytest.raises(NotImplementedError, match="no prompt look-up"):
+        ours._load("folder", "int8, look-up off")
 
 
 def test_a_call_that_takes_too_long_fails(bench, tmp_path):

@@ -11,8 +11,9 @@ from conftest import ROOT, TINY
 from foreign import KINDS
 
 import gpt2cli
-from gpt2cli.model.network import GPT2, random_weights
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import random_weights
 from gpt2cli.storage import checkpoint
 from gpt2cli.storage.folders import open_folder
 from gpt2cli.text import tokenizer_files

@@ -16,8 +16,8 @@ from conftest import ROOT, TINY, lively
 
 from gpt2cli.formats.convert import open_source
 from gpt2cli.inference import generator
-from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import weight_shapes
 from gpt2cli.storage import checkpoint
 from gpt2cli.storage.folders import ModelFolder
 

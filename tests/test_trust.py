@@ -22,9 +22,10 @@ from conftest import ROOT, small_disk
 from gpt2cli.commands.train import TrainOptions
 from gpt2cli.errors import UserError
 from gpt2cli.inference.score import Score
-from gpt2cli.model.network import GPT2, random_weights, weight_shapes
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.model.weights import random_weights, weight_shapes
+from gpt2cli.storage import checkpoint, folders, reading, runs
 from gpt2cli.storage.held import HeldFolder
 from gpt2cli.tensorflow import tf
 from gpt2cli.text import encoder
@@ -59,7 +60,7 @@ def make_mini(workdir):
 def contents(prefix):
     """Return the weights, the optimizer's tensors and the state, except its times."""
     prefix = folders.find_checkpoint(prefix)
-    tensors, state = checkpoint.load_training(prefix)
+    tensors, state = reading.load_training(prefix)
     weights = {n: v.numpy() for n, v in checkpoint.load(prefix).weights.items()}
     kept = {k: state[k] for k in ("step", "seed", "running_loss", "best", "worse")}
     return weights | tensors, kept
@@ -517,11 +518,11 @@ def test_encode_and_a_job_on_a_full_disk_lose_nothing(cli, mini):
 def used(prefix, folder):
     """Return the content of all files that commands read in a folder."""
     opened = folders.open_model(prefix)
-    config, stored = checkpoint.open_weights(opened)
+    config, stored = reading.open_weights(opened)
     weights = {n: stored(n, s).tobytes() for n, s in weight_shapes(config).items()}
     vocabulary = encoder.of_model(folder, config.n_vocab)
     ids = vocabulary.encode("The quick brown fox, 12 kettles & née <|endoftext|>")
-    return config, weights, ids, checkpoint.load_training(opened.checkpoint)[1]
+    return config, weights, ids, reading.load_training(opened.checkpoint)[1]
 
 
 def check_flips(folder, flips, prefix, seed):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2cli import __version__, machine
+from gpt2cli import __version__, console, machine
 from gpt2cli.console import counted, say, visible
 from gpt2cli.errors import UserError
 from gpt2cli.flags import check
@@ -247,7 +247,7 @@ def check_devices(tensorflow: Any) -> Findings:
             continue
         found, advice = "computes and compiles", None
         try:
-            with tensorflow.without_noise(), tf.device(device.name):
+            with console.without_noise(), tf.device(device.name):
                 product = tf.function(lambda x: tf.reduce_sum(x @ x), jit_compile=True)
                 if float(product(tf.ones([64, 64]))) != 64**3:
                     found, advice = "computes wrong numbers", "do not use this device"

@@ -56,12 +56,10 @@ def run(options: EvaluateOptions) -> dict[str, float]:
     chat_template = documents.chat_template_of(folder)
     tokens = encoded.load(options.dataset, vocabulary, options, n_vocab, chat_template)
 
-    from gpt2cli import tensorflow  # wrong input was rejected before this import
-    from gpt2cli.inference import generator
+    from gpt2cli.inference import devices, generator  # wrong input was rejected before this
 
-    tensorflow.keep_no_memory()
     model = generator.load_model(folder, options.precision, vocabulary)
-    say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}")
+    say(f"{folder.checkpoint}: {devices.describe(options.precision)}")
     batches = tokens.evaluation_windows(model.config.n_ctx, options.batch_size)
     total = math.ceil((tokens.total - 1) / (model.config.n_ctx * options.batch_size))
     with progress(total, " batches", items=batches) as bar:

@@ -54,7 +54,7 @@ def run(options: ExportOptions) -> None:
     folder = folders.open_model(chosen(run_folder, options.step))
     dst = destinations.check_destination(options.dst, options.overwrite, run_folder)
 
-    from gpt2cli.model.network import weight_shapes  # wrong input was rejected before this import
+    from gpt2cli.model.weights import weight_shapes  # wrong input was rejected before this import
     from gpt2cli.storage import checkpoint
 
     with files.replacing_folder(dst) as part:

@@ -169,7 +169,8 @@ def _write_weights(sizes: "ModelConfig", seed: int, part: Path, folder: Path) ->
         UserError: the disk has no room, which is noticed before any weight is computed.
     """
     from gpt2cli import files
-    from gpt2cli.model.network import GPT2, random_weights, weight_shapes
+    from gpt2cli.model.network import GPT2
+    from gpt2cli.model.weights import random_weights, weight_shapes
     from gpt2cli.storage import checkpoint
 
     n_weights = sum(math.prod(shape) for shape in weight_shapes(sizes).values())

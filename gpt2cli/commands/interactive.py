@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gpt2cli import flags, signals
 from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
-from gpt2cli.options import CheckpointOptions, GenerateOptions, new_seed
+from gpt2cli.options import GenerateOptions, GeneratorOptions, new_seed
 
 if TYPE_CHECKING:
     from gpt2cli.inference.generator import LanguageModel
@@ -35,7 +35,7 @@ Type a prompt and press Enter. Put a prompt of several lines between two lines o
 
 
 @dataclass(frozen=True, kw_only=True)
-class InteractiveOptions(GenerateOptions, CheckpointOptions):
+class InteractiveOptions(GenerateOptions, GeneratorOptions):
     """Type a prompt and watch the model continue it; /set changes settings.
 
     Environment:
@@ -63,13 +63,11 @@ def run(options: InteractiveOptions) -> None:
     if vocabulary is None:
         raise UserError(f"{folder.path} has no vocabulary, so it cannot continue typed text")
 
-    from gpt2cli import tensorflow  # only when the checks have passed
-    from gpt2cli.inference import generator
+    from gpt2cli.inference import devices, generator  # only when the checks have passed
 
-    tensorflow.keep_no_memory()
-    model = generator.load_model(folder, options.precision, vocabulary)
-    devices = tensorflow.describe_devices(options.precision)
-    say(f"{folder.checkpoint}: {devices}", *HELP.split("\n"))
+    model = generator.load_for(options, folder, vocabulary)
+    device = devices.describe(options.precision)
+    say(f"{folder.checkpoint}: {device}", *HELP.split("\n"))
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())
         say(f"seed {options.seed}")

@@ -17,7 +17,7 @@ from gpt2cli.console import say
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
 from gpt2cli.jobs.shards import check as check_shard
-from gpt2cli.options import CheckpointOptions, FileOptions, GenerateOptions, new_seed
+from gpt2cli.options import FileOptions, GenerateOptions, GeneratorOptions, new_seed
 
 if TYPE_CHECKING:
     from gpt2cli.inference.generator import LanguageModel
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(GenerateOptions, FileOptions, CheckpointOptions):
+class SampleOptions(GenerateOptions, FileOptions, GeneratorOptions):
     """Generate text, with or without a prompt.
 
     Prompt:
@@ -160,12 +160,10 @@ def run(options: SampleOptions) -> None:
         say(f"--processes has no effect: one process writes into {options.out}")
     vocabulary = encoder.of_model(folder)
 
-    from gpt2cli import tensorflow  # only when the checks have passed
-    from gpt2cli.inference import generator
+    from gpt2cli.inference import devices, generator  # only when the checks have passed
 
-    tensorflow.keep_no_memory()
-    model = generator.load_model(folder, options.precision, vocabulary)
-    say(f"{folder.checkpoint}: {tensorflow.describe_devices(options.precision)}")
+    model = generator.load_for(options, folder, vocabulary)
+    say(f"{folder.checkpoint}: {devices.describe(options.precision)}")
     encoded = _encode(model, options, texts)
     if options.seed is None:
         options = dataclasses.replace(options, seed=new_seed())

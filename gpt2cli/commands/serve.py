@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from gpt2cli.errors import UsageError, UserError
 from gpt2cli.flags import check
-from gpt2cli.options import MAX_TOKENS, CheckpointOptions
+from gpt2cli.options import MAX_TOKENS, GeneratorOptions
 
 if TYPE_CHECKING:
     from gpt2cli.inference.generator import LanguageModel
@@ -30,7 +30,7 @@ RESERVED = 128  # open files besides connections: the model, a reload of it, sta
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(CheckpointOptions):
+class ServeOptions(GeneratorOptions):
     """Serve one model: a web page and OpenAI's completions API (needs pip install ".[serve]").
 
     On SIGTERM the server finishes in-flight requests and exits. On SIGHUP it loads the run's newest
@@ -140,10 +140,8 @@ def run(options: ServeOptions) -> None:
     if hasattr(signal, "SIGHUP"):  # until the server handles it, it must not end the process
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from gpt2cli import tensorflow  # slow to import: after all cheap checks
-    from gpt2cli.serving import service
+    from gpt2cli.serving import service  # slow to import: after all cheap checks
 
-    tensorflow.keep_no_memory()
     log = logging.getLogger("gpt2cli")  # the parent of every module's
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
@@ -168,8 +166,7 @@ def load(options: ServeOptions) -> tuple[LanguageModel, str]:
 
     newest = folders.open_source(options)
     assert newest.checkpoint is not None
-    model = generator.load_model(newest, options.precision)
-    model.network.read_apart()
+    model = generator.load_for(options, newest)
     model.warm(options.max_batch)
     model.longest_token  # noqa: B018, counted here, not while the first request waits
     gc.unfreeze()
@@ -180,12 +177,12 @@ def load(options: ServeOptions) -> tuple[LanguageModel, str]:
 
 def _announce(options: ServeOptions, listener: socket.socket, checkpoint: str) -> None:
     """Log the model, the address, and who may use it."""
-    from gpt2cli import tensorflow
+    from gpt2cli.inference import devices
     from gpt2cli.serving import sites
 
     address, port = listener.getsockname()[:2]
     host = f"[{address}]" if ":" in address else address
-    LOG.info("loading %s with %s", checkpoint, tensorflow.describe_devices(options.precision))
+    LOG.info("loading %s with %s", checkpoint, devices.describe(options.precision))
     LOG.info("listening on http://%s:%s/ (Ctrl-C stops the server)", host, port)
     if not (options.api_key or sites.is_loopback(address)):
         LOG.warning(

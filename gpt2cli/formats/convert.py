@@ -29,9 +29,10 @@ from gpt2cli.errors import UserError
 from gpt2cli.formats import adapters, names, settings, statedict, tensors, vocabularies
 from gpt2cli.formats.statedict import ReadWeight
 from gpt2cli.formats.vocabularies import Vocabulary
-from gpt2cli.model.network import GPT2, W_STDDEV, weight_shapes
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import SIZES, ModelConfig
-from gpt2cli.storage import checkpoint, destinations, folders
+from gpt2cli.model.weights import W_STDDEV, weight_shapes
+from gpt2cli.storage import checkpoint, destinations, folders, reading
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.text import encoder
 
@@ -196,7 +197,7 @@ def _open_tensorflow(path: Path, config_path: Path | None) -> Source:
             f"{prefix.parent} has neither hparams.json nor GPT2_ML's config JSON file. Name the "
             "file with the sizes with --config"
         )
-    config, stored = checkpoint.open_weights(folder)
+    config, stored = reading.open_weights(folder)
 
     def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.asarray(stored(name, shape), np.float32)

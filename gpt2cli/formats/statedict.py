@@ -26,8 +26,8 @@ from gpt2cli.formats.names import (
 )
 from gpt2cli.formats.settings import SIZE_FIELDS
 from gpt2cli.formats.tensors import StateDict, Stored, few
-from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ACTIVATIONS, LN_EPSILON, ModelConfig
+from gpt2cli.model.weights import weight_shapes
 
 # Returns a weight, given our name and its shape, as a float32 array.
 ReadWeight = Callable[[str, tuple[int, ...]], np.ndarray]

@@ -19,19 +19,15 @@ import numpy as np
 from gpt2cli import peers
 from gpt2cli.console import counted
 from gpt2cli.errors import UsageError, UserError, names_without_dashes
-from gpt2cli.inference import sampling
+from gpt2cli.inference import devices, sampling
 from gpt2cli.inference.beams import Search
 from gpt2cli.inference.engines.engine import Engine
-from gpt2cli.inference.engines.litert import LitertEngine
-from gpt2cli.inference.engines.xla import SMALLEST_CACHE, XlaEngine, cache_sizes
 from gpt2cli.inference.rows import Generation, Row, most_seen
 from gpt2cli.inference.score import Score, score
 from gpt2cli.inference.text import Prompt, RowText, Sample, encode_prompt
-from gpt2cli.model.network import GPT2
-from gpt2cli.options import GenerateOptions, Precision, new_seed
-from gpt2cli.storage import checkpoint, folders
+from gpt2cli.options import GenerateOptions, GeneratorOptions, Precision, new_seed
+from gpt2cli.storage import folders, reading
 from gpt2cli.storage.folders import ModelFolder
-from gpt2cli.tensorflow import gpus_for
 from gpt2cli.text import encoder
 from gpt2cli.text.batches import Batch, Tokens
 from gpt2cli.text.encoder import Encoder
@@ -253,9 +249,8 @@ class LanguageModel:
     def warm(self, width: int = 1) -> None:
         """Compile, and run once, everything that up to `width` rows side by side need."""
         compiles = self.network.needs_full_batches
-        sizes = cache_sizes(self.config.n_ctx) if compiles else [SMALLEST_CACHE]
         numbers = [width] if compiles else [1, width]
-        for slots, number, ngram in itertools.product(sizes, numbers, [0, 2]):
+        for slots, number, ngram in itertools.product(self.network.cache_sizes, numbers, [0, 2]):
             prompt = [0] * max(1, slots - 2)
             options = GenerateOptions(length=2, no_repeat_ngram=ngram)
             rows = [self.begin(index, prompt, options, seed=0) for index in range(number)]
@@ -424,8 +419,21 @@ def _generate_options(settings: dict[str, Any]) -> GenerateOptions:
     return GenerateOptions(**settings)
 
 
+def load_for(
+    options: GeneratorOptions, folder: ModelFolder, vocabulary: Encoder | None = None
+) -> LanguageModel:
+    """Load a model as a command's options say; see `load_model`."""
+    precision, lookup, room = options.precision, options.lookup, options.prefix_cache
+    return load_model(folder, precision, vocabulary, lookup=lookup, prefix_cache=room)
+
+
 def load_model(
-    path: str | Path | ModelFolder, precision: str = "auto", vocabulary: Encoder | None = None
+    path: str | Path | ModelFolder,
+    precision: str = "auto",
+    vocabulary: Encoder | None = None,
+    *,
+    lookup: bool = True,
+    prefix_cache: int = 256,
 ) -> LanguageModel:
     """Load a model folder, a run folder, or a checkpoint's path without its extension.
 
@@ -434,6 +442,8 @@ def load_model(
         precision: "float32", or "auto", which is the same; "bfloat16", for weights and activations;
             "int8", for matrices, on the CPU.
         vocabulary: the folder's vocabulary, if it was loaded before.
+        lookup: as in GeneratorOptions.
+        prefix_cache: as in GeneratorOptions.
 
     Raises:
         UsageError: there is no such precision.
@@ -445,13 +455,18 @@ def load_model(
     folder = path if isinstance(path, ModelFolder) else folders.open_model(path)
     if vocabulary is None:
         vocabulary = encoder.of_model(folder)  # before gigabytes are read
-    sizes, stored = checkpoint.open_weights(folder)
+    sizes, stored = reading.open_weights(folder)
     if vocabulary is not None:
         encoder.check_fits(folder, vocabulary, sizes.n_vocab)
     precision = "float32" if precision == "auto" else precision
     network: Engine
-    if gpus_for(precision):
+    if devices.gpus(precision):
+        from gpt2cli.inference.engines.xla import XlaEngine
+        from gpt2cli.model.network import GPT2
+
         network = XlaEngine(GPT2(sizes, stored, precision))
     else:
-        network = LitertEngine(sizes, stored, precision)
+        from gpt2cli.inference.engines.litert import LitertEngine
+
+        network = LitertEngine(sizes, stored, precision, lookup, prefix_cache * 2**20)
     return LanguageModel(network, vocabulary, folder.path.resolve().name, precision)

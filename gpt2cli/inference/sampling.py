@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from gpt2cli.inference.lookup import Lookup
 
 CHUNK = 32  # tokens per call of the loop, at most; more would delay --stop
 LIKELIEST = 5  # number of likeliest tokens whose log-probabilities are kept, as in OpenAI's API
@@ -160,6 +163,24 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def losses(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nats by which each id was missed, and 1 where it was the likeliest, else 0.
+
+    Args:
+        logits: float32 [N, V].
+        targets: ids [N].
+
+    Returns:
+        Two float32 [N].
+    """
+    nats, hits = np.empty(len(logits), np.float32), np.empty(len(logits), np.float32)
+    for n, (row, target) in enumerate(zip(logits, targets, strict=True)):
+        best = int(row.argmax())  # a row stays in the processor's cache for all of these
+        nats[n] = np.log(np.exp(row - row[best]).sum()) + row[best] - row[target]
+        hits[n] = best == target
+    return nats, hits
+
+
 class Candidate(NamedTuple):
     """A row with one more token.
 
@@ -244,6 +265,8 @@ def run(
     noise: np.ndarray,
     rules: Sequence[Rules],
     logprobs: np.ndarray,
+    lookup: Lookup | None = None,
+    check: Callable[[Any, np.ndarray, int], tuple[np.ndarray, Any]] | None = None,
 ) -> Chosen:
     """Generate up to M tokens per row, one after another.
 
@@ -259,6 +282,8 @@ def run(
         noise: float32 [N, M], random numbers in [0, 1).
         rules: how each row chooses.
         logprobs: bool [N], rows that need log-probabilities.
+        lookup: proposes the next tokens of a single row.
+        check: as `feed` for a single row and several of its tokens; returns the logits after each.
 
     Returns:
         Fewer than M tokens if all rows have ended.
@@ -268,9 +293,9 @@ def run(
     kept = min(LIKELIEST, n_vocab)
     tokens, found = np.zeros(noise.shape, np.int32), np.zeros(noise.shape, np.float32)
     others, beside = np.zeros([*noise.shape, kept], np.int32), np.zeros([*noise.shape, kept])
-    for i in range(noise.shape[1]):
-        fed = np.array([row[-1] for row in growing], np.int32)
-        logits, cache = feed(cache, fed, position + i)
+
+    def take(i: int, logits: np.ndarray) -> None:
+        """Choose token i of each row that grows, from logits [N, V]."""
         for n in np.flatnonzero(~finished).tolist():
             token = choose(logits[n], noise[n, i], growing[n], generated[n] + i, rules[n])
             growing[n].append(token)
@@ -280,7 +305,24 @@ def run(
                 found[n, i], others[n, i] = own[token], likeliest(own, kept)
                 beside[n, i] = own[others[n, i]]
             finished[n] = token in rules[n].ends
-        if finished.all():
-            break
-    done = slice(i + 1)
+
+    i, steps = 0, noise.shape[1]
+    while i < steps and not (i and finished.all()):
+        if lookup and check and (ahead := lookup.propose(growing[0], steps - i - 1)):
+            fed = np.array([growing[0][-1], *ahead], np.int32)
+            logits, cache = check(cache, fed, int(position[0]) + i)
+            known = len(growing[0])
+            for one in logits:
+                take(i, one[None])
+                i += 1
+                if finished[0] or growing[0][known:] != ahead[: len(growing[0]) - known]:
+                    break
+            same = zip(growing[0][known:], ahead, strict=False)
+            lookup.learn(len(ahead), sum(token == other for token, other in same))
+        else:
+            fed = np.array([row[-1] for row in growing], np.int32)
+            logits, cache = feed(cache, fed, position + i)
+            take(i, logits)
+            i += 1
+    done = slice(i)
     return Chosen(tokens[:, done], found[:, done], others[:, done], beside[:, done], cache)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from gpt2cli import files, signals
+from gpt2cli import files, machine, signals
 from gpt2cli.console import counted, progress, say
 from gpt2cli.errors import UserError
 from gpt2cli.inference import hints
@@ -39,7 +39,7 @@ Samples = list[tuple[int, Prompt]]  # the "index" and the prompt of each
 IRRELEVANT = (
     *("model_name", "run_name", "models_dir", "checkpoint_dir", "sample_dir", "verbose"),
     *("prompt", "prompt_file", "prompts", "out", "nfiles", "batch_size", "delimiter", "format"),
-    *("checkpoint", "processes"),
+    *("checkpoint", "processes", "lookup", "prefix_cache"),
     *("encoding", "errors", "csv_column", "csv_header", "json_field"),  # the prompts themselves do
 )
 
@@ -151,11 +151,9 @@ def _fill(
     if begin == len(samples):
         return Made(tokens=0, seconds=0.0, failures=failures, found=begin)
 
-    from gpt2cli import tensorflow  # only if it is needed
-    from gpt2cli.inference import generator
+    from gpt2cli.inference import generator  # only if it is needed
 
-    tensorflow.keep_no_memory()
-    model = generator.load_model(folder, options.precision, vocabulary)
+    model = generator.load_for(options, folder, vocabulary)
     tokens = 0
     start = time.monotonic()
     with progress(len(samples), " samples", done=begin) as bar:
@@ -205,7 +203,7 @@ def _count_processes(options: SampleOptions, number: int) -> int:
 
 
 def _gpus(options: SampleOptions) -> list[str]:
-    return workers.gpus() if options.precision != "int8" else []  # int8 runs on the CPU
+    return machine.gpus() if options.precision != "int8" else []  # int8 runs on the CPU
 
 
 def _launch(

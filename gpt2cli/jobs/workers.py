@@ -5,7 +5,6 @@ import ctypes
 import functools
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from gpt2cli import flags
+from gpt2cli import flags, machine
 
 GRACE = 60.0  # seconds that the processes have to end after SIGTERM
 POLL = 0.1  # seconds between two checks for processes that ended
@@ -23,18 +22,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # loaded before any fork
 
 Key = TypeVar("Key", bound=Hashable)
-
-
-def gpus() -> list[str]:
-    """Return CUDA's names of the GPUs that this process may use, without loading TensorFlow."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",")]
-        return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
-    with contextlib.suppress(OSError):
-        found = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
-        return [str(number) for number in range(len(found))]
-    return []
 
 
 def usable_gpus() -> int:
@@ -67,7 +54,7 @@ def run(command: str, commands: Mapping[Key, Any]) -> Generator[tuple[Key, str, 
         As soon as a process ends, its key, how it ended ("by signal 9") and its last line on
         standard error.
     """
-    names = itertools.cycle(gpus() or [None])
+    names = itertools.cycle(machine.gpus() or [None])
     running: dict[Key, tuple[subprocess.Popen, IO[bytes]]] = {}
     with contextlib.ExitStack() as stack:
         try:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt2cli.model.dropout import Dropout
+from gpt2cli.model.weights import MASKED
 from gpt2cli.tensorflow import tf
-
-MASKED = -1e10  # openai/gpt-2 src/model.py, mask_attn_weights
 
 BLOCKS = 4  # of queries; a block is multiplied only with the keys that its last query sees
 

@@ -118,12 +118,12 @@ def most_of(file: str, model: str) -> int:
 
 def open_checkpoint(folder: Path) -> None:
     """Check that the weights fit hparams.json and their own checksums; UserError if not."""
-    from gpt2cli.storage import checkpoint  # imports TensorFlow, which nothing else here needs
+    from gpt2cli.storage import reading  # imports NumPy, which nothing else here needs
 
     say("reading the weights")
     (folder / folders.SUMS).unlink(missing_ok=True)  # the files may be newer
     try:
-        checkpoint.verify(folder)
+        reading.verify(folder)
     except UserError as error:
         raise UserError(
             f"{error}. The files on the server are wrong: delete {folder}, and set another --url"

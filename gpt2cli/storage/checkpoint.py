@@ -1,4 +1,6 @@
-"""Weights <-> files: TensorFlow checkpoints under the original's names, and run folders.
+"""Networks <-> files: TensorFlow checkpoints under the original's names, and run folders.
+
+Reading alone is in reading.py, which does not import TensorFlow.
 
 A model folder contains hparams.json, a vocabulary and one checkpoint. A run folder is a model
 folder with one checkpoint per save, `model-<step>`, each with its training state beside it:
@@ -10,107 +12,20 @@ folder with one checkpoint per save, `model-<step>`, each with its training stat
 """
 
 import contextlib
-import dataclasses
 import glob
 import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gpt2cli import files
-from gpt2cli.errors import UserError
-from gpt2cli.model.network import GPT2, weight_shapes
-from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.storage import destinations, folders, runs
+from gpt2cli.model.network import GPT2
+from gpt2cli.storage import folders, reading, runs
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.tensorflow import tf
-
-
-@contextlib.contextmanager
-def _reading(prefix: Path) -> Iterator[None]:
-    """Turn TensorFlow's errors about a file into a UserError."""
-    try:
-        yield
-    except (tf.errors.OpError, ValueError, RuntimeError, LookupError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise UserError(
-            f"cannot read {prefix}.*: it is damaged or cut short ({reason}). Fetch it again with "
-            "gpt2cli download, or use an older checkpoint of the run"
-        ) from error
-
-
-def open_checked(folder: ModelFolder) -> tuple[Any, ModelConfig]:
-    """Compare a folder's checkpoint with its sizes; return a reader and the sizes.
-
-    Where GPT2_ML's JSON file gives the sizes, the weights decide n_vocab: the release has 21130
-    rows for 21128 tokens.
-
-    Raises:
-        UserError: a weight is missing, unknown or of another shape, or a file is damaged.
-    """
-    config, described, prefix = folder.known_sizes(), folder.sizes_path, folder.checkpoint
-    assert described is not None and prefix is not None
-    destinations.check_path(prefix.parent, prefix.name)
-    with _reading(prefix):
-        reader = tf.train.load_checkpoint(str(prefix))
-        found = reader.get_variable_to_shape_map()
-        kinds = reader.get_variable_to_dtype_map()
-        needed = sum(kinds[name].size * np.prod(found[name], dtype=int) for name in found)
-        shards = prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*-of-*")
-        if sum(path.stat().st_size for path in shards) < needed:
-            raise ValueError(f"its data is shorter than the {needed} bytes listed in its index")
-    table = "newslm/embeddings/word_embed"
-    if described.name != "hparams.json" and len(found.get(table, ())) == 2:
-        config = dataclasses.replace(config, n_vocab=found[table][0])
-    expected = weight_shapes(config)
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and OURS.fullmatch(name)]
-    if missing:
-        raise UserError(
-            f"{prefix} does not belong to this model: it lacks {_few(missing)}. "
-            f"Check that {described} is of the same size and kind"
-        )
-    if extra:
-        raise UserError(
-            f"{prefix} has weights that {described} does not describe: {_few(extra)}. "
-            f"Use the {described.name} that belongs to it"
-        )
-    for name, shape in expected.items():
-        if tuple(found[name]) != shape or not kinds[name].is_floating:
-            raise UserError(
-                f"{prefix}: {name} is {kinds[name].name} {list(found[name])}, but {described.name} "
-                f"requires float32 {list(shape)}. Use the {described.name} of this checkpoint"
-            )
-    return reader, config
-
-
-# A model's weights, as opposed to an optimizer's slots and counters in the same checkpoint.
-OURS = re.compile(
-    r"model/(wte|wpe|ln_f/[gb]|h\d+/(ln_[12]/[gb]|(attn|mlp)/c_\w+/[wb]))"
-    r"|newslm/(embeddings|layer\d+)/\w+(/(kernel|bias|gamma|beta))?"
-)
-
-
-def _few(names: Iterable[str]) -> str:
-    """Return up to three names and the number of the others."""
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def verify(folder: Path) -> None:
-    """Compare a folder's weights with its hparams.json and their checksums (UserError).
-
-    A checkpoint's index has the CRC-32C of every weight, which TensorFlow compares when it reads.
-    """
-    config, stored = open_weights(folders.open_model(folder))
-    for name, shape in weight_shapes(config).items():
-        stored(name, shape)
 
 
 def load(
@@ -125,31 +40,8 @@ def load(
             that are not finite; the text names the file.
     """
     folder = source if isinstance(source, ModelFolder) else folders.open_model(source)
-    config, stored = open_weights(folder)
+    config, stored = reading.open_weights(folder)
     return GPT2(config, stored, precision, weights_precision)
-
-
-def open_weights(folder: ModelFolder) -> tuple[ModelConfig, Callable[[str, Any], np.ndarray]]:
-    """Return the sizes of a folder's checkpoint and a function that reads a weight by name.
-
-    Raises:
-        UserError: see `load`; the function raises it too.
-    """
-    reader, config = open_checked(folder)
-    prefix = folder.checkpoint
-    assert prefix is not None
-
-    def stored(name: str, shape: Any) -> np.ndarray:
-        with _reading(prefix):
-            value = reader.get_tensor(name)
-        if not np.isfinite(value).all():
-            raise UserError(
-                f"{prefix}: {name} has values that are not finite. Training diverged, or the file "
-                "is damaged: use an older checkpoint"
-            )
-        return value
-
-    return config, stored
 
 
 def write(prefix: str | Path, tensors: Mapping[str, Any]) -> None:
@@ -304,39 +196,3 @@ def _name_newest(folder: str | Path, newest: str, names: list[str]) -> None:
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
     with files.replacing(Path(folder) / "checkpoint") as file:
         file.write("\n".join(lines).encode() + b"\n")
-
-
-def load_state(prefix: Path) -> dict[str, Any] | None:
-    """Return the state beside a run's checkpoint, or None."""
-    step = prefix.name.removeprefix("model-")
-    return runs.read_state(prefix.parent, int(step)) if step.isdecimal() else None
-
-
-def load_training(prefix: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """Return the optimizer's tensors by name, and the state, of a run's checkpoint.
-
-    They are {} and None for a model folder and a run of another program.
-    """
-    state = load_state(prefix)
-    if state is None:
-        return {}, None
-    step = state["step"]
-    path = prefix.with_name(f"optimizer-{step}")
-    with _reading(path):
-        reader = tf.train.load_checkpoint(str(path))
-        names = reader.get_variable_to_shape_map()
-        return {name: reader.get_tensor(name) for name in names}, state
-
-
-def load_slots(prefix: Path, optimizer: str) -> dict[str, np.ndarray]:
-    """Return AdaFactor's moments in a checkpoint of GPT2_ML by name; empty where there are none.
-
-    Args:
-        prefix: the checkpoint.
-        optimizer: name of our optimizer; its variables' names start with it.
-    """
-    with _reading(prefix):
-        reader = tf.train.load_checkpoint(str(prefix))
-        names = [n for n in reader.get_variable_to_shape_map() if "/adafactor_v" in n]
-        slots = {f"{optimizer}/{n.replace('/', '_')}": reader.get_tensor(n) for n in names}
-    return slots

@@ -178,8 +178,8 @@ def open_source(options: CheckpointOptions) -> ModelFolder:
 def find_checkpoint(path: str | Path, to_train: bool = False) -> Path:
     """Return the prefix of the checkpoint that `path` means: the newest undamaged one of a run.
 
-    A run's checkpoint is compared with the checksums in its state. TensorFlow checks all weights
-    while it reads them.
+    A run's checkpoint is compared with the checksums in its state. All weights are compared with
+    their own checksums when they are read.
 
     Args:
         path: a model or run folder, a prefix such as `models/124M/model.ckpt`, or its .index file.

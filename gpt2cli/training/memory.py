@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from gpt2cli import machine
-from gpt2cli.model.network import IN_LAYER, LOGIT_ROWS, weight_shapes
+from gpt2cli.model.network import LOGIT_ROWS
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import IN_LAYER, weight_shapes
 from gpt2cli.tensorflow import GPUS
 
 if TYPE_CHECKING:

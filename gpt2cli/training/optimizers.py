@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpt2cli.model.network import MATRIX
+from gpt2cli.model.weights import MATRIX
 from gpt2cli.tensorflow import tf
 
 if TYPE_CHECKING:

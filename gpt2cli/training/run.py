@@ -21,7 +21,7 @@ from gpt2cli.inference.generator import LanguageModel
 from gpt2cli.model.sizes import ALIASES
 from gpt2cli.options import GenerateOptions, new_seed
 from gpt2cli.signals import AGAIN, Stop
-from gpt2cli.storage import checkpoint
+from gpt2cli.storage import checkpoint, reading
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.storage.held import HeldFolder
 from gpt2cli.tensorflow import describe_devices
@@ -101,7 +101,7 @@ class Run:
         if slots:
             self.trainer.restore(slots)
         elif options.optimizer == "adafactor_gpt2_ml" and self.trainer.adopt(
-            checkpoint.load_slots(prefix, options.optimizer)
+            reading.load_slots(prefix, options.optimizer)
         ):
             self.say("the optimizer starts with the moments in the checkpoint")
         self.compare(record, start.path.name if not resumed else None)
@@ -123,10 +123,10 @@ class Run:
         if not resumed:
             return {}, {"step": 0}
         if options.restore_from == "weights":
-            record = checkpoint.load_state(prefix)
+            record = reading.load_state(prefix)
             slots: dict[str, Any] = {}
         else:
-            slots, record = checkpoint.load_training(prefix)
+            slots, record = reading.load_training(prefix)
         if not slots:
             why = "" if record is None else ", as --restore_from weights asks"
             self.say(f"without the optimizer's state{why}: the optimizer starts from scratch")

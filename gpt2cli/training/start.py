@@ -89,10 +89,10 @@ def texts(
 
 def state_of(folder: ModelFolder, resumed: bool) -> dict[str, Any]:
     """Return the state beside a run's checkpoint; empty if the run does not resume."""
-    from gpt2cli.storage import checkpoint
+    from gpt2cli.storage import reading
 
     assert folder.checkpoint is not None
-    return (checkpoint.load_state(folder.checkpoint) if resumed else None) or {}
+    return (reading.load_state(folder.checkpoint) if resumed else None) or {}
 
 
 def is_finished(options: TrainOptions, state: dict[str, Any]) -> bool:

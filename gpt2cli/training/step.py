@@ -16,7 +16,8 @@ import numpy as np
 from gpt2cli.errors import UserError
 from gpt2cli.inference.score import Score
 from gpt2cli.model.dropout import Dropout
-from gpt2cli.model.network import GPT2, IN_LAYER
+from gpt2cli.model.network import GPT2
+from gpt2cli.model.weights import IN_LAYER
 from gpt2cli.tensorflow import tf
 from gpt2cli.text.batches import Batch
 from gpt2cli.training.devices import Replicas

@@ -11,8 +11,8 @@ from conftest import TINY
 from tokenizers import ByteLevelBPETokenizer, normalizers
 
 from gpt2cli.commands.init import InitOptions, layer_sizes
-from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import weight_shapes
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.text import encoder
 

@@ -15,6 +15,7 @@ from conftest import ROOT
 from gpt2cli import locks, machine
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
+from gpt2cli.model.weights import random_weights
 from gpt2cli.storage import checkpoint, folders, runs
 from gpt2cli.training import start as training_start
 
@@ -27,7 +28,7 @@ LINE = re.compile(r"^\[(\d+) \| [\d.]+\] loss=([\d.]+) avg=([\d.]+) acc=[\d.]+ \
 def mini(workdir):
     """models/mini beside models/tiny: one layer, so that tracing is quick."""
     sizes = ModelConfig(n_vocab=2048, n_ctx=256, n_embd=32, n_head=2, n_layer=1)
-    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), workdir / "models" / "mini")
+    checkpoint.save(model.GPT2(sizes, random_weights(sizes)), workdir / "models" / "mini")
     folders.copy_vocabulary(workdir / "models" / "tiny", workdir / "models" / "mini")
 
 
@@ -151,7 +152,7 @@ def test_a_run_of_nshepperds_program_resumes(cli, text, network):
 def test_a_replaced_run_takes_the_sizes_and_vocabulary_of_its_new_model(cli, text):
     cli("train", "text.txt", *FAST, "--steps", 3)
     sizes = ModelConfig(n_vocab=2100, n_ctx=40, n_embd=16, n_head=2, n_layer=1)
-    checkpoint.save(model.GPT2(sizes, model.random_weights(sizes)), "models/small")
+    checkpoint.save(model.GPT2(sizes, random_weights(sizes)), "models/small")
     run, flags = text.parent / "checkpoint" / "run1", ("--restore_from", "fresh", "--overwrite")
     np.savez("ids.npz", np.arange(90))
     bad = ("--model_name", "small", "--sample_every", 0, "--optimizer", "sgd", *flags)

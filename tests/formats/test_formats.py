@@ -16,9 +16,9 @@ from gpt2cli.errors import UserError
 from gpt2cli.formats import names
 from gpt2cli.formats.convert import _sample_logits, convert, open_source
 from gpt2cli.inference.generator import load_model
-from gpt2cli.model.network import weight_shapes
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.storage import checkpoint, folders
+from gpt2cli.model.weights import weight_shapes
+from gpt2cli.storage import checkpoint, folders, reading
 from gpt2cli.tensorflow import tf
 from gpt2cli.text import encoder
 from gpt2cli.text.bpe import CHAR_OF
@@ -253,8 +253,8 @@ def test_gpt2_ml_becomes_a_model_folder(tmp_path, folder, by_prefix):
     assert encoder.of_model(tmp_path / "ours").start is None
     network = checkpoint.load(tmp_path / "ours")
     check_golden(network, np.load(folder / "expected.npz"))
-    reader, _ = checkpoint.open_checked(folders.open_model(tmp_path / "ours"))
-    assert not any("adafactor" in written for written in reader.get_variable_to_shape_map())
+    bundle, _ = reading.open_checked(folders.open_model(tmp_path / "ours"))
+    assert not any("adafactor" in written for written in bundle.entries)
 
 
 # Hugging Face's files

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, compiled, lively
 
-from gpt2cli import tensorflow
+from gpt2cli import machine, tensorflow
 from gpt2cli.errors import UserError
-from gpt2cli.inference.engines import litert_program
+from gpt2cli.inference import devices
+from gpt2cli.inference.engines import litert_convert, litert_program
 from gpt2cli.inference.engines.litert import LitertEngine
 from gpt2cli.inference.engines.xla import XlaEngine
 from gpt2cli.inference.generator import LanguageModel, load_model
@@ -106,7 +107,7 @@ def test_int8_multiplies_what_numpy_does(network):
     x = np.random.default_rng(2).normal(0.3, 1, [5, 48]).astype(np.float32)
     numbers, scale = litert_program.quantize(network.wte.numpy())
     expected = eight_bits(x).astype(np.float64) @ (numbers * scale[:, None]).T
-    np.testing.assert_allclose(ours._head(x=x)[0], expected, atol=1e-4)
+    np.testing.assert_allclose(ours._logits(x), expected, atol=1e-4)
     assert np.abs(x @ network.wte.numpy().T - expected).max() > 1e-3  # eight bits are not 32
 
 
@@ -127,7 +128,7 @@ def test_a_damaged_skeleton_on_the_disk_is_made_again(network, tmp_path, monkeyp
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
-    monkeypatch.setattr(litert_program, "_trace", None)  # not called again
+    monkeypatch.setattr(litert_convert, "convert", None)  # not called again
     np.testing.assert_array_equal(compiled("lite", network).logits(TEXT[:20]), first)
     for path in kept:
         path.unlink()
@@ -201,7 +202,10 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         def seek(self, place):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(litert_program, "_nameless_file", lambda: (Full(), ""))
+        def close(self):
+            pass
+
+    monkeypatch.setattr(litert_program, "_nameless_file", lambda: Full())
     config = ModelConfig(n_vocab=11, n_ctx=8, n_embd=8, n_head=2, n_layer=1)
     with pytest.raises(UserError, match=r"no room .*No space left on device.*XDG_CACHE_HOME"):
         compiled("lite", lively(config))
@@ -211,14 +215,14 @@ def test_ctrl_c_between_two_shapes_leaves_a_model_that_works(network, monkeypatc
     ours = compiled("lite", network)
     ours.logits(TEXT[:9])
     expected = ours.logits(TEXT[:20])
-    interpreter = ours._layers._interpreter
-    allocate = interpreter.allocate_tensors
+    model = ours._layers._model
+    run = model.run
 
-    def interrupted():
-        allocate()
+    def interrupted(*tensors):
+        run(*tensors)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(interpreter, "allocate_tensors", interrupted)
+    monkeypatch.setattr(model, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ours.read([TEXT[:30]], 64)
     monkeypatch.undo()
@@ -245,9 +249,10 @@ def test_the_device_and_the_precision_choose_how_a_model_runs(monkeypatch):
         (["a card"], "int8", LitertEngine),
     ):
         monkeypatch.setattr(tensorflow, "GPUS", gpus)
+        monkeypatch.setattr(machine, "may_have_gpu", lambda gpus=gpus: bool(gpus))
         assert type(load_model(TINY, precision).network) is kind
         if kind is LitertEngine:
-            assert " on CPU (" in tensorflow.describe_devices(precision)
+            assert " on CPU (" in devices.describe(precision)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])

@@ -354,7 +354,6 @@ def test_rows_that_join_and_leave_are_what_they_are_alone(either):
     alone = [row(index) for index in range(12)]
     for one in alone:
         grown(either, [one])
-    either.read_apart()
     rows, waiting = [row(index) for index in range(12)], list(range(12))
     batch = Generation(either, width=4)
     while waiting or not batch.is_empty():

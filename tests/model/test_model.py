@@ -5,8 +5,9 @@ import oracle
 import pytest
 from conftest import check_golden, compiled, golden_models, lively
 
-from gpt2cli.model.network import GPT2, random_weights, weight_shapes
+from gpt2cli.model.network import GPT2
 from gpt2cli.model.sizes import ACTIVATIONS, ModelConfig
+from gpt2cli.model.weights import random_weights, weight_shapes
 from gpt2cli.storage import checkpoint
 from gpt2cli.tensorflow import tf
 

@@ -157,12 +157,12 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Replace the checkpoint module by one that opens everything and records it."""
+    """Replace the module that reads checkpoints by one that opens everything and records it."""
     folders = []
-    stand_in = types.ModuleType("gpt2cli.storage.checkpoint")
+    stand_in = types.ModuleType("gpt2cli.storage.reading")
     stand_in.verify = folders.append
-    monkeypatch.setitem(sys.modules, "gpt2cli.storage.checkpoint", stand_in)
-    monkeypatch.setattr("gpt2cli.storage.checkpoint", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "gpt2cli.storage.reading", stand_in)
+    monkeypatch.setattr("gpt2cli.storage.reading", stand_in, raising=False)
     return folders
 
 
@@ -573,7 +573,7 @@ def test_a_checkpoint_that_does_not_open_is_not_called_complete(fetch, opened, m
         raise UserError(f"{folder}/model.ckpt.index is damaged")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["gpt2cli.storage.checkpoint"], "verify", refuse)
+        patch.setattr(sys.modules["gpt2cli.storage.reading"], "verify", refuse)
         for _ in range(2):
             with pytest.raises(UserError, match=r"index is damaged.*delete.*--url"):
                 fetch()

@@ -25,7 +25,6 @@ REJECTED = "the server responded with a status of 400 (Bad Request)"
 
 @pytest.fixture(scope="module")
 def served(tiny):
-    tiny.network.read_apart()
     with serving(tiny, max_tokens=2000) as (address, made):
         yield address, made
 

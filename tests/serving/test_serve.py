@@ -80,7 +80,6 @@ def log(caplog):
 
 @pytest.fixture(scope="module")
 def served(tiny):
-    tiny.network.read_apart()
     with serving(tiny, max_idle=2, max_tokens=400) as (address, made):
         yield address, made
 

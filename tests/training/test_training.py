@@ -10,7 +10,7 @@ from conftest import lively
 from gpt2cli.commands.train import TrainOptions
 from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.storage import checkpoint, folders
+from gpt2cli.storage import checkpoint, folders, reading
 from gpt2cli.tensorflow import tf
 from gpt2cli.text import batches as windows
 from gpt2cli.training import memory as training_memory
@@ -100,7 +100,7 @@ def test_adafactor_of_gpt2_ml_matches_the_original(golden, name, tolerance, reco
         BASE, optimizer="adafactor_gpt2_ml", memory_saving_gradients=recompute
     )
     trainer = training.Trainer(network, config)
-    slots = checkpoint.load_slots(folders.find_checkpoint(folder), config.optimizer)
+    slots = reading.load_slots(folders.find_checkpoint(folder), config.optimizer)
     assert trainer.adopt(slots) == len(slots) > 20
     for step, tokens in enumerate(trace["batches"]):
         inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)

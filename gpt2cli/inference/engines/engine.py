@@ -21,10 +21,13 @@ class Engine(Protocol):
         config: the model's sizes.
         needs_full_batches: each number of rows costs a compilation, so the number should stay the
             same.
+        cache_sizes: the numbers of slots to try before the first request: all that cost a
+            compilation.
     """
 
     config: ModelConfig
     needs_full_batches: bool
+    cache_sizes: Sequence[int]
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return float32 [T, V] for the ids of one text, T up to n_ctx."""
@@ -44,12 +47,6 @@ class Engine(Protocol):
         Args:
             rows: ids of each text, int32 [T], T up to n_ctx.
             slots: number of slots that the rows will need; a hint.
-        """
-
-    def read_apart(self) -> None:
-        """Make `read` leave other caches where they are, at the price of memory.
-
-        A server calls this once: its rows join others that keep growing.
         """
 
     def feed(self, cache: Cache, token: np.ndarray, position: np.ndarray) -> tuple[Any, Cache]:

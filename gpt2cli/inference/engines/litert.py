@@ -8,23 +8,23 @@ from __future__ import annotations
 import functools
 import math
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from gpt2cli.inference import sampling
-from gpt2cli.inference.engines import litert_program
 from gpt2cli.inference.engines.litert_program import Program
+from gpt2cli.inference.engines.litert_runtime import Tensor
+from gpt2cli.inference.engines.prefixes import PIECE, Halves, Prefixes
 from gpt2cli.inference.sampling import Chosen
-from gpt2cli.model.kernels import MASKED
-from gpt2cli.model.network import Values, losses, weight_shapes
 from gpt2cli.model.sizes import ModelConfig
-from gpt2cli.tensorflow import tf
+from gpt2cli.model.weights import MASKED, Values, weight_shapes
 
 SLOTS = 128  # a cache grows by this many
-ROWS = 256  # when a text is scored, the logits of this many tokens are in memory at once
+TOGETHER = 256  # tokens of short texts that are read in one pass
+FEW = 16  # up to this many tokens, a pass has outputs of its own
 
 
 def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,16 +39,20 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Cache:
-    """The keys and values of N rows, in arrays or in the memory of a Program.
+    """The keys and values of N rows.
 
-    Attributes:
-        seen: float32 [N, 1, 1, S], 0 for the slots that contain a token, MASKED for the others.
-        used: number of slots up to the last that contains a token, in any row.
-        arrays: an input's name -> [N, H, used, D]; empty while they are in the program.
+    Args:
+        lengths: int [N], each row's tokens.
+        halves: an input's name -> [N, H, S, D]: the keys, or the values, of a layer.
     """
 
-    def __init__(self, seen: np.ndarray, used: int, arrays: dict[str, np.ndarray]) -> None:
-        self.seen, self.used, self.arrays = seen, used, arrays
+    def __init__(self, lengths: np.ndarray, halves: dict[str, Tensor]) -> None:
+        self.lengths, self.halves = lengths, halves
+
+    @property
+    def slots(self) -> int:
+        """S, the number of tokens that a row has room for."""
+        return int(self.halves["keys0"].array.shape[2])
 
 
 class LitertEngine:
@@ -61,44 +65,44 @@ class LitertEngine:
             XNNPACK has no bfloat16 product; "int8": matrices in eight bits with a scale per column,
             multiplied as integers with activations that get eight bits per token, and float32 for
             everything else.
+        lookup: whether rows may look up what to propose.
+        prefix_bytes: bytes for common beginnings of texts.
+
+    Attributes:
+        prefixes: the common beginnings.
     """
 
     needs_full_batches = False
+    cache_sizes: Sequence[int] = (64,)  # any one
 
-    def __init__(self, config: ModelConfig, stored: Values, precision: str = "float32") -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        stored: Values,
+        precision: str = "float32",
+        lookup: bool = True,
+        prefix_bytes: int = 0,
+    ) -> None:
+        self.config, self.looks_up = config, lookup
+        self.prefixes = Prefixes(prefix_bytes)
         if precision == "bfloat16":
             stored = _rounded(stored)
-        self._make_layers = lambda: Program(litert_program.layers, config, stored, precision)
-        self._layers = self._reader = self._make_layers()
-        self._head = Program(litert_program.head, config, stored, precision)
-        wpe, shape = list(weight_shapes(config).items())[1]
-        self._positions = np.asarray(stored(wpe, shape), np.float32)
+        self._layers = Program("layers", config, stored, precision)
+        self._head = Program("head", config, stored, precision)
+        self._tokens, self._positions = (
+            stored(*table) for table in list(weight_shapes(config).items())[:2]
+        )
         depth = range(config.n_layer)
         # in the order of the outputs
         self._halves = [f"{half}{layer}" for layer in depth for half in ("keys", "values")]
+        self._inputs: dict[str, Tensor] = {}  # those of the last call
+        self._outputs: dict[int, list[Tensor]] = {}  # number of tokens -> tensors
         self._lock = threading.RLock()
-        # returns the Cache that is in the program's memory, as long as anybody needs it
-        self._resident: Callable[[], Cache | None] = _nothing
-
-    @_alone
-    def read_apart(self) -> None:
-        """Read with a second program from now on, so that a cache can stay in the first.
-
-        To move a cache takes as long as one or two steps of all its rows. The second program needs
-        as much memory as the weights of the layers.
-        """
-        self._reader = self._make_layers()
 
     @_alone
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return float32 [T, V]; see Engine."""
-        x = self._read(np.asarray(tokens))[0]
-        logits = np.empty([len(x), self.config.n_vocab], np.float32)
-        for start in range(0, len(x), ROWS):
-            part = slice(start, start + ROWS)
-            logits[part] = self._head(x=x[part])[0]
-        return logits
+        return np.concatenate([logits for _, logits in self._scored(np.asarray(tokens, np.int32))])
 
     @_alone
     def sums(
@@ -107,169 +111,248 @@ class LitertEngine:
         """Return the weighted sums of losses and of hits; see Engine."""
         loss, hits = 0.0, 0.0
         for row, wanted, weight in zip(inputs, targets, mask, strict=True):
-            x = self._read(row)[0]
-            for start in range(0, len(x), ROWS):
-                part = slice(start, start + ROWS)
-                nats, hit = losses(self._head(x=x[part])[0], wanted[part])
+            for part, logits in self._scored(np.asarray(row, np.int32)):
+                nats, hit = sampling.losses(logits, wanted[part])
                 loss += float(np.sum(nats * weight[part]))
                 hits += float(np.sum(hit * weight[part]))
         return loss, hits
 
     @_alone
     def read(self, rows: Sequence[np.ndarray], slots: int) -> tuple[np.ndarray, Cache]:
-        """Return logits and Cache; see Engine. `slots` is not used: a cache grows with its rows.
+        """Return logits and Cache; see Engine.
 
-        Rows are read one after another, and equal rows once. So a row's numbers are the same to the
-        last bit in any batch; side by side the rows would be read only a little faster.
+        A common beginning of several rows is read once, and the ends of such rows side by side.
         """
-        head, used = self.config.n_embd // self.config.n_head, max(map(len, rows))
-        shape = len(rows), self.config.n_head, used, head
-        arrays = {half: np.zeros(shape, np.float32) for half in self._halves}
-        seen = np.full([len(rows), 1, 1, _room(used + 1)], MASKED, np.float32)
-        equal: dict[tuple[int, ...], list[int]] = {}
-        for number, row in enumerate(rows):
-            equal.setdefault(tuple(row), []).append(number)
+        lengths = np.array([len(row) for row in rows])
+        cache = Cache(lengths, self._empty(len(rows), _room(min(slots, lengths.max() + 1))))
         last = np.empty([len(rows), self.config.n_embd], np.float32)
-        for ids, numbers in equal.items():
-            x, new = self._read(np.array(ids))
-            last[numbers] = x[-1]
-            for half, array in zip(self._halves, new, strict=True):
-                arrays[half][numbers, :, : len(ids)] = array
-            seen[numbers, ..., : len(ids)] = 0
-        return self._head(x=last)[0], Cache(seen, used, arrays)
+        groups: dict[bytes, dict[bytes, list[int]]] = {}  # beginning -> text -> numbers of rows
+        for number, row in enumerate(rows):
+            ids = np.asarray(row, np.int32)
+            begin = ids[: (len(ids) - 1) // PIECE * PIECE].tobytes()
+            groups.setdefault(begin, {}).setdefault(ids.tobytes(), []).append(number)
+        for begin, texts in groups.items():
+            seen = len(begin) // 4
+            past = self._beginning(np.frombuffer(begin, np.int32))
+            ends = {text: np.frombuffer(text, np.int32)[seen:] for text in texts}
+            for some in _batches(ends):
+                x, new = self._read_on(past, seen, [ends[text] for text in some])
+                at = 0
+                for text in some:
+                    part, numbers = slice(at, at + len(ends[text])), texts[text]
+                    at = part.stop
+                    last[numbers] = x[part][-1]
+                    for half, array in zip(self._halves, new, strict=True):
+                        to = cache.halves[half].array
+                        to[numbers, :, :seen] = past[half].array[:, :, :seen]
+                        to[numbers, :, seen : seen + len(ends[text])] = array[:, :, part]
+        return self._logits(last), cache
 
     @_alone
     def feed(
         self, cache: Cache, token: np.ndarray, position: np.ndarray
     ) -> tuple[np.ndarray, Cache]:
-        """Return logits [N, V] and the same Cache; see Engine."""
-        self._enter(cache, int(position.max()) + 1)
+        """Return logits [N, V], which the next call may overwrite, and the same Cache."""
+        needed = int(position.max()) + 1
+        if needed > cache.slots:
+            cache.halves = self._grown(cache.halves, int(cache.lengths.max()), _room(needed))
         rows = np.arange(len(token))
-        x, *new = self._layers(
-            x=self._embed(token, position),
-            beside=_mask(np.eye(len(token), dtype=bool)),
-            seen=cache.seen,
+        x, new = self._run_layers(
+            self._embed(token, position),
+            beside=np.eye(len(token), dtype=bool),
+            seen=np.arange(cache.slots) < position[:, None, None, None],
+            halves=cache.halves,
         )
         for half, array in zip(self._halves, new, strict=True):
-            self._layers.input(half)[rows, :, position] = array[0].swapaxes(0, 1)
-        cache.seen[rows, 0, 0, position] = 0
-        cache.used = max(cache.used, int(position.max()) + 1)
-        return self._head(x=x[0])[0], cache
+            cache.halves[half].array[rows, :, position] = array[0].swapaxes(0, 1)
+        cache.lengths[:] = position + 1
+        return self._logits(x), cache
+
+    @_alone
+    def check(self, cache: Cache, tokens: np.ndarray, position: int) -> tuple[np.ndarray, Cache]:
+        """Feed several tokens to a cache of one row in one pass.
+
+        Args:
+            cache: filled before `position`; used up.
+            tokens: int32 [T].
+            position: the slot of the first.
+
+        Returns:
+            Logits [T, V], to the last bit those of feeding one token after another; and the same
+            Cache. The tokens may be fed again from any of the positions on.
+        """
+        raise NotImplementedError
 
     @_alone
     def arrange(self, cache: Cache | None, new: Cache | None, sources: Sequence[int]) -> Cache:
         """Return the Cache of other rows; see Engine."""
         both, chosen = [c for c in (cache, new) if c], np.array(sources)
-        rows = [(c, number) for c in both for number in range(len(c.seen))]
+        rows = [(c, number) for c in both for number in range(len(c.lengths))]
         if len(both) == 1 and np.array_equal(chosen, range(len(rows))):
             return both[0]
-        lengths = np.concatenate([(c.seen == 0).sum((1, 2, 3)) for c in both])
+        lengths = np.concatenate([c.lengths for c in both])
         lengths = np.where(chosen < 0, 0, lengths[chosen])
-        used = max(1, int(lengths.max()))
-        slots = _room(used + 1)
-        seen = _mask(np.arange(slots) < lengths[:, None, None, None])
-        if cache and self._resident() is cache:
-            has_room = slots <= cache.seen.shape[-1] <= 2 * slots
-            if has_room and len(chosen) == len(cache.seen):
-                self._arrange_in_place(len(cache.seen), new, chosen, lengths)
-                cache.seen, cache.used = _widened(seen, cache.seen.shape[-1]), used
-                return cache
-            self._leave()
-        shape = len(chosen), self.config.n_head, used, self.config.n_embd // self.config.n_head
-        arrays = {half: np.zeros(shape, np.float32) for half in self._halves}
-        for place, length in enumerate(lengths):
-            source, number = rows[chosen[place]]
-            for half, array in arrays.items():
-                array[place, :, :length] = source.arrays[half][number, :, :length]
-        return Cache(seen, used, arrays)
-
-    def _arrange_in_place(
-        self, count: int, new: Cache | None, sources: np.ndarray, lengths: np.ndarray
-    ) -> None:
-        """Arrange rows in the program's memory, which has `count` rows and enough room."""
-        added = new.arrays if new else {}
-        old = np.where((sources >= 0) & (sources < count), sources, np.arange(count))
-        for half in self._halves:
-            memory = self._layers.input(half)
-            if not np.array_equal(old, range(count)):
-                memory[:, :, : lengths.max()] = memory[old, :, : lengths.max()]
-            for place in np.flatnonzero(sources >= count):
-                length = lengths[place]
-                memory[place, :, :length] = added[half][sources[place] - count, :, :length]
+        slots, place = _room(int(lengths.max()) + 1), np.arange(len(chosen))
+        if cache and len(chosen) == len(cache.lengths) and slots <= cache.slots <= 2 * slots:
+            made = cache
+            moved = (chosen >= 0) & (chosen != place)  # the others stay
+            stay = np.where(moved & (chosen < len(place)), chosen, place)
+            for half in self._halves if not np.array_equal(stay, place) else ():
+                array, end = made.halves[half].array, int(lengths.max())
+                array[:, :, :end] = array[stay, :, :end]
+            moved &= chosen >= len(place)
+        else:
+            made = Cache(lengths, self._empty(len(chosen), slots))
+            moved = chosen >= 0
+        for to in np.flatnonzero(moved):
+            source, number = rows[chosen[to]]
+            for half in self._halves:
+                array = source.halves[half].array[number, :, : lengths[to]]
+                made.halves[half].array[to, :, : lengths[to]] = array
+        made.lengths = lengths
+        return made
 
     def run(self, *arguments: Any, **more: Any) -> Chosen:
         """Generate tokens, as `sampling.run`."""
         return sampling.run(self.feed, self.config.n_vocab, *arguments, **more)
 
     def _embed(self, tokens: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Return the sums of token and position embeddings: [N], [N] -> [1, N, E]."""
-        x = self._head.rows(tokens)  # of wte
-        return (x + self._positions[position])[None]
+        """Return the sums of token and position embeddings: [N], [N] -> [N, E]."""
+        return np.asarray(self._tokens[tokens] + self._positions[position], np.float32)
 
-    def _read(self, row: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return x [T, E] of the ids [T] of one row, and its keys and values, each [1, H, T, D]."""
-        if self._reader is self._layers:
-            self._leave()
+    def _empty(self, rows: int, slots: int) -> dict[str, Tensor]:
+        """Return tensors for the keys and values of rows."""
         head = self.config.n_embd // self.config.n_head
-        nothing = np.zeros([1, self.config.n_head, 1, head], np.float32)  # one for all tokens
-        place = np.arange(len(row))
-        x, *new = self._reader(
-            x=self._embed(row, place),
-            beside=_mask(place[:, None] >= place),
-            seen=_mask(np.zeros([1, 1, 1, 1], bool)),
-            **dict.fromkeys(self._halves, nothing),
+        return {half: Tensor(rows, self.config.n_head, slots, head) for half in self._halves}
+
+    def _grown(self, halves: dict[str, Tensor], used: int, slots: int) -> dict[str, Tensor]:
+        """Return tensors with more slots, and what is in the first `used` of these."""
+        grown = self._empty(len(halves["keys0"].array), slots)
+        for half, tensor in halves.items():
+            grown[half].array[:, :, :used] = tensor.array[:, :, :used]
+        return grown
+
+    def _scored(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the logits after each token of a text [T], some tokens at a time."""
+        past = self._empty(1, 1)
+        for start in range(0, len(ids), PIECE):
+            part = slice(start, start + PIECE)
+            x, new = self._read_on(past, start, [ids[part]])
+            if part.stop < len(ids):
+                past = self._extended(past, start, new, len(ids))
+            yield part, self._logits(x)
+
+    def _beginning(self, ids: np.ndarray) -> dict[str, Tensor]:
+        """Return the keys and values [1, H, S, D] of a text [n * PIECE], S at least its length."""
+        past = self._empty(1, 1)
+        kept = self.prefixes.find(ids)
+        for start in range(0, len(ids), PIECE):
+            if start // PIECE < len(kept):
+                new = kept[start // PIECE]
+            else:
+                _, made = self._read_on(past, start, [ids[start : start + PIECE]])
+                new = [array.copy() for array in made]
+                self.prefixes.keep(ids[: start + PIECE], new)
+            past = self._extended(past, start, new, len(ids))
+        return past
+
+    def _extended(
+        self, past: dict[str, Tensor], start: int, new: Halves, most: int
+    ) -> dict[str, Tensor]:
+        """Return the same tensors, or larger ones, with new keys and values from a slot on."""
+        end = start + new[0].shape[2]
+        if end > past["keys0"].array.shape[2]:
+            past = self._grown(past, start, min(max(2 * start, end), max(most, end)))
+        for half, array in zip(self._halves, new, strict=True):
+            past[half].array[:, :, start:end] = array
+        return past
+
+    def _read_on(
+        self, past: dict[str, Tensor], seen: int, texts: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, Halves]:
+        """Read texts that continue the same beginning, side by side.
+
+        Args:
+            past: keys and values of the beginning, [1, H, S, D].
+            seen: its number of tokens.
+            texts: ids, int32 [T] each.
+
+        Returns:
+            x [N, E] of all tokens, and their keys and values, each [1, H, N, D]; the next call may
+            overwrite them.
+        """
+        own = np.concatenate([np.full(len(ids), number) for number, ids in enumerate(texts)])
+        place = np.concatenate([np.arange(len(ids)) for ids in texts])
+        return self._run_layers(
+            self._embed(np.concatenate(texts), seen + place),
+            beside=(own[:, None] == own) & (place[:, None] >= place),
+            seen=np.arange(past["keys0"].array.shape[2])[None, None, None] < seen,
+            halves=past,
         )
-        return x[0], new
 
-    def _enter(self, cache: Cache, needed: int) -> None:
-        """Move a cache into the program's memory, with room for `needed` slots."""
-        if self._resident() is cache and needed <= cache.seen.shape[-1]:
-            return
-        self._leave()
-        cache.seen = _widened(cache.seen, _room(needed))
-        rows, *_, slots = cache.seen.shape
-        shape = rows, self.config.n_head, slots, self.config.n_embd // self.config.n_head
-        self._layers.reshape(
-            x=(1, rows, self.config.n_embd),
-            beside=(rows, rows),
-            seen=cache.seen.shape,
-            **dict.fromkeys(self._halves, shape),
-        )
-        for half in self._halves:
-            memory = self._layers.input(half)
-            memory[:, :, : cache.used] = cache.arrays.pop(half)
-            memory[:, :, cache.used :] = 0  # it may contain NaN
-        self._resident = weakref.ref(cache)
+    def _run_layers(
+        self, x: np.ndarray, beside: np.ndarray, seen: np.ndarray, halves: dict[str, Tensor]
+    ) -> tuple[np.ndarray, Halves]:
+        """Return x [N, E] after all layers and the new keys and values, each [1, H, N, D].
 
-    def _leave(self) -> None:
-        """Move the cache out of the program's memory, before the program does other work."""
-        cache = self._resident()
-        if cache is not None:
-            cache.arrays = {
-                half: self._layers.input(half)[:, :, : cache.used].copy() for half in self._halves
-            }
-        self._resident = _nothing
+        Args:
+            x: [N, E], sums of token and position embeddings.
+            beside: bool [N, N], whether a token (row) looks at another of x.
+            seen: bool [N or 1, 1, 1, S], whether it looks at a slot of its cache.
+            halves: as in Cache; with a single row, all tokens have the same cache.
+        """
+        inputs = {
+            "x": self._input("x", x[None]),
+            "beside": self._input("beside", _mask(beside)),
+            "seen": self._input("seen", _mask(seen)),
+        }
+        outputs = self._outputs.get(len(x))
+        if outputs is None:
+            made = self._empty(1, len(x)).values()
+            outputs = [Tensor(1, len(x), self.config.n_embd), *made]
+            if len(x) > FEW:
+                self._outputs = {n: made for n, made in self._outputs.items() if n <= FEW}
+            self._outputs[len(x)] = outputs
+        self._layers(inputs | halves, outputs)
+        return outputs[0].array[0], [tensor.array for tensor in outputs[1:]]
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        """Return logits [N, V] of x [N, E]."""
+        logits = Tensor(len(x), self.config.n_vocab)
+        self._head({"x": self._input("last", x)}, [logits])
+        return logits.array
+
+    def _input(self, name: str, values: np.ndarray) -> Tensor:
+        """Return a tensor with these values; there is one of each name."""
+        tensor = self._inputs.get(name)
+        if tensor is None or tensor.array.shape != values.shape:
+            tensor = self._inputs[name] = Tensor(*values.shape)
+        tensor.array[...] = values
+        return tensor
 
 
-def _nothing() -> None:
-    return None
+def _batches(ends: dict[bytes, np.ndarray]) -> Iterator[list[bytes]]:
+    """Yield the keys of texts that are read side by side: at most TOGETHER tokens, or one text."""
+    some: list[bytes] = []
+    count = 0
+    for text, ids in ends.items():
+        if some and count + len(ids) > TOGETHER:
+            yield some
+            some, count = [], 0
+        some.append(text)
+        count += len(ids)
+    yield some
 
 
 def _rounded(stored: Values) -> Values:
     """Return the same function with its values rounded to bfloat16."""
-    short = tf.bfloat16.as_numpy_dtype
+    short = ml_dtypes.bfloat16
     return lambda name, shape: np.asarray(stored(name, shape)).astype(short).astype(np.float32)
 
 
 def _room(slots: int) -> int:
     """Return the number of slots rounded up to a multiple of SLOTS."""
     return math.ceil(slots / SLOTS) * SLOTS
-
-
-def _widened(seen: np.ndarray, slots: int) -> np.ndarray:
-    """Return [N, 1, 1, S] with masked slots added, so that S is at least `slots`."""
-    more = [(0, 0), (0, 0), (0, 0), (0, max(0, slots - seen.shape[-1]))]
-    return np.pad(seen, more, constant_values=MASKED)
 
 
 def _mask(looks: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ import numpy as np
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines import xla_rules
 from gpt2cli.inference.sampling import CHUNK, LIKELIEST, Chosen
-from gpt2cli.model.kernels import MASKED
 from gpt2cli.model.network import GPT2, KeysAndValues, Past
+from gpt2cli.model.weights import MASKED
 from gpt2cli.tensorflow import tf
 
 SMALLEST_CACHE = 64  # slots; the sizes of caches double from here, one compilation each
@@ -133,6 +133,7 @@ class XlaEngine:
 
     def __init__(self, network: GPT2) -> None:
         self.config = network.config
+        self.cache_sizes: Sequence[int] = cache_sizes(self.config.n_ctx)
 
         def compiled(function: Callable[..., Any], *signature: Any, xla: bool = False) -> Any:
             return tf.function(
@@ -165,9 +166,6 @@ class XlaEngine:
             xla_rules.RULES_SPEC,
             xla=True,
         )
-
-    def read_apart(self) -> None:
-        """Do nothing: here reading never moves a cache; see Engine."""
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return float32 [T, V]; see Engine."""
