@@ -99,10 +99,16 @@ class Served:
     """
 
     def __init__(self, folder, *words, environment=ENVIRONMENT, limit=600):
+        folder = folder.absolute()
         words = ["--models_dir", folder.parent, "--model_name", folder.name, *words]
         command = [*CLI, "serve", "--port", "0", *map(str, words)]
         self.process = subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, bufsize=1
+            command,
+            cwd=folder,  # Python would import gpt2cli from the current folder first
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
         late = threading.Timer(limit, self.process.kill)
         late.start()

@@ -170,3 +170,17 @@ def test_the_picture_has_a_mark_for_each_line(bench):
     assert len(circles) == 2 * 3 + 2 * 1 + 1
     assert all(0 <= float(node.get("cx")) <= 950 for node in circles)
     assert Path(picture.__file__).parent == BENCHMARKS
+
+
+def test_the_server_of_a_checkout_is_its_own_wherever_the_benchmark_runs(
+    bench, monkeypatch, tmp_path
+):
+    import serve
+
+    (tmp_path / "gpt2cli").mkdir()
+    said = "import sys; print('http://127.0.0.1:7', 'serving it', sep='\\n', file=sys.stderr)"
+    (tmp_path / "gpt2cli" / "__main__.py").write_text(said)
+    monkeypatch.chdir(ROOT)  # which has a gpt2cli as well
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with serve.Served(TINY, environment=environment, limit=60) as served:
+        assert served.port == 7
