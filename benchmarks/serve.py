@@ -92,25 +92,46 @@ def memory(pid):
 
 
 class Served:
-    """A server that runs as long as the block."""
+    """A server that runs as long as the block.
 
-    def __init__(self, folder, *words):
+    Raises:
+        RuntimeError: it did not start within `limit` seconds; the text is its log.
+    """
+
+    def __init__(self, folder, *words, environment=ENVIRONMENT, limit=600):
+        folder = folder.absolute()
         words = ["--models_dir", folder.parent, "--model_name", folder.name, *words]
         command = [*CLI, "serve", "--port", "0", *map(str, words)]
         self.process = subprocess.Popen(
-            command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, bufsize=1
+            command,
+            cwd=folder,  # Python would import gpt2cli from the current folder first
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
+        late = threading.Timer(limit, self.process.kill)
+        late.start()
+        try:
+            self._wait()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            late.cancel()
+        # the server logs a line for each request, which must not fill the pipe
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def _wait(self):
         log = ""
         for line in self.process.stderr:
             log += line
             if found := re.search(r"http://127.0.0.1:(\d+)", line):
                 self.port = int(found[1])
             if line.startswith("serving "):
-                break
-        else:
-            raise SystemExit(log)
-        # the server logs a line for each request, which must not fill the pipe
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return
+        raise RuntimeError(log)
 
     def __enter__(self):
         return self

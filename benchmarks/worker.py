@@ -4,6 +4,7 @@ A tool's process loads one model in one precision and answers requests until its
 several tools stay loaded while the rounds of a job move from one to the next.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -15,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIMIT = 1800  # seconds to wait for an answer
 
 
 class Failed(Exception):
@@ -32,10 +32,11 @@ def serve(make):
     os.dup2(2, 1)  # libraries may print
 
     def answer(work):
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         try:
             value = work()
             reply = {"value": value, "seconds": time.perf_counter() - begun}
+            reply["cpu"] = time.process_time() - used
         except (Exception, SystemExit) as error:  # gpt-2-simple ends the process with a message
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=answers, flush=True)
@@ -57,8 +58,12 @@ def serve(make):
 
 
 def versions(*packages):
-    """Return {package: version} of these packages, as installed here."""
-    return {name: metadata.version(name) for name in packages}
+    """Return {package: version} of those of these packages that are installed here."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 class Worker:
@@ -66,9 +71,11 @@ class Worker:
 
     Attributes:
         versions: of the tool and of the packages it uses.
+        pid: of the process.
     """
 
-    def __init__(self, python, script, folder, kind, cores, environment):
+    def __init__(self, python, script, folder, kind, cores, environment, limit):
+        self._limit = limit  # seconds to wait for an answer
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the process
         self._process = subprocess.Popen(
             [python, HERE / script, folder, kind, str(cores)],
@@ -79,6 +86,7 @@ class Worker:
             env=environment,
             cwd=folder,
         )
+        self.pid = self._process.pid
         try:
             self.versions = self._answer()["value"]
         except BaseException:
@@ -86,7 +94,7 @@ class Worker:
             raise
 
     def ask(self, do, **request):
-        """Call a method of the tool; return {"value": its result, "seconds": its duration}.
+        """Call a method of the tool; return its value, seconds, and CPU seconds as cpu.
 
         Raises:
             Failed: it raised an exception, or the process has ended.
@@ -98,13 +106,6 @@ class Worker:
             raise Failed(self._last_words()) from None
         return self._answer()
 
-    def peak(self):
-        """Return the peak memory of the process so far, in GB, loading included."""
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e9
-        raise Failed(self._last_words())
-
     def close(self):
         """End the process."""
         self._process.kill()
@@ -114,10 +115,10 @@ class Worker:
         self._log.close()
 
     def _answer(self):
-        ready, _, _ = select.select([self._process.stdout], [], [], LIMIT)
+        ready, _, _ = select.select([self._process.stdout], [], [], self._limit)
         if not ready:
             self._process.kill()
-            raise Failed(f"no answer in {LIMIT} s")
+            raise Failed(f"no answer in {self._limit:g} s")
         line = self._process.stdout.readline()
         if not line:
             raise Failed(self._last_words())

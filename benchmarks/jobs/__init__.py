@@ -1,0 +1,1 @@
+"""The jobs of run.py: a module each, with `run(session)`."""
