@@ -1,6 +1,7 @@
 """The processor, and the cores and memory this process may use, without TensorFlow."""
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -26,8 +27,8 @@ def processor() -> tuple[str, list[str]]:
     Only x86 has instruction sets here: other processors list them under another name.
     """
     text = ""
-    with contextlib.suppress(OSError):
-        text = CPUINFO.read_text()
+    with contextlib.suppress(OSError), CPUINFO.open() as lines:
+        text = "".join(itertools.takewhile(str.strip, lines))  # the first core's
     name = re.search(r"^model name\s*: (.*)", text, re.M)
     flags = re.search(r"^flags\s*: (.*)", text, re.M)
     return name[1] if name else "", flags[1].split() if flags else []
