@@ -137,7 +137,7 @@ def check_processor() -> Findings:
         useful = [flag for flag in CPU_FLAGS if flag in flags]
         yield Finding("", " ".join(useful) or "no instructions that speed up GPT-2")
     if machine.gains_by_bfloat16() is False:
-        yield Finding("", "training with --precision bfloat16 is slower here than with float32")
+        yield Finding("", "training with --precision bfloat16 is no faster here than with float32")
 
 
 def check_memory() -> Findings:

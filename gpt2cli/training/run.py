@@ -43,7 +43,7 @@ SIGPIPE = 13  # POSIX; Python on Windows has no such name
 RETRY = 60  # seconds after which a checkpoint that could not be written is tried again
 BLOCKS = 2**14  # of the text from which the fingerprint in the state is made
 SLOW_BFLOAT16 = (
-    "--precision bfloat16 saves memory, but it is slower than float32 on this processor, which "
+    "--precision bfloat16 saves memory, but is no faster than float32 on this processor, which "
     "has no fast bfloat16 products: they are computed in float32"
 )
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared

@@ -136,8 +136,8 @@ def test_a_processor_without_known_instruction_sets_is_not_judged(tmp_path, monk
         assert machine.gains_by_bfloat16() is None
 
 
-def test_train_warns_where_bfloat16_is_slower(cli, text, tmp_path, monkeypatch):
-    warning = "bfloat16 saves memory, but it is slower than float32 on this processor"
+def test_train_says_where_bfloat16_is_no_faster(cli, text, tmp_path, monkeypatch):
+    warning = "bfloat16 saves memory, but is no faster than float32 on this processor"
     monkeypatch.setattr(train_run, "GPUS", [])
     processor(tmp_path, monkeypatch, "Intel(R) Core(TM) i7", "fma")
     slow = cli("train", "text.txt", *FAST, "--steps", 1, "--precision", "bfloat16")
