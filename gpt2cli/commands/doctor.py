@@ -138,13 +138,8 @@ def check_software() -> Findings:
 
 def check_processor() -> Findings:
     """Check the instructions that matter; count the cores this process may use."""
-    text = ""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-    named = re.search(r"^model name\s*: (.*)", text, re.M)
-    name = named[1] if named else platform.processor() or platform.machine()
-    listed = re.search(r"^flags\s*: (.*)", text, re.M)
-    flags = listed[1].split() if listed else []
+    name, flags = machine.processor()
+    name = name or platform.processor() or platform.machine()
     advice = None
     if flags and "avx" not in flags:
         advice = "TensorFlow needs AVX: use a newer processor, or enable AVX in the virtual machine"
@@ -152,6 +147,8 @@ def check_processor() -> Findings:
     if flags:
         useful = [flag for flag in CPU_FLAGS if flag in flags]
         yield Finding("", " ".join(useful) or "no instructions that speed up GPT-2")
+    if machine.gains_by_bfloat16() is False:
+        yield Finding("", "training with --precision bfloat16 is no faster here than with float32")
 
 
 def check_memory() -> Findings:

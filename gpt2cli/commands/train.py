@@ -71,7 +71,8 @@ class TrainOptions(TextOptions, FolderOptions):
         memory_saving_gradients: recompute each layer in the backward pass: less memory, about a
             third more work.
         only_train_transformer_layers: freeze the two embeddings and the last layer norm.
-        precision: number format of the activations; weights always stay in float32.
+        precision: number format of the activations; weights always stay in float32. bfloat16 saves
+            memory, but no time on most CPUs; train says so there.
         strategy: devices that train, each with --batch_size sequences: one, mirrored (all GPUs of
             this host), multiworker (all hosts that TF_CONFIG names; the first writes the run,
             and all must be able to read it), or auto (every device it finds).

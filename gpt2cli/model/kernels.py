@@ -10,9 +10,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gpt2cli import machine
 from gpt2cli.model.dropout import Dropout
 from gpt2cli.model.weights import MASKED
-from gpt2cli.tensorflow import tf
+from gpt2cli.tensorflow import GPUS, tf
 
 BLOCKS = 4  # of queries; a block is multiplied only with the keys that its last query sees
 
@@ -59,6 +60,41 @@ ACTIVATION: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "silu": fused_gradient(lambda x: x * tf.sigmoid(x)),
     "tanh": tf.tanh,
 }
+
+
+def product_type(kind: tf.DType) -> tf.DType:
+    """Return the type in which matrices of this type are multiplied.
+
+    It is float32 for bfloat16 on a processor that does not gain by bfloat16: rounding the results
+    costs less there than the products would.
+    """
+    is_slow = kind == tf.bfloat16 and not GPUS and machine.gains_by_bfloat16() is False
+    return tf.float32 if is_slow else kind
+
+
+def product(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+    """Return x [N, n_in] times w [n_in, n_out] in the type of x, multiplied in its `product_type`.
+
+    The gradient keeps x in its own type, not a wider copy.
+    """
+    kind = product_type(x.dtype)
+    if kind == x.dtype:
+        return tf.matmul(x, tf.cast(w, kind))
+
+    @tf.custom_gradient
+    def forward(x: tf.Tensor, w: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            with tf.control_dependencies([dy]):
+                # otherwise TensorFlow finds the two casts of x equal and keeps one result for both
+                again = tf.identity(x)
+            dy = tf.cast(dy, kind)
+            dx = tf.matmul(dy, tf.cast(w, kind), transpose_b=True)
+            dw = tf.matmul(tf.cast(again, kind), dy, transpose_a=True)
+            return tf.cast(dx, x.dtype), tf.cast(dw, w.dtype)
+
+        return tf.cast(tf.matmul(tf.cast(x, kind), tf.cast(w, kind)), x.dtype), gradient
+
+    return forward(x, w)
 
 
 @functools.cache  # one for all layers, to be compiled once

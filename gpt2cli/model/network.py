@@ -62,8 +62,8 @@ class GPT2:
     Args:
         config: the sizes.
         initial: returns a weight's first values.
-        precision: "float32", or "bfloat16" for activations and products; norms, softmax and loss
-            stay float32.
+        precision: "float32", or "bfloat16" for activations and, where that is fast, products (see
+            `kernels.product_type`); norms, softmax and loss stay float32.
         weights_precision: precision of the stored weights; by default the same. Training keeps
             float32 weights under bfloat16 activations.
         hold: turns a weight's values and name into the object that is kept.
@@ -165,8 +165,9 @@ class GPT2:
 
     def head(self, x: tf.Tensor) -> tf.Tensor:
         """Return logits float32 [..., V] of [B, T, E] or [N, E]; wte is also the output matrix."""
-        flat = tf.reshape(x, [-1, self.config.n_embd])
-        logits = tf.matmul(flat, tf.cast(self.wte, x.dtype), transpose_b=True)
+        kind = kernels.product_type(x.dtype)
+        flat = tf.cast(tf.reshape(x, [-1, self.config.n_embd]), kind)
+        logits = tf.matmul(flat, tf.cast(self.wte, kind), transpose_b=True)
         logits = tf.cast(logits, tf.float32)
         rank = len(x.shape)
         return logits if rank == 2 else tf.reshape(logits, [_rows(x), -1, self.config.n_vocab])
@@ -189,10 +190,11 @@ class GPT2:
             The weighted sums of losses and of hits, and the gradients of the loss by x and, as the
             output matrix, by wte (float32).
         """
-        flat = tf.reshape(x, [-1, x.shape[-1]])
+        kind = kernels.product_type(x.dtype)
+        flat = tf.cast(tf.reshape(x, [-1, x.shape[-1]]), kind)
         targets = tf.reshape(targets, [-1])
         weight = tf.reshape(weight, [-1])
-        wte = tf.cast(self.wte, x.dtype)
+        wte = tf.cast(self.wte, kind)
 
         def part(start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
             rows = slice(start, start + LOGIT_ROWS)
@@ -217,7 +219,7 @@ class GPT2:
             [tf.TensorShape(shape) for shape in shapes],
             parallel_iterations=1,
         )
-        return loss, hits, tf.reshape(dx, tf.shape(x)), dw
+        return loss, hits, tf.cast(tf.reshape(dx, tf.shape(x)), x.dtype), dw
 
 
 def losses(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -294,8 +296,8 @@ class Linear:
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         """[B, T, n_in] -> [B, T, n_out]."""
         n_in, n_out = self.w.shape[-2:]
-        w = tf.reshape(tf.cast(self.w, x.dtype), [n_in, n_out])
-        flat = tf.matmul(tf.reshape(x, [-1, n_in]), w) + tf.cast(self.b, x.dtype)
+        w = tf.reshape(self.w, [n_in, n_out])
+        flat = kernels.product(tf.reshape(x, [-1, n_in]), w) + tf.cast(self.b, x.dtype)
         return tf.reshape(flat, [_rows(x), -1, n_out])
 
 

@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 from gpt2cli import machine
+from gpt2cli.model.kernels import product_type
 from gpt2cli.model.network import LOGIT_ROWS
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import IN_LAYER, weight_shapes
-from gpt2cli.tensorflow import GPUS
+from gpt2cli.tensorflow import GPUS, tf
 
 if TYPE_CHECKING:
     from gpt2cli.commands.train import TrainOptions
@@ -24,20 +25,21 @@ def memory_needed(sizes: ModelConfig, options: TrainOptions) -> dict[str, int]:
     """
     width, length = sizes.n_embd, options.seq_length or sizes.n_ctx
     tokens = options.batch_size * length
-    number = 2 if options.precision == "bfloat16" else 4  # bytes of an activation
+    kind = tf.dtypes.as_dtype(options.precision)
+    number, wide = kind.size, product_type(kind).size  # bytes of an activation, in a product
     shapes = weight_shapes(sizes)
     count = {name: math.prod(shape) for name, shape in shapes.items()}
     trained = [n for n in count if IN_LAYER.match(n) or not options.only_train_transformer_layers]
     weights = 4 * sum(count.values())
     changed = 4 * sum(count[name] for name in trained)
     # 13 rows as wide as the model, 2 as wide as its MLPs, and the attention's probabilities
-    wide = 13 * width + 2 * sizes.inner_width
-    layer = tokens * number * (wide + sizes.n_head * length * 5 / 8)
+    row = 13 * width + 2 * sizes.inner_width
+    layer = tokens * number * (row + sizes.n_head * length * 5 / 8)
     if options.memory_saving_gradients:
         kept = layer + tokens * sizes.n_layer * width * number
     else:
         kept = layer * sizes.n_layer
-        if number == 2:
+        if wide == 2:
             kept += weights // 2  # the weights in bfloat16
     one_by_one = options.memory_saving_gradients and not options.clip_norm
     one_by_one = one_by_one and options.on_nonfinite == "stop"
@@ -49,7 +51,7 @@ def memory_needed(sizes: ModelConfig, options: TrainOptions) -> dict[str, int]:
         "weights": weights,
         "optimizer": 2 * changed if options.optimizer in ("adam", "adamw") else 0,
         "gradients": gradients,
-        "activations": int(kept) + 2 * number * min(tokens, LOGIT_ROWS) * sizes.n_vocab,
+        "activations": int(kept) + 2 * wide * min(tokens, LOGIT_ROWS) * sizes.n_vocab,
         "TensorFlow": 800_000_000,  # with the memory of XLA's compiler
     }
 

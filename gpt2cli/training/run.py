@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gpt2cli import files
+from gpt2cli import files, machine
 from gpt2cli.console import lost, say
 from gpt2cli.errors import UserError
 from gpt2cli.inference.engines.xla import XlaEngine
@@ -24,7 +24,7 @@ from gpt2cli.signals import AGAIN, Stop
 from gpt2cli.storage import checkpoint, reading
 from gpt2cli.storage.folders import ModelFolder
 from gpt2cli.storage.held import HeldFolder
-from gpt2cli.tensorflow import describe_devices
+from gpt2cli.tensorflow import GPUS, describe_devices
 from gpt2cli.text.batches import Batch, Tokens
 from gpt2cli.text.encoder import Encoder
 from gpt2cli.training.devices import Replicas
@@ -42,6 +42,10 @@ SKIPS = 20  # steps in a row that --on_nonfinite skip leaves out before the run 
 SIGPIPE = 13  # POSIX; Python on Windows has no such name
 RETRY = 60  # seconds after which a checkpoint that could not be written is tried again
 BLOCKS = 2**14  # of the text from which the fingerprint in the state is made
+SLOW_BFLOAT16 = (
+    "--precision bfloat16 saves memory, but is no faster than float32 on this processor, which "
+    "has no fast bfloat16 products: they are computed in float32"
+)
 VALIDATION_SEED = 1  # as nshepperd/gpt-2's; not the run's, so that runs can be compared
 
 
@@ -90,6 +94,8 @@ class Run:
         self.say(f"{prefix}: {describe_devices()}")
         needed = memory_needed(start.known_sizes(), options)
         self.say(memory_line(needed))
+        if options.precision == "bfloat16" and not GPUS and machine.gains_by_bfloat16() is False:
+            self.say(SLOW_BFLOAT16)
         with replicas.strategy.scope():
             network = checkpoint.load(start, options.precision, weights_precision="float32")
         self.model = LanguageModel(XlaEngine(network), vocabulary)

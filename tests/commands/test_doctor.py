@@ -38,7 +38,9 @@ def machine(tmp_path, monkeypatch):
 def test_a_machine_without_problems(cli, workdir, monkeypatch):
     monkeypatch.setattr(doctor.machine, "free_memory", lambda: 8e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9e9, total=1e10))
+    monkeypatch.setattr(doctor.machine, "gains_by_bfloat16", lambda: False)
     result = cli("doctor")
+    assert "training with --precision bfloat16 is no faster" in result.stdout
     assert result.returncode == 0 and "->" not in result.stdout and result.stderr == ""
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert tensorflow.tf.__version__ in lines["tensorflow"] and "CPU:0 computes" in result.stdout

@@ -17,6 +17,7 @@ from gpt2cli.model import network as model
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import random_weights
 from gpt2cli.storage import checkpoint, folders, runs
+from gpt2cli.training import run as train_run
 from gpt2cli.training import start as training_start
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
@@ -95,13 +96,56 @@ def test_epochs_become_steps_with_a_log_line_each(cli, text):
     assert both.returncode == 2 and "not both" in both.stderr
 
 
-def test_memory_and_advice_are_printed_before_training(cli, text, monkeypatch):
+def processor(folder, monkeypatch, name, flags):
+    """Pretend that this machine has another processor."""
+    (folder / "cpuinfo").write_text(f"model name\t: {name}\nflags\t\t: fpu avx2 {flags}\n")
+    monkeypatch.setattr(machine, "CPUINFO", folder / "cpuinfo")
+
+
+def test_memory_and_advice_are_printed_before_training(cli, text, tmp_path, monkeypatch):
+    processor(tmp_path, monkeypatch, "Intel(R) Core(TM) i7", "fma")
     monkeypatch.setattr(machine, "free_memory", lambda: 10**12)
     plenty = cli("train", "text.txt", *FAST, "--steps", 1)
     assert re.search(r"takes about \d+\.\d GB of memory \(.*TensorFlow 0.8\)\n", plenty.stderr)
     monkeypatch.setattr(machine, "free_memory", lambda: 10**6)
     scarce = cli("train", "text.txt", *FAST, "--steps", 2)
     assert "--optimizer adafactor" in scarce.stderr and scarce.returncode == 0
+    assert "bfloat16 saves memory" not in plenty.stderr  # this is float32
+
+
+@pytest.mark.parametrize(
+    "name, flags, gains",
+    [
+        ("Intel(R) Core(TM) i7", "fma", False),
+        ("Intel(R) Xeon(R) Processor", "avx512f avx512_bf16", False),
+        ("Intel(R) Xeon(R) Platinum 8488C", "avx512_bf16 amx_bf16 amx_tile", True),
+        ("AMD EPYC 7R13", "fma", False),
+        ("AMD EPYC 9R14", "avx512f avx512_bf16", True),
+    ],
+)
+def test_processors_that_multiply_bfloat16_faster_are_known(
+    tmp_path, monkeypatch, name, flags, gains
+):
+    processor(tmp_path, monkeypatch, name, flags)
+    assert machine.gains_by_bfloat16() is gains
+
+
+def test_a_processor_without_known_instruction_sets_is_not_judged(tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    for name in ("cpuinfo", "missing"):
+        monkeypatch.setattr(machine, "CPUINFO", tmp_path / name)
+        assert machine.gains_by_bfloat16() is None
+
+
+def test_train_says_where_bfloat16_is_no_faster(cli, text, tmp_path, monkeypatch):
+    warning = "bfloat16 saves memory, but is no faster than float32 on this processor"
+    monkeypatch.setattr(train_run, "GPUS", [])
+    processor(tmp_path, monkeypatch, "Intel(R) Core(TM) i7", "fma")
+    slow = cli("train", "text.txt", *FAST, "--steps", 1, "--precision", "bfloat16")
+    assert slow.returncode == 0 and slow.stderr.count(warning) == 1
+    monkeypatch.setattr(train_run, "GPUS", ["a GPU"])
+    gpu = cli("train", "text.txt", *FAST, "--steps", 2, "--precision", "bfloat16")
+    assert gpu.returncode == 0 and warning not in gpu.stderr
 
 
 def test_latest_resumes_and_a_finished_run_reports_it(cli, text):

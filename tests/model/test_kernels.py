@@ -89,3 +89,48 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32():
             assert a.dtype == tf.bfloat16
             error = np.abs(tf.cast(a, tf.float32) - b).max()
             assert error < 0.03 * np.abs(b).max() + 0.03
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_product_and_its_gradient_where_bfloat16_is_fast_and_where_it_is_slow(monkeypatch, gains):
+    """Both round x to bfloat16; only the fast way rounds w, too, and keeps its gradient coarse."""
+    monkeypatch.setattr(kernels, "GPUS", [])
+    monkeypatch.setattr(kernels.machine, "gains_by_bfloat16", lambda: gains)
+    assert kernels.product_type(tf.bfloat16) == (tf.bfloat16 if gains else tf.float32)
+    assert kernels.product_type(tf.float32) == tf.float32
+    random = np.random.default_rng(0)
+    wide = random.standard_normal((32, 48), np.float32)
+    x, dy = (
+        tf.cast(random.standard_normal(s, np.float32), tf.bfloat16) for s in ((8, 32), (8, 48))
+    )
+    w = tf.Variable(wide)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = kernels.product(x, w)
+    dx, dw = tape.gradient(y, [x, w], output_gradients=dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (tf.bfloat16, tf.bfloat16, tf.float32)
+    plain_x, plain_dy = (np.asarray(tf.cast(a, tf.float32)) for a in (x, dy))
+    near = {"rtol": 2**-8, "atol": 0.1 if gains else 1e-5}  # half a unit in the last place
+    np.testing.assert_allclose(tf.cast(y, tf.float32), plain_x @ wide, **near)
+    np.testing.assert_allclose(tf.cast(dx, tf.float32), plain_dy @ wide.T, **near)
+    np.testing.assert_allclose(dw, plain_x.T @ plain_dy, rtol=1e-2 if gains else 1e-5, atol=1e-4)
+
+
+def test_a_slow_product_widens_its_input_again_for_the_gradient(monkeypatch):
+    """A graph that shares one cast would keep the wide copy from the forward pass."""
+    monkeypatch.setattr(kernels, "GPUS", [])
+    monkeypatch.setattr(kernels.machine, "gains_by_bfloat16", lambda: False)
+
+    @tf.function(autograph=False)
+    def gradient(x, w):
+        with tf.GradientTape() as tape:
+            tape.watch(w)
+            y = kernels.product(x, w)
+        return tape.gradient(y, w, output_gradients=y)
+
+    x = tf.TensorSpec([2, 4], tf.bfloat16)
+    graph = gradient.get_concrete_function(x, tf.TensorSpec([4, 4], tf.float32)).graph
+    early = [op for op in graph.inputs[0].consumers() if op.type == "Cast"]
+    later = [op for op in graph.inputs[0].consumers() if op.type == "Identity"]
+    assert len(early) == len(later) == 1, graph.inputs[0].consumers()
+    assert later[0].control_inputs  # so that it is not equal to the first

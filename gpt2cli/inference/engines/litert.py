@@ -239,7 +239,8 @@ class LitertEngine:
 
     def run(self, *arguments: Any, **more: Any) -> Chosen:
         """Generate tokens, as `sampling.run`."""
-        return sampling.run(self.feed, self.config.n_vocab, *arguments, check=self.check, **more)
+        more["check"] = self.check
+        return sampling.run(self.feed, self.config.n_vocab, *arguments, **more)
 
     def _embed(self, tokens: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Return the sums of token and position embeddings: [N], [N] -> [N, E]."""
