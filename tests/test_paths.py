@@ -735,8 +735,7 @@ def test_a_cache_folder_that_is_not_ours_is_not_used(cache, capsys, how, tmp_pat
         os.chown(cache, 12345, 12345, follow_symlinks=False)
     for _ in range(2):
         assert make().content
-        file, _ = litert_program._nameless_file()
-        file.close()
+        litert_program._nameless_file().close()
     said = capsys.readouterr().err
     assert said.count("so no graphs are kept there. Set XDG_CACHE_HOME") == (how != "a file")
     assert how == "a file" or not list(cache.iterdir())

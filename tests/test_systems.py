@@ -55,9 +55,9 @@ def workplace(workdir, monkeypatch, tiny):
     """models/, data/ and the other files that the pages' commands name."""
     load = generator.load_model
 
-    def load_once(source, *options):  # models/tiny is compiled for the other tests already
+    def load_once(source, *options, **more):  # models/tiny is compiled for the other tests already
         folder = source.path if isinstance(source, ModelFolder) else Path(source).parent
-        return tiny if folder.name == "124M" else load(source, *options)
+        return tiny if folder.name == "124M" else load(source, *options, **more)
 
     monkeypatch.setattr(generator, "load_model", load_once)
     for name in ("124M", "1558M"):

@@ -189,8 +189,9 @@ def test_the_least_recently_used_are_removed_to_make_room(cache, monkeypatch, ca
     for _ in range(2):  # they were used a moment ago
         np.testing.assert_array_equal(logits(), expected)
     assert sorted(cache.glob("*.packed")) == old
+    before = time.time() - 7200  # the same for both: of these, the smaller file goes first
     for path in cache.glob("*.head"):
-        os.utime(path, (time.time() - 7200,) * 2)
+        os.utime(path, (before, before))
     capsys.readouterr()
     np.testing.assert_array_equal(logits(), expected)
     assert capsys.readouterr().err.count("removed 2 files of packed weights from") == 1
