@@ -23,7 +23,7 @@ from gpt2cli.inference.sampling import Chosen
 from gpt2cli.model.sizes import ModelConfig
 from gpt2cli.model.weights import MASKED, Values, weight_shapes
 
-SLOTS = 128  # a cache grows by this many
+SLOTS = 32  # a cache grows by at least this many, the columns of XNNPACK's kernels
 TOGETHER = 256  # tokens of short texts that are read in one pass
 NOT_SEEN = np.zeros([1, 1, 1, 1], bool)
 FEW = 16  # up to this many tokens, a pass has outputs of its own
@@ -403,8 +403,13 @@ def _rounded(stored: Values) -> Values:
 
 
 def _room(slots: int) -> int:
-    """Return the number of slots rounded up to a multiple of SLOTS."""
-    return math.ceil(slots / SLOTS) * SLOTS
+    """Return the number of slots of a cache that needs `slots` of them.
+
+    A cache grows by an eighth to a quarter: masked slots cost as much as others, and growing copies
+    the cache.
+    """
+    step = max(SLOTS, (1 << (slots - 1).bit_length()) // 8)
+    return math.ceil(slots / step) * step
 
 
 def _mask(looks: np.ndarray) -> np.ndarray:
