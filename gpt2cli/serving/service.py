@@ -55,6 +55,12 @@ class Metrics:
         running.set_function(lambda: service.counts()[0])
         waiting = gauge("gpt2cli_samples_waiting", "samples in the queue")
         waiting.set_function(lambda: service.counts()[1])
+        reused = gauge(
+            "gpt2cli_reused_prompt_tokens", "tokens of prompts that the model had read before"
+        )
+        reused.set_function(lambda: service.model.network.prefixes.reused if service.model else 0)
+        kept = gauge("gpt2cli_prefix_cache_bytes", "memory for common beginnings of prompts")
+        kept.set_function(lambda: service.model.network.prefixes.size if service.model else 0)
 
 
 class Service:

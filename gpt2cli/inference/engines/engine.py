@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from gpt2cli.inference.engines.prefixes import Prefixes
 from gpt2cli.inference.sampling import Chosen, Rules
 from gpt2cli.model.sizes import ModelConfig
 
@@ -26,6 +27,7 @@ class Engine(Protocol):
         config: the model's sizes.
         needs_full_batches: each number of rows costs a compilation, so the number should stay the
             same.
+        prefixes: the common beginnings of texts that it keeps.
         looks_up: it uses the proposals of a row's Lookup.
         cache_sizes: the numbers of slots to try before the first request: all that cost a
             compilation.
@@ -34,6 +36,7 @@ class Engine(Protocol):
     config: ModelConfig
     needs_full_batches: bool
     looks_up: bool
+    prefixes: Prefixes
     cache_sizes: Sequence[int]
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:

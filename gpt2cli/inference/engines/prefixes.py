@@ -47,7 +47,7 @@ class Prefixes:
     def keep(self, ids: np.ndarray, piece: Halves) -> None:
         """Keep the last piece of a text [n * PIECE], and drop the least used if it is too much."""
         size = sum(half.nbytes for half in piece)
-        if size > self.most:
+        if size > self.most or ids.tobytes() in self._pieces:
             return
         self._pieces[ids.tobytes()] = piece
         self.size += size

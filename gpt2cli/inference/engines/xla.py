@@ -15,6 +15,7 @@ import numpy as np
 
 from gpt2cli.inference import sampling
 from gpt2cli.inference.engines import xla_rules
+from gpt2cli.inference.engines.prefixes import Prefixes
 from gpt2cli.inference.sampling import CHUNK, LIKELIEST, Chosen
 from gpt2cli.model.network import GPT2, KeysAndValues, Past
 from gpt2cli.model.weights import MASKED
@@ -138,6 +139,7 @@ class XlaEngine:
 
     def __init__(self, network: GPT2) -> None:
         self.config = network.config
+        self.prefixes = Prefixes(0)
         self.cache_sizes: Sequence[int] = cache_sizes(self.config.n_ctx)
 
         def compiled(function: Callable[..., Any], *signature: Any, xla: bool = False) -> Any:
