@@ -3,7 +3,8 @@
 The last tokens of a row are looked for earlier in it, and the tokens that followed them there are
 proposed. The engine checks several tokens in one pass, which costs little more than one, because
 reading the weights takes most of the time. A proposed token is accepted only if the row chooses it
-anyway, so the text is the same. As in github.com/apoorvumang/prompt-lookup-decoding.
+anyway. The pass adds up attention in another order, so its numbers differ by rounding, and in rare
+cases a token does. As in github.com/apoorvumang/prompt-lookup-decoding.
 """
 
 from collections.abc import Sequence
