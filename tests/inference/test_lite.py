@@ -155,7 +155,7 @@ def resident():
 for number in range(220):
     prompt = random.integers(2000, size=random.integers(1, 120)).tolist()
     model.generate([prompt] * random.integers(1, 4), length=3, batch_size=3, top_k=40)
-    if number in (19, 219):
+    if number in (69, 219):
         print(resident())
 """
 
