@@ -114,7 +114,11 @@ class LitertEngine:
     @_alone
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return float32 [T, V]; see Engine."""
-        return np.concatenate([logits for _, logits in self._scored(np.asarray(tokens, np.int32))])
+        ids = np.asarray(tokens, np.int32)
+        found = np.empty([len(ids), self.config.n_vocab], np.float32)  # 200 MB for a whole window
+        for part, logits in self._scored(ids):
+            found[part] = logits
+        return found
 
     @_alone
     def sums(
@@ -131,7 +135,7 @@ class LitertEngine:
 
     @_alone
     def read(self, rows: Sequence[np.ndarray], slots: int) -> tuple[np.ndarray, Cache]:
-        """Return logits and Cache; see Engine.
+        """Return logits and Cache; see Engine. `slots` is not used: a cache grows with its rows.
 
         A common beginning of several rows is read once, and the ends of such rows side by side.
         """
@@ -164,7 +168,7 @@ class LitertEngine:
     def feed(
         self, cache: Cache, token: np.ndarray, position: np.ndarray
     ) -> tuple[np.ndarray, Cache]:
-        """Return logits [N, V], which the next call may overwrite, and the same Cache."""
+        """Return logits [N, V] and the same Cache; see Engine."""
         needed = int(position.max()) + 1
         if needed > cache.slots:
             self._grow(cache, needed)
